@@ -1,0 +1,45 @@
+"""Loads every op, then the kernels this machine can run.
+
+An op is any ``kernels/<op>.py``; its kernels are the files of the same stem in ``cpu/`` and ``gpu/``, each with one
+``KERNELS`` list.  Nothing needs to be listed by hand.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from pathlib import Path
+
+import torch
+
+_HERE = Path(__file__).parent
+_NOT_OPS = {"__init__", "op", "catalogue"}
+
+
+def names() -> tuple[str, ...]:
+    """The stems of the op files, sorted."""
+    return tuple(sorted(p.stem for p in _HERE.glob("*.py") if p.stem not in _NOT_OPS))
+
+
+@functools.cache
+def load() -> None:
+    """Import each op's module (it registers itself), then append its kernels.
+
+    The CPU kernels need the compiled library, the Triton ones a GPU or the interpreter; ``fusegen doctor`` says what
+    is missing.
+    """
+    from fusegen.kernels import op as registry
+    from fusegen.kernels.cpu import library
+
+    folders = []
+    if library.available():
+        folders.append("cpu")
+    if importlib.util.find_spec("triton") and torch.cuda.is_available():
+        folders.append("gpu")
+    for name in names():
+        op = importlib.import_module(f"fusegen.kernels.{name}").OP
+        assert registry._OPS[op.name] is op
+        for folder in folders:
+            if (_HERE / folder / f"{name}.py").exists():
+                op.kernels.extend(importlib.import_module(f"fusegen.kernels.{folder}.{name}").KERNELS)

@@ -1,0 +1,74 @@
+"""The ceilings of this machine, measured in the run they are quoted in."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from fusegen.bench.timing import once
+from fusegen.kernels.op import Cost
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """``copy``: bytes a second, read plus written, far beyond the caches.  ``peak``: dtype name -> operations a second of
+    the fastest matrix product found (int8 may be missing)."""
+
+    copy: float
+    peak: dict[str, float]
+
+    def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
+        """The least time the ceilings allow."""
+        name = str(dtype).removeprefix("torch.")
+        return max(cost.bytes / self.copy, cost.flops / self.peak.get(name, self.peak["float32"]))
+
+
+def _best(call, repeats: int, device: str) -> float:
+    call()
+    return min(once(call, 1, device) for _ in range(repeats))
+
+
+def _copy(device: str) -> float:
+    count = 1 << (28 if device == "cuda" else 25)
+    a = torch.empty(count, dtype=torch.float32, device=device).uniform_()
+    b = torch.empty_like(a)
+    return 8 * count / _best(lambda: b.copy_(a), 9, device)
+
+
+def _matmul(dtype: torch.dtype, size: int, device: str) -> float:
+    """The faster of PyTorch's own product and, on a CPU, a one-by-one convolution (oneDNN whatever the vendor)."""
+    a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
+    times = [_best(lambda: F.linear(a, b), 7, device)]
+    if device == "cpu":
+        packed = torch.ops.mkldnn._reorder_linear_weight(b.to_mkldnn(), size)
+        times.append(_best(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""), 7, device))
+    return 2 * size**3 / min(times)
+
+
+def _int8(size: int) -> float:
+    a = torch.randint(0, 255, (size, size), dtype=torch.uint8)
+    w = torch.randint(-128, 127, (size, size), dtype=torch.int8).t().contiguous().t()
+    packed = torch.ops.onednn.qlinear_prepack(w, [size, size])
+    scale, zero = torch.ones(size), torch.zeros(size, dtype=torch.int64)
+
+    def call() -> torch.Tensor:
+        return torch.ops.onednn.qlinear_pointwise(
+            a, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+
+    return 2 * size**3 / _best(call, 7, "cpu")
+
+
+@functools.cache
+def measure(device: str = "cpu") -> Roofline:
+    """Measure once a process; takes a few seconds."""
+    size = 8192 if device == "cuda" else 2048
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    peak = {name: _matmul(dtype, size, device) for name, dtype in names.items()}
+    if device == "cuda":
+        peak["float16"] = _matmul(torch.float16, size, device)
+    else:
+        peak["int8"] = _int8(size)
+    return Roofline(_copy(device), peak)

@@ -1,0 +1,41 @@
+"""The gate: no speed is reported for an output that is not right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from fusegen.kernels.op import Tolerance
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Relative errors against the reference, and whether they are inside the bound."""
+
+    rms: float
+    peak: float
+    ok: bool
+
+
+def errors(out: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Root mean square and largest error of ``out``, relative to the reference's; infinite where NaN or shape differ."""
+    if out.shape != reference.shape:
+        return math.inf, math.inf
+    if out.numel() == 0:
+        return 0.0, 0.0
+    ref, difference = reference.double(), out.double() - reference.double()
+    if not bool(torch.isfinite(difference).all()):
+        return math.inf, math.inf
+    scale = float(ref.square().mean().sqrt()) or 1.0
+    peak = float(ref.abs().max()) or 1.0
+    return float(difference.square().mean().sqrt()) / scale, float(difference.abs().max()) / peak
+
+
+def check(outs: Sequence[Tensor], references: Sequence[Tensor], bound: Tolerance) -> Verdict:
+    """The worst errors over all outputs."""
+    pairs = [errors(o, r) for o, r in zip(outs, references, strict=True)]
+    rms, peak = max(p[0] for p in pairs), max(p[1] for p in pairs)
+    return Verdict(rms, peak, rms <= bound.rms and peak <= bound.peak)

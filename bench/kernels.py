@@ -1,0 +1,99 @@
+"""Benchmark every op of the registry over its realistic cases: eager PyTorch, ``torch.compile``, fusegen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fusegen.bench import contenders, roofline, timing, verify
+from fusegen.bench.row import Row, versions
+from fusegen.kernels import op as registry
+from fusegen.kernels.op import Case, Op, Tolerance
+from torch import Tensor
+
+PEER_MARGIN = 4.0  # a peer's error may be this many times our bound: theirs is a different order of rounding
+
+
+@dataclass(frozen=True)
+class Job:
+    """One op, one of its cases, one dtype, on one device."""
+
+    op: Op
+    case: Case
+    dtype: torch.dtype
+    device: str = "cpu"
+
+    def args(self) -> tuple[Any, ...]:
+        """The case's arguments, the same at every call."""
+        made = self.case.build(torch.Generator().manual_seed(0), self.dtype)
+        return tuple(a.to(self.device) if isinstance(a, Tensor) else a for a in registry.complete(self.op, made))
+
+
+def jobs(names: Sequence[str] = (), cases: Sequence[str] = (), dtypes: Sequence[torch.dtype] = ()) -> Iterator[Job]:
+    """The benchmark cases, all or those named; float16 is left to GPUs."""
+    known = registry.ops()
+    for name in names or sorted(known):
+        for case in registry.get(name).cases:
+            if case.bench and (not cases or case.name in cases):
+                for dtype in case.dtypes:
+                    if dtype in (dtypes or (torch.float32, torch.bfloat16)):
+                        yield Job(known[name], case, dtype)
+
+
+def reference(job: Job) -> tuple[Tensor, ...]:
+    """The op's outputs in float64."""
+    return _tuple(job.op.reference(*(_double(a) for a in job.args())))
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _tuple(value: Any) -> tuple[Tensor, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+@torch.no_grad()
+def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.5) -> list[Row]:
+    """One row a contender.  The first is the baseline of the ratios; a failed gate or a failed build is a row too."""
+    expected, calls, rows = reference(job), {}, {}
+    bound = job.op.tolerance[job.dtype]
+    for name in names:
+        margin = 1.0 if name == "fusegen" else PEER_MARGIN
+        row, call = _gate(job, name, expected, Tolerance(bound.rms * margin, bound.peak * margin))
+        rows[name] = row
+        if call is not None:
+            calls[name] = call
+    if not calls:
+        return list(rows.values())
+    baseline = "eager" if "eager" in calls else next(iter(calls))
+    timings = timing.interleave(calls, baseline, seconds=seconds, device=job.device)
+    return [_timed(job, rows[name], timings[name]) if name in timings else rows[name] for name in rows]
+
+
+def _gate(job: Job, name: str, expected: tuple[Tensor, ...], bound: Tolerance) -> tuple[Row, Callable[[], Any] | None]:
+    args = job.args()
+    base = dict(what=job.op.name, case=job.case.name, contender=name, dtype=str(job.dtype).removeprefix("torch."))
+    base |= dict(device=job.device, threads=torch.get_num_threads(), versions=versions())
+    base |= dict(shapes=tuple(tuple(a.shape) for a in args if isinstance(a, Tensor)))
+    try:
+        call = contenders.KERNELS[name](job.op, args)
+        if call is None:
+            return Row(**base, ok=False, note="no kernel serves these arguments"), None
+        verdict = verify.check(_tuple(call()), expected, bound)
+        call()
+    except Exception as error:  # a peer that cannot build or run is a result, not the end of the run
+        return Row(**base, ok=False, note=f"{type(error).__name__}: {error}".splitlines()[0][:300]), None
+    row = Row(**base, ok=verdict.ok, error_rms=verdict.rms, error_peak=verdict.peak, note="" if verdict.ok else "over its error bound")
+    return row, call if verdict.ok else None
+
+
+def _timed(job: Job, row: Row, t: timing.Timing) -> Row:
+    from dataclasses import replace
+
+    cost = job.op.cost(*job.args())
+    share = roofline.measure(job.device).seconds(cost, job.dtype) / t.median
+    times = dict(median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)
+    return replace(row, **times, gbps=cost.bytes / t.median / 1e9, gflops=cost.flops / t.median / 1e9, roofline_share=share)

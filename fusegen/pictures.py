@@ -1,0 +1,68 @@
+"""Pictures to files: a grid of several, numbered files, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+NUMBER = re.compile(r"%0?\d*d")
+
+
+def destinations(pattern: Path, count: int) -> list[Path]:
+    """The files that ``count`` pictures go to: one (a grid if several), or ``count`` if the name has ``%d`` in it."""
+    if not NUMBER.search(pattern.name):
+        return [pattern]
+    return [pattern.with_name(NUMBER.sub(lambda m: m[0] % i, pattern.name)) for i in range(count)]
+
+
+def grid(images: Sequence[Image]) -> Image:
+    """One picture of all, row by row, at most as wide as four pictures are; a single one is returned as it is."""
+    from PIL import Image as pil
+
+    if len(images) == 1:
+        return images[0]
+    width, height = images[0].size
+    columns = min(4, len(images)) if len(images) <= 16 else math.isqrt(len(images) - 1) + 1
+    rows = -(-len(images) // columns)
+    sheet = pil.new(images[0].mode, (columns * width, rows * height), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def write(image: Image, path: Path, facts: Mapping[str, Any]) -> None:
+    """Write ``image`` in the format of the suffix, whole or not at all; a PNG carries ``facts`` as JSON text."""
+    from PIL.PngImagePlugin import PngInfo
+
+    kind = FORMATS[path.suffix.lower()]
+    options: dict[str, Any] = {"quality": 95} if kind != "PNG" else {}
+    if kind == "PNG":
+        options["pnginfo"] = PngInfo()
+        options["pnginfo"].add_itxt("fusegen", json.dumps(facts))
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, kind, **options)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

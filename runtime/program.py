@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from fusegen.runtime.errors import GraphError
 from torch import Tensor
 
 
@@ -24,7 +25,11 @@ class Ref:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and dtype of a tensor; a dimension is an integer, or the name of a symbol in ``Program.symbols``."""
+    """Shape and dtype of a tensor.
+
+    A dimension is an integer, the name of a symbol in ``Program.symbols``, or an integer expression of such symbols
+    (``"2*s0"``), which :func:`fusegen.runtime.symbols.evaluate` evaluates.
+    """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype
@@ -37,7 +42,8 @@ class Node:
     ``op``: ``"aten.conv2d.default"``, ``"fusegen.group_norm.default"``, or ``"sym.mul"`` … for integer arithmetic
     on symbolic sizes.  ``args``: schema argument name -> value; a value is a :class:`Ref`, a plain Python scalar or
     string, None, a ``torch.dtype`` / ``device`` / ``layout`` / ``memory_format``, or a tuple of such.  ``outputs``: the
-    names it defines, one per output.  ``source``: the module path it came from, for messages.
+    names it defines, one per output; what an op returns in lists is flattened, in order.  ``source``: the module path
+    it came from, for messages.
     """
 
     name: str
@@ -99,6 +105,35 @@ class Program:
         """The same program with other nodes; values that no longer exist lose their spec."""
         made = {o for n in nodes for o in n.outputs}
         return replace(self, nodes=nodes, specs={k: v for k, v in self.specs.items() if k in made})
+
+
+def check(program: Program) -> Program:
+    """``program`` itself, if every name is defined once and before its first use; else :class:`GraphError`."""
+    known: set[str] = set()
+
+    def define(name: str) -> None:
+        if not name or name in known:
+            raise GraphError(
+                f"the name {name!r} is defined twice" if name else "a value has no name", where=program.name
+            )
+        known.add(name)
+
+    for name in (*program.inputs, *program.weights):
+        define(name)
+    for node in program.nodes:
+        for name in node.inputs():
+            if name not in known:
+                raise GraphError(
+                    f"{node.op} uses {name!r}, which nothing before it makes", where=f"{program.name}, {node.name}"
+                )
+        for name in node.outputs:
+            define(name)
+    for name in program.outputs:
+        if name not in known:
+            raise GraphError(f"the output {name!r} is made by nothing", where=program.name)
+    if len({n.name for n in program.nodes}) != len(program.nodes):
+        raise GraphError("two nodes have one name", where=program.name)
+    return program
 
 
 def refs(value: Any) -> Iterator[str]:

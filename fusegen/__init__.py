@@ -18,10 +18,10 @@ if (_ROOT / "kernels" / "op.py").exists() and (_ROOT / "runtime" / "program.py")
 
 if TYPE_CHECKING:
     from fusegen.models.load import load as load
+    from fusegen.models.load import save as save
     from fusegen.runtime.api import capture as capture
     from fusegen.runtime.api import compile as compile
     from fusegen.runtime.api import read as read
-    from fusegen.models.load import save as save
     from fusegen.runtime.errors import Error as Error
 
 _LAZY = {

@@ -22,7 +22,8 @@ def destinations(pattern: Path, count: int) -> list[Path]:
     """The files that ``count`` pictures go to: one (a grid if several), or ``count`` if the name has ``%d`` in it."""
     if not NUMBER.search(pattern.name):
         return [pattern]
-    return [pattern.with_name(NUMBER.sub(lambda m: m[0] % i, pattern.name)) for i in range(count)]
+    before, number, after = re.split(f"({NUMBER.pattern})", pattern.name, maxsplit=1)
+    return [pattern.with_name(f"{before}{number % i}{after}") for i in range(count)]
 
 
 def grid(images: Sequence[Image]) -> Image:

@@ -1,4 +1,4 @@
-"""Imports go one way: fusegen -> bench, models -> runtime -> kernels, and the finer rules inside kernels and runtime."""
+"""Imports go one way: fusegen -> bench, models -> runtime -> kernels, with finer rules inside kernels and runtime."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def imports_in(source: str, module: str, is_package: bool) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                parent = module.split(".")[: -(node.level - 1) or None] if is_package else module.split(".")[: -node.level]
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                parent = package[: len(package) - node.level + 1]
                 base = ".".join([*parent, base] if base else parent)
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)

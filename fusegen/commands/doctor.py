@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 HELP = "say what this machine has, what is missing, and what that costs"
-DESCRIPTION = "Say what this machine has, what is missing, and what that costs. Include its output when reporting a fault."
+DESCRIPTION = "Say what this machine has, what is missing, and what that costs. Include its output in fault reports."
 EXAMPLES = "  fusegen doctor\n  fusegen doctor --json\n"
 PACKAGES = ("torch", "numpy", "triton", "safetensors", "tokenizers", "pillow", "onnx", "onnxruntime-gpu", "onnxruntime")
 PEERS = ("diffusers", "transformers", "openvino")
@@ -97,7 +97,7 @@ def gpu() -> list[str]:
 
 
 def onnx_runtime() -> list[str]:
-    """The providers that a session gets.  ``get_available_providers`` lists what was compiled in, with or without a GPU."""
+    """The providers that a session gets; ``get_available_providers`` lists what was compiled in, GPU or not."""
     try:
         import onnxruntime
         from onnx import TensorProto, helper

@@ -49,13 +49,13 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("-m", "--model", required=True, help="a .fg file, or the name of a model in the zoo (emoji)")
     p.add_argument("-p", "--prompt", required=True, help="what to show")
     p.add_argument("--negative", "--negative-prompt", default="", metavar="TEXT", help="what not to show")
-    p.add_argument("-n", "--count", type=integer(1, 1024), default=1, metavar="N", help="how many pictures (default: 1)")
+    p.add_argument("-n", "--count", type=integer(1, 1024), default=1, metavar="N", help="pictures (default: 1)")
     p.add_argument("-o", "--output", type=picture_file, default=Path("output.png"), metavar="FILE",
                    help="the file to write (default: output.png)")  # fmt: skip
     p.add_argument("--sampler", "--sampling-method", type=sampler_name, metavar="NAME", help="default: the model's own")
     p.add_argument("--steps", type=integer(1, 1000), metavar="N", help="sampler steps (default: the model's own)")
     p.add_argument("--cfg-scale", type=finite, metavar="X", help="guidance: 1 is none (default: the model's own)")
-    p.add_argument("--seed", type=integer(-1, 2**62), default=42, help="of the first picture; -1 draws one (default: 42)")
+    p.add_argument("--seed", type=integer(-1, 2**62), default=42, help="the first picture's; -1 draws one (default: 42)")
     p.add_argument("-W", "--width", type=integer(1, 2**16), metavar="PIXELS", help="default: the model's own")
     p.add_argument("-H", "--height", type=integer(1, 2**16), metavar="PIXELS", help="default: the model's own")
     p.add_argument("--deterministic", action="store_true",
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
             )  # fmt: skip
     facts: dict[str, Any] = {
         "model": args.model, "prompt": args.prompt, "negative": args.negative, "seeds": seeds, "device": args.device,
-        "width": images[0].width, "height": images[0].height, **model.settings(args.sampler, args.steps, args.cfg_scale),
+        "width": images[0].width, "height": images[0].height,
+        **model.settings(args.sampler, args.steps, args.cfg_scale),
     }  # fmt: skip
     files = pictures.destinations(args.output, len(images))
     if len(files) == 1:
@@ -95,10 +96,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line(facts: dict[str, Any]) -> str:
-    count, seeds = len(facts["seeds"]), facts["seeds"]
+    count, seeds, size = len(facts["seeds"]), facts["seeds"], f"{facts['width']} x {facts['height']}"
     which = f"seed {seeds[0]}" if count == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     return (
-        f"{' '.join(facts['files'])}: {count} picture{'s' * (count > 1)} of {facts['width']} x {facts['height']}, {which}, "
+        f"{' '.join(facts['files'])}: {count} picture{'s' * (count > 1)} of {size}, {which}, "
         f"{facts['sampler']}, {facts['steps']} steps, guidance {facts['guidance']:g}, {facts['seconds']:.2f} s "
         f"on {facts['device']} (+ {facts['seconds_load']:.2f} s to start)"
     )

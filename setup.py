@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from setuptools import Command, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -39,11 +39,11 @@ class BuildKernels(Command):
     """``python setup.py build_kernels``: (re)build the C++ library in place, compiling only what changed."""
 
     description = "build the C++ kernels in place"
-    user_options = [
+    user_options: ClassVar = [
         ("sanitize", None, "with AddressSanitizer and UndefinedBehaviorSanitizer, under build/sanitize"),
         ("jobs=", None, "compilations at a time (2)"),
     ]
-    boolean_options = ["sanitize"]
+    boolean_options: ClassVar = ["sanitize"]
 
     def initialize_options(self) -> None:
         self.sanitize = 0

@@ -1,0 +1,304 @@
+"""Scaled dot-product attention: softmax(scale q k^T + mask) v (Vaswani et al. 2017, section 3.2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, register
+
+SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? key_lengths=None, bool causal=False, float? scale=None)"
+    " -> Tensor"
+)
+
+
+def heads(x: Tensor) -> Tensor:
+    """(B, H, L, D) as it is; (N, L, D) as N batches of one head, (N, 1, L, D).  A view."""
+    return x.unsqueeze(1) if x.dim() == 3 else x
+
+
+def spread_mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """``mask`` as a view of shape (B, Hq, Lq, Lk), its stride 0 where it is broadcast; q and k have any rank."""
+    return heads(mask.expand((*q.shape[:-1], k.shape[-2])))
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, key_lengths: Tensor | None) -> None:
+    """Raises ValueError, one line, where the arguments do not fit together."""
+    if q.dim() not in (3, 4) or k.dim() != q.dim() or v.shape != k.shape:
+        shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip("qkv", (q, k, v), strict=True))
+        raise ValueError(f"attention: {shapes} are not all (B, H, L, D)")
+    if k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"attention: q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension")
+    if q.dim() == 4 and (q.shape[1] % max(k.shape[1], 1) or (q.shape[1] and not k.shape[1])):
+        raise ValueError(f"attention: {q.shape[1]} heads of q are no multiple of the {k.shape[1]} of k and v")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"attention: q, k and v have dtypes {q.dtype}, {k.dtype}, {v.dtype}")
+    if mask is not None:
+        if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+            raise ValueError(f"attention: the mask has dtype {mask.dtype}; it is bool (True attends) or float (added)")
+        want = (*q.shape[:-1], k.shape[-2])
+        short = want[len(want) - mask.dim() :]
+        if mask.dim() > len(want) or any(m not in (1, w) for m, w in zip(mask.shape, short, strict=True)):
+            raise ValueError(f"attention: a mask of {tuple(mask.shape)} does not broadcast to {tuple(want)}")
+    if key_lengths is not None and (
+        tuple(key_lengths.shape) != (q.shape[0],) or key_lengths.dtype not in (torch.int32, torch.int64)
+    ):
+        raise ValueError(f"attention: key_lengths is not ({q.shape[0]},) of int32 or int64")
+
+
+def allocate(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, key_lengths: Tensor | None = None,
+    causal: bool = False, scale: float | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The uninitialised output: of q's shape, laid out (B, Lq, Hq, D) so that joining the heads is free.
+
+    Raises ValueError where the arguments do not fit together.
+    """
+    _check(q, k, v, mask, key_lengths)
+    if q.dim() == 3:
+        return (torch.empty(q.shape, dtype=q.dtype, device=q.device),)
+    return (torch.empty(q.transpose(1, 2).shape, dtype=q.dtype, device=q.device).transpose(1, 2),)
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, key_lengths: Tensor | None = None,
+    causal: bool = False, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of q (B, Hq, Lq, D) over k and v (B, Hkv, Lk, D), computed in float32, or float64 where q is.
+
+    Rank 3, (N, L, D), stands for one head a batch.  ``mask``: bool, True attends, or float, added to the scaled scores;
+    broadcast to (B, Hq, Lq, Lk).  ``key_lengths`` (B,): keys from there on do not exist.  ``causal``: query i attends
+    keys j <= i.  ``scale``: D ** -0.5 where None.  A query with nothing to attend gives zeros."""
+    (out,) = allocate(q, k, v, mask, key_lengths, causal, scale)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    keys, step = k.shape[-2], max(1, 2**25 // max(1, q[..., 0, 0].numel() * k.shape[-2])) if q.numel() else 1
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+    target, full = heads(out), None if mask is None else spread_mask(mask, q, k)
+    q, k, v = heads(q), heads(k).to(wide), heads(v).to(wide)
+    at = torch.arange(keys, device=q.device)
+    if key_lengths is not None:  # what lies past the end may be anything, NaN included
+        past = (at >= key_lengths[:, None])[:, None, :, None]
+        k, v = k.masked_fill(past, 0), v.masked_fill(past, 0)
+    k, v = (x.repeat_interleave(q.shape[1] // max(k.shape[1], 1), dim=1) for x in (k, v))
+    for i in range(0, q.shape[2], step):  # in pieces: the scores of 4096 pixels would take gigabytes
+        rows = slice(i, i + step)
+        scores = q[:, :, rows].to(wide) @ k.transpose(-1, -2) * scale
+        if full is not None:
+            part = full[:, :, rows]
+            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.to(wide)
+        if key_lengths is not None:
+            scores = scores.masked_fill(past.transpose(-1, -2), -torch.inf)
+        if causal:
+            scores = scores.masked_fill(at > torch.arange(i, i + scores.shape[2], device=q.device)[:, None], -torch.inf)
+        target[:, :, rows] = _softmax(scores) @ v
+    return out
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension; zeros where every score is -inf or there is none."""
+    if scores.shape[-1] == 0:
+        return scores
+    empty = scores.amax(-1, keepdim=True) == -torch.inf
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+
+
+def cost(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, key_lengths: Tensor | None = None,
+    causal: bool = False, scale: float | None = None,
+) -> Cost:  # fmt: skip
+    """Two products of 2 D operations for each pair of a query and a key (the open half where causal)."""
+    queries, keys = q.shape[-2], k.shape[-2]
+    open_rows = min(queries, keys)
+    pairs = queries * keys if not causal else open_rows * (open_rows + 1) // 2 + (queries - open_rows) * keys
+    extra = 0 if mask is None else mask.numel() * mask.element_size()
+    moved = (2 * q.numel() + k.numel() + v.numel()) * q.element_size() + extra
+    return Cost(flops=4 * pairs * q.shape[:-2].numel() * q.shape[-1], bytes=moved)
+
+
+def _case(
+    name: str, q: tuple[int, ...], keys: int | None = None, *, kv_heads: int | None = None, layout: str = "BLHD",
+    mask: str = "", lengths: tuple[int, ...] = (), causal: bool = False, scale: float | None = None,
+    size: float = 1.0, bench: bool = False, small: bool = False,
+) -> Case:  # fmt: skip
+    """``q`` (B, Hq, Lq, D) or (N, L, D); ``layout``: BLHD as a linear layer leaves it, BHLD, packed (q, k, v from one
+    projection), unaligned.  ``mask``: "bool", "float", "row" (float, (B, 1, 1, Lk)), "head" (bool, (Hq, Lq, Lk)),
+    "closed" (bool, some rows all False), "lowest" (float, some rows at the lowest finite number).  ``size``: the
+    deviation of q."""
+
+    def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        length = q[-2] if keys is None else keys
+        kv = (q[0], kv_heads or q[1], length, q[3]) if len(q) == 4 else (q[0], length, q[2])
+        tensors = [_lay(torch.randn(shape, generator=g), layout) for shape in (q, kv, kv)]
+        tensors[0] = tensors[0] * size
+        moved = [_lay(t.to(dtype), layout) for t in tensors]
+        at = torch.tensor(lengths) if lengths else None
+        return (*moved, _mask(mask, (*q[:-1], length), g, dtype), at, causal, scale)
+
+    return Case(name, build, bench=bench, small=small)
+
+
+def _lay(x: Tensor, layout: str) -> Tensor:
+    """``x`` with the same values, in the memory order ``layout``."""
+    if layout == "unaligned":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    if x.dim() == 3 or layout == "BHLD":
+        return x.contiguous()
+    y = x.transpose(1, 2).contiguous()
+    if layout == "packed":
+        other = torch.full_like(y, torch.nan)
+        y = torch.cat([other, y, other], -2)[:, :, y.shape[2] : -y.shape[2]]
+    return y.transpose(1, 2)
+
+
+def _mask(kind: str, shape: tuple[int, ...], g: Generator, dtype: torch.dtype) -> Tensor | None:
+    if not kind:
+        return None
+    full = torch.rand(shape, generator=g)
+    if kind == "bool":
+        return full > 0.3
+    if kind == "head":
+        return full[0] > 0.3
+    if kind == "closed":
+        return (full > 0.3) & (torch.rand((*shape[:-1], 1), generator=g) > 0.4)
+    if kind == "lowest":
+        lowest = torch.finfo(dtype).min
+        return torch.zeros(shape[0], 1, *shape[2:], dtype=dtype).masked_fill(full[:, :1] > 0.7, lowest).index_fill(
+            2, torch.tensor([0]), lowest
+        )
+    added = (2 * full[:, :1, :1] if kind == "row" else 2 * full).to(dtype)
+    return added.masked_fill(added > 1.6, -torch.inf)
+
+
+CASES = [
+    *(_case(f"head dim {d}", (1, 2, 33, d), 65, small=d in (40, 64)) for d in (1, 7, 40, 64, 72, 80)),
+    *(_case(f"head dim {d}", (1, 2, 33, d), 65) for d in (96, 128, 160, 256)),
+    _case("no queries", (1, 2, 0, 40), 5),
+    _case("no keys", (1, 2, 3, 40), 0),
+    _case("no batch", (0, 2, 3, 40), 5),
+    _case("one query", (2, 3, 1, 64), 131, small=True),
+    _case("one key", (2, 3, 5, 64), 1),
+    _case("odd", (1, 3, 17, 40), 31, small=True),
+    _case("prime", (1, 1, 509, 40), 521),
+    _case("text keys", (2, 2, 64, 40), 77, small=True),
+    _case("grouped", (2, 6, 19, 64), 37, kv_heads=2, small=True),
+    _case("one kv head", (1, 8, 1, 128), 300, kv_heads=1),
+    _case("causal", (1, 2, 70, 64), causal=True, small=True),
+    _case("causal, more keys", (1, 2, 5, 40), 90, causal=True),
+    _case("causal, more queries", (1, 2, 90, 40), 5, causal=True),
+    _case("bool mask", (2, 2, 19, 40), 45, mask="bool", small=True),
+    _case("float mask", (2, 2, 19, 40), 45, mask="float", small=True),
+    _case("mask of keys", (2, 4, 33, 64), 77, mask="row"),
+    _case("mask of heads", (2, 4, 33, 64), 77, mask="head"),
+    _case("closed rows", (2, 2, 35, 40), 45, mask="closed", small=True),
+    _case("lowest rows", (2, 2, 35, 40), 45, mask="lowest"),
+    _case("causal and mask", (1, 2, 40, 64), mask="bool", causal=True),
+    _case("key lengths", (4, 2, 21, 40), 300, lengths=(300, 0, 1, 259), small=True),
+    _case("lengths and causal", (2, 2, 60, 80), lengths=(60, 13), causal=True),
+    _case("large logits", (1, 2, 40, 64), 300, size=60.0),
+    _case("scale", (1, 2, 20, 40), 33, scale=0.5),
+    _case("negative scale", (1, 2, 20, 40), 33, scale=-0.7),
+    _case("scale 0", (1, 2, 20, 40), 33, scale=0.0),
+    _case("rank 3", (6, 33, 40), 50),
+    _case("rank 3, mask", (6, 33, 40), 50, mask="bool"),
+    _case("contiguous heads", (2, 3, 33, 40), 65, layout="BHLD"),
+    _case("packed projections", (2, 3, 33, 40), 65, layout="packed"),
+    _case("unaligned", (2, 3, 33, 40), 65, layout="unaligned"),
+    _case("2x8x4096x40", (2, 8, 4096, 40), bench=True),
+    _case("2x8x4096x64", (2, 8, 4096, 64), bench=True),
+    _case("2x8x4096x40 on 77", (2, 8, 4096, 40), 77, bench=True),
+    _case("2x8x1024x80", (2, 8, 1024, 80), bench=True),
+    _case("2x8x256x160", (2, 8, 256, 160), bench=True),
+    _case("2x10x4096x64", (2, 10, 4096, 64), bench=True),
+    _case("1x12x77x64 causal", (1, 12, 77, 64), causal=True, bench=True),
+    _case("1x32x512x128 causal", (1, 32, 512, 128), kv_heads=8, causal=True, bench=True),
+    _case("1x32x1x128 on 2048", (1, 32, 1, 128), 2048, kv_heads=8, bench=True),
+    _case("16x4x64x40", (16, 4, 64, 40), bench=True),
+    _case("16x4x64x40 on 16", (16, 4, 64, 40), 16, bench=True),
+    _case("1x4x64x40", (1, 4, 64, 40), bench=True),
+]
+
+
+_Eager = Callable[..., Tensor]
+_SCORES: Mapping[str, _Eager] = {
+    "scaled scores": lambda q, kt, scale: q @ kt * scale,
+    "scaled queries": lambda q, kt, scale: (q * scale) @ kt,
+    "divided scores": lambda q, kt, scale: q @ kt / scale,
+}
+
+
+def _inputs(masked: bool, rank: int = 4) -> Callable[[], tuple[Tensor, ...]]:
+    lead = (2, 3) if rank == 4 else (3,)
+    return lambda: tuple(torch.zeros(*lead, *s) for s in ((4, 6), (5, 6), (5, 6), (4, 5))[: 4 if masked else 3])
+
+
+def _sdpa(masked: bool, causal: bool, grouped: bool) -> Spelling:
+    def plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 0.3) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+
+    def with_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float = 0.3) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=grouped)
+
+    words = [w for w, on in (("masked", masked), ("causal", causal), ("grouped", grouped)) if on]
+    name = " ".join(["scaled_dot_product_attention", *words])
+    return Spelling(name, with_mask if masked else plain, _inputs(masked), lambda **c: {**c, "causal": causal})
+
+
+def _composed(form: str, masked: bool, upcast: bool) -> Spelling:
+    scores = _SCORES[form]
+
+    def weights(s: Tensor, q: Tensor) -> Tensor:
+        return s.softmax(-1, dtype=torch.float32).to(q.dtype) if upcast else s.softmax(-1)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 0.3) -> Tensor:
+        return weights(scores(q, k.transpose(-1, -2), scale), q) @ v
+
+    def with_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, scale: float = 0.3) -> Tensor:
+        return weights(scores(q, k.transpose(-1, -2), scale) + mask, q) @ v
+
+    def call(scale: float, **captures: Any) -> Mapping[str, Any]:
+        return {**captures, "scale": 1 / scale if form.startswith("divided") else scale}
+
+    name = " ".join([form, *(["masked"] if masked else []), *(["softmax in float32"] if upcast else [])])
+    return Spelling(name, with_mask if masked else plain, _inputs(masked), call)
+
+
+def _baddbmm(masked: bool) -> Spelling:
+    def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float = 0.3) -> Tensor:
+        scores = torch.baddbmm(bias, q, k.transpose(-1, -2), beta=1 if masked else 0, alpha=scale)
+        return torch.bmm(scores.softmax(-1), v)
+
+    def call(bias: Any, **captures: Any) -> Mapping[str, Any]:
+        return {**captures, "mask": bias} if masked else captures  # beta 0: the bias is not read
+
+    return Spelling("baddbmm masked" if masked else "baddbmm", eager, _inputs(True, rank=3), call)
+
+
+_BOTH = (False, True)
+SPELLINGS = [
+    *(_sdpa(masked, False, grouped) for masked in _BOTH for grouped in _BOTH),
+    *(_sdpa(False, True, grouped) for grouped in _BOTH),
+    *(_composed(form, masked, upcast) for form in _SCORES for masked in _BOTH for upcast in _BOTH),
+    *(_baddbmm(masked) for masked in _BOTH),
+]
+
+OP = register(
+    Op(
+        name="attention",
+        schema=SCHEMA,
+        reference=reference,
+        allocate=allocate,
+        cost=cost,
+        tolerance={
+            torch.float32: Tolerance(rms=5e-6, peak=1e-5),
+            torch.bfloat16: Tolerance(rms=6e-3, peak=1e-2),
+            torch.float16: Tolerance(rms=6e-4, peak=1e-3),
+        },
+        cases=CASES,
+        spellings=SPELLINGS,
+    )
+)

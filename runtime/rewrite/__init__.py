@@ -1,0 +1,89 @@
+"""Rewrites: a Program in, a Program that means the same out, with what was done in ``Program.applied``.
+
+The order matters.  No-ops go first, so that spellings are seen as they were written; spellings are matched in the
+dtypes of the export; then the dtype changes; then repeats and constants go, in the dtypes they will have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from fusegen.runtime.errors import RequestError
+from fusegen.runtime.program import Applied, Program
+from fusegen.runtime.rewrite import cast as casting
+from fusegen.runtime.rewrite import clean, linear, match, patterns
+from fusegen.runtime.rewrite.graph import FLOATS, without_dead
+
+# What each rule may do to a result; a spelling's is its op's tolerance.
+BOUNDS = {
+    "canonical views and casts": "exact",
+    "no-ops": "exact",
+    "product with a weight is linear": "reassociates sums",
+    "rows viewed around linear": "reassociates sums",
+    "reshape of reshape": "exact",
+    "repeated calls": "exact",
+    "constants": "exact, as computed on the CPU",
+    "compute dtype": "rounds to the dtype at each operator",
+    "dead code": "exact",
+}
+
+
+def bound(rule: str) -> str:
+    """What the rule named in an :class:`~fusegen.runtime.program.Applied` may do to a result."""
+    return BOUNDS.get(rule, f"within the tolerance of {rule.split(':')[0]}")
+
+
+def rewrite(program: Program, dtype: torch.dtype | None = None) -> Program:
+    """``program`` with fused ops in the place of their spellings, computing in ``dtype`` (None: as exported).
+
+    Inputs and outputs keep their names, shapes and dtypes.  Weights are shared with ``program`` where they keep their
+    dtype.  Rewriting what this returns changes nothing.  Raises RequestError for a dtype that is not float32, bfloat16
+    or float16, and GraphError where a node cannot stand in a program.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise RequestError(f"{dtype} is not a dtype to compute in", mend="use float32, bfloat16 or float16")
+    log = _Log()
+    program = log.run("canonical views and casts", clean.canonical, program)
+    hidden = casting.float_casts(program) if dtype is not None else {}
+    program = log.run("no-ops", lambda p: clean.without_no_ops(p, frozenset(hidden)), program)
+    program = log.run("dead code", without_dead, program)
+    hidden = casting.float_casts(program) if dtype is not None else {}
+    program, applied = match.replace_spellings(program, patterns.load(), hidden)
+    log.applied += applied
+    program = log.run("dead code", without_dead, program)
+    program = log.run("product with a weight is linear", linear.as_linear, program)
+    if dtype is not None:
+        program = log.run("compute dtype", lambda p: casting.cast(p, dtype), program)
+        program = log.run("no-ops", clean.without_no_ops, program)
+    program = log.run("rows viewed around linear", linear.without_row_views, program)
+    program = log.run("dead code", without_dead, program)
+    program = log.run("reshape of reshape", clean.merged_reshapes, program)
+    program = log.run("repeated calls", clean.without_repeats, program)
+    program = log.run("constants", clean.folded, program)
+    program = log.run("dead code", without_dead, program)
+    return replace(program, applied=(*program.applied, *log.merged()))
+
+
+class _Log:
+    """What each rule did, in order of first use."""
+
+    def __init__(self) -> None:
+        self.applied: tuple[Applied, ...] = ()
+
+    def run(self, rule: str, step: Callable[[Program], tuple[Program, int]], program: Program) -> Program:
+        """One step, noted where it did something."""
+        program, count = step(program)
+        if count:
+            self.applied += (Applied(rule, count),)
+        return program
+
+    def merged(self) -> tuple[Applied, ...]:
+        """One entry a rule."""
+        out: dict[str, Applied] = {}
+        for a in self.applied:
+            old = out.get(a.rule, Applied(a.rule, 0))
+            out[a.rule] = Applied(a.rule, old.count + a.count, (*old.left, *a.left))
+        return tuple(out.values())

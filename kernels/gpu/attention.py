@@ -1,0 +1,255 @@
+"""Attention on NVIDIA GPUs: one pass over the keys with a running maximum (Milakov & Gimelshein 2018; Dao et al. 2022).
+
+Head dimensions need be no power of two: a tile is either padded in registers, or split in two powers of two (80 = 64 +
+16), whichever the configuration says; nothing is padded in memory.  Exponentials are of base 2, with log2(e) in the
+scale.  Products of float32 inputs are exact to float32 ("ieee"), or three tf32 products each ("tf32x3", whose error is
+near float32's) where tuning found that faster and inside the op's bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fusegen.kernels.attention import heads, spread_mask
+from fusegen.kernels.gpu.launch import Stage, Use, blocks, power, unit
+from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
+from fusegen.kernels.op import FLOATS, Kernel
+from torch import Tensor
+
+Q, K, V, MASK, LENGTHS = range(5)  # positions of the tensors in the schema
+WIDEST = 256  # the largest head dimension
+SMALLEST = 16  # tl.dot's least extent
+LOG2E = math.log2(math.e)
+_LOG2E = tl.constexpr(LOG2E)
+_NO_MASK, _BOOLEAN, _ADDITIVE = range(3)
+
+
+@triton.jit
+def _rows(base, rows, stride, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, EDGE: tl.constexpr):
+    """A (rows, WIDTH) tile of columns FIRST on; rows beyond ``limit`` (where EDGE) and columns beyond DIM are zero."""
+    d = FIRST + tl.arange(0, WIDTH)
+    at = base + rows[:, None] * stride + d[None, :]
+    if EDGE:
+        if FIRST + WIDTH > DIM:
+            return tl.load(at, mask=(rows < limit)[:, None] & (d < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(at, mask=(rows < limit)[:, None], other=0.0)
+    else:
+        if FIRST + WIDTH > DIM:
+            return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
+        else:
+            return tl.load(at)
+
+
+@triton.jit
+def _walk(
+    q0, q1, acc0, acc1, top, total, k, v, mask, rows, begin, end, lengths, scale, k_l, v_l, m_q, m_k, queries,
+    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    EDGE: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys [begin, end) in blocks; EDGE: some of them may be out of bounds or, where CAUSAL, after their query."""
+    inner = tl.arange(0, BLOCK_N)
+    for start in tl.range(begin, end, BLOCK_N):
+        far = tl.cast(start, tl.int64)
+        left = lengths - start
+        s = tl.dot(q0, tl.trans(_rows(k + far * k_l, inner, k_l, left, 0, D0, DIM, EDGE)), input_precision=PRECISION)
+        if D1 > 0:
+            k1 = _rows(k + far * k_l, inner, k_l, left, D0, D1, DIM, EDGE)
+            s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
+        s = s * scale
+        if MASK > 0:
+            at = mask + rows[:, None].to(tl.int64) * m_q + (far + inner)[None, :] * m_k
+            given = tl.load(at, mask=(rows < queries)[:, None] & (inner < left)[None, :], other=0)
+            if MASK == 1:
+                s = tl.where(given != 0, s, float("-inf"))
+            else:  # a finite mask stays finite: the lowest float32 times log2(e) would not
+                added = tl.maximum(given.to(tl.float32) * _LOG2E, -3.0e38)
+                s = tl.where(given == float("-inf"), float("-inf"), s + added)
+        if EDGE:
+            keep = (inner < left)[None, :]
+            if CAUSAL:
+                keep = keep & (rows[:, None] >= (start + inner)[None, :])
+            s = tl.where(keep, s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, axis=1))
+        # Where a row has met no key yet, its maximum is -inf, and subtracting that from itself would make NaN.
+        base = tl.where(new == float("-inf"), 0.0, new) if MASK > 0 else new
+        p, fade = tl.exp2(s - base[:, None]), tl.exp2(top - base)
+        total = total * fade + tl.sum(p, axis=1)
+        v0 = _rows(v + far * v_l, inner, v_l, left, 0, D0, DIM, EDGE)
+        acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * fade[:, None], input_precision=PRECISION)
+        if D1 > 0:
+            v1 = _rows(v + far * v_l, inner, v_l, left, D0, D1, DIM, EDGE)
+            acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * fade[:, None], input_precision=PRECISION)
+        top = new
+    return acc0, acc1, top, total
+
+
+@triton.jit
+def attention_kernel(
+    q, k, v, mask, key_lengths, out, scale,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, m_b, m_h, m_q, m_k, o_b, o_h, o_l, heads, share, queries, keys,
+    UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr,
+    LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one head.  Strides of q, k, v and out are in units of UNIT elements; ``share`` query heads
+    have one key head; DIM = D0 + D1, or less where the last is padded in registers; MASK: 0 none, 1 boolean, 2 added.
+    """
+    tiles = tl.cdiv(queries, BLOCK_M)
+    tile, bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if CAUSAL:
+        tile = tiles - 1 - tile  # the longest first
+    b, h = (bh // heads).to(tl.int64), (bh % heads).to(tl.int64)
+    q_l, k_l, v_l, o_l = q_l * UNIT, k_l * UNIT, v_l * UNIT, o_l * UNIT
+    first = tile * BLOCK_M
+    rows, near = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_M)
+    q += (b * q_b + h * q_h) * UNIT + first.to(tl.int64) * q_l
+    k += (b * k_b + h // share * k_h) * UNIT
+    v += (b * v_b + h // share * v_h) * UNIT
+    out += (b * o_b + h * o_h) * UNIT + first.to(tl.int64) * o_l
+    mask += b * m_b + h * m_h
+    q0 = _rows(q, near, q_l, queries - first, 0, D0, DIM, True)
+    q1 = _rows(q, near, q_l, queries - first, D0, D1, DIM, True) if D1 > 0 else q0
+    acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
+    acc1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 1), tl.float32)
+    top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    length = tl.maximum(tl.minimum(tl.load(key_lengths + b).to(tl.int32), keys), 0) if LENGTHS else tl.cast(keys, tl.int32)
+    end = tl.minimum(length, first + BLOCK_M) if CAUSAL else length
+    # Blocks before ``sure`` are whole and, where CAUSAL, before every query of this tile.
+    sure = (tl.minimum(length, first + 1) if CAUSAL else length) // BLOCK_N * BLOCK_N
+    acc0, acc1, top, total = _walk(
+        q0, q1, acc0, acc1, top, total, k, v, mask, rows, 0, sure, length, scale, k_l, v_l, m_q, m_k, queries,
+        DIM, D0, D1, MASK, CAUSAL, False, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    acc0, acc1, top, total = _walk(
+        q0, q1, acc0, acc1, top, total, k, v, mask, rows, sure, end, length, scale, k_l, v_l, m_q, m_k, queries,
+        DIM, D0, D1, MASK, CAUSAL, True, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    share_of = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]  # nothing to attend: zeros
+    keep, d = (rows < queries)[:, None], tl.arange(0, D0)[None, :]
+    at = out + near[:, None] * o_l
+    tl.store(at + d, (acc0 * share_of).to(out.dtype.element_ty), mask=keep & (d < DIM))
+    if D1 > 0:
+        d = D0 + tl.arange(0, D1)[None, :]
+        tl.store(at + d, (acc1 * share_of).to(out.dtype.element_ty), mask=keep & (d < DIM))
+
+
+@dataclass(frozen=True)
+class Config:
+    """``block_m`` queries by ``block_n`` keys; ``split``: the head dimension in two powers of two; ``precision``: of
+    products of float32 inputs."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    split: bool = False
+    precision: str = "ieee"
+
+
+def widths(dim: int, split: bool) -> tuple[int, int]:
+    """The head dimension as tile widths (D0, D1): two powers of two where that is less than one, else (one, 0)."""
+    whole = max(SMALLEST, power(dim))
+    head = whole // 2
+    tail = max(SMALLEST, power(dim - head))
+    return (head, tail) if split and head >= SMALLEST and head + tail < whole else (whole, 0)
+
+
+def shared(config: Config, dim: int, size: int) -> int:
+    """About the shared memory (bytes) a configuration needs: the pipelined keys and values, and the queries."""
+    return sum(widths(dim, config.split)) * size * (config.block_m + 2 * config.num_stages * config.block_n)
+
+
+def key(q: Tensor, k: Tensor, v: Tensor, mask: Any, key_lengths: Any, causal: bool, scale: Any) -> str:
+    """Head dimension, dtype, lengths to the next power of two, and what masks there are."""
+    kinds = ("causal " if causal else "") + ("" if mask is None else f"{mask.dtype} ".removeprefix("torch."))
+    return f"{kinds}{q.shape[-1]} {power(q.shape[-2])}x{power(k.shape[-2])} {str(q.dtype).removeprefix('torch.')}"
+
+
+def default(q: Tensor, k: Tensor, *rest: Any) -> Config:
+    """Tiles that fit registers; heads wider than 64 are split where that saves a quarter or more of the arithmetic."""
+    dim, small = q.shape[-1], q.dtype != torch.float32
+    split = dim > 64 and sum(widths(dim, True)) * 4 <= 3 * sum(widths(dim, False))
+    wide = sum(widths(dim, split))
+    if small:
+        block_m, block_n, warps, stages = (128, 64, 4, 3) if wide <= 64 else (128, 64, 8, 3 if wide <= 160 else 2)
+    else:
+        block_m, block_n, warps, stages = (64, 32, 4, 2) if wide <= 64 else (32, 32, 4, 2)
+    block_m = min(block_m, max(16, power(q.shape[-2])))
+    block_n = min(block_n, max(16, power(k.shape[-2])))
+    return Config(block_m, block_n, min(warps, max(1, block_m // 16)), stages, split)
+
+
+def space(q: Tensor, k: Tensor, *rest: Any) -> Iterator[Config]:
+    """What fits shared memory with at most 128 accumulator and 96 score registers a thread; both forms of the head."""
+    dim, size = q.shape[-1], q.element_size()
+    forms = (False, True) if widths(dim, True)[1] else (False,)
+    for split in forms:
+        wide = sum(widths(dim, split))
+        for block_m in (16, 32, 64, 128) if size == 2 else (16, 32, 64):
+            for block_n in (32, 64, 128) if size == 2 else (16, 32, 64):
+                for warps in (4, 8):
+                    registers = block_m / (32 * warps)
+                    if block_m > max(16, power(q.shape[-2])) or block_n > max(32, power(k.shape[-2])):
+                        continue
+                    if registers * wide > 128 or registers * block_n > 96 or block_m < 8 * warps:
+                        continue
+                    for stages in (2, 3, 4) if size == 2 else (1, 2):
+                        for precision in ("ieee",) if size == 2 else ("ieee", "tf32x3"):
+                            config = Config(block_m, block_n, warps, stages, split, precision)
+                            if shared(config, dim, size) <= SHARED_BYTES:
+                                yield config
+
+
+def _masking(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:
+    """The kind of mask, and its strides broadcast to (B, Hq, Lq, Lk)."""
+    if mask is None:
+        return _NO_MASK, (0, 0, 0, 0)
+    return _BOOLEAN if mask.dtype == torch.bool else _ADDITIVE, spread_mask(mask, q, k).stride()
+
+
+def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
+    """One launch."""
+    q, k, v, mask, key_lengths, causal, scale = args
+    kind, strides = _masking(mask, q, k)
+    q, k, v, out = (heads(t) for t in (q, k, v, outs[0]))
+    (batch, count, queries, dim), keys = q.shape, k.shape[2]
+    step = unit(q.element_size(), *(s for t in (q, k, v, out) for s in t.stride()[:3]))
+    values: dict[str, Any] = {"q": Use(Q), "k": Use(K), "v": Use(V), "out": out}
+    values |= {"mask": Use(Q if mask is None else MASK), "key_lengths": Use(Q if key_lengths is None else LENGTHS)}
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("o", out)):
+        values |= {f"{name}_{axis}": s // step for axis, s in zip("bhl", tensor.stride()[:3], strict=True)}
+    values |= {f"m_{axis}": s for axis, s in zip("bhqk", strides, strict=True)}
+    values |= {"heads": count, "share": count // max(1, k.shape[1]), "queries": queries, "keys": keys}
+    values |= {"scale": (dim**-0.5 if scale is None else float(scale)) * LOG2E, "UNIT": step, "DIM": dim}
+    values |= dict(zip(("D0", "D1"), widths(dim, config.split), strict=True))
+    values |= {"MASK": kind, "LENGTHS": key_lengths is not None, "CAUSAL": bool(causal)}
+    values |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PRECISION": config.precision}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return (Stage(attention_kernel, (blocks(queries, config.block_m) * batch * count,), values, options),)
+
+
+def decline(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> str | None:
+    """Head dimensions beyond 256, last strides other than 1, mixed dtypes, and dtypes with no product here."""
+    dim = q.shape[-1]
+    if not 0 < dim <= WIDEST or v.shape[-1] != dim:
+        return f"head dimensions {dim} and {v.shape[-1]} are not one in 1..{WIDEST}"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in FLOATS:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}"
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if dim > 1 and tensor.numel() and tensor.stride(-1) != 1:
+            return f"the last stride of {name} is {tensor.stride(-1)}, not 1"
+    if mask is not None and mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        return f"the mask is {mask.dtype}, neither boolean nor floating"
+    return None
+
+
+TUNABLE = Tunable("attention", Config, key, default, space, stages, Path(__file__))
+KERNELS = [Kernel("attention.triton", "cuda", decline, TUNABLE.bind)]

@@ -1,0 +1,224 @@
+"""Compile every Triton kernel for GPUs that need not be there, and read what it takes of them.
+
+    python -m fusegen.kernels.gpu.compile [--arch 90] [--op attention] [--json FILE]
+
+The specialisations are those of the real launches: each specimen's arguments are meta tensors given to the op's own
+``stages``.  Registers, stack and instructions are read from the machine code with the tools in Triton's wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from fusegen.kernels import op as registry
+from fusegen.kernels.gpu.launch import ALIGNMENT, Stage
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ARCHITECTURES = (80, 90, 100)
+OPS = ("attention", "group_norm", "layer_norm", "noise_normal", "sampler_step")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+_TYPES = {FP32: "fp32", BF16: "bf16", FP16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """One set of arguments, as meta tensors in schema order."""
+
+    op: str
+    name: str
+    args: Callable[[], tuple[Any, ...]]
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The launches of the configuration that serves without tuning."""
+        module = importlib.import_module(f"fusegen.kernels.gpu.{self.op}")
+        spec = importlib.import_module(f"fusegen.kernels.{self.op}")
+        args = self.args()
+        if reason := module.KERNELS[0].decline(*args):
+            raise ValueError(f"{self.op} declines {self.name}: {reason}")
+        outs = spec.OP.allocate(*args)
+        if hasattr(module, "TUNABLE"):
+            return tuple(module.stages(outs, args, module.TUNABLE.default(*args)))
+        return tuple(module.stages(outs, args))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes.  ``shared`` and ``stack`` are bytes, ``spills`` loads and stores of local memory
+    in the code, ``matrix`` and ``wide`` the instructions that multiply matrices and that load 16 bytes a thread."""
+
+    op: str
+    specimen: str
+    kernel: str
+    arch: int
+    warps: int
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+    matrix: str
+    wide: int
+    triton: str = triton.__version__
+
+
+def _meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _attention(dtype: torch.dtype, dim: int, keys: int, **more: Any) -> tuple[Any, ...]:
+    q, k = _meta(2, 1024, 8, dim, dtype=dtype), _meta(2, keys, 8, dim, dtype=dtype)
+    given = {"mask": None, "lengths": None, "causal": False} | more
+    heads = (x.transpose(1, 2) for x in (q, k, torch.empty_like(k)))
+    return (*heads, given["mask"], given["lengths"], given["causal"], None)
+
+
+def _group_norm(dtype: torch.dtype, shape: tuple[int, ...], last: bool) -> tuple[Any, ...]:
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+    return (x, 32, _meta(shape[1], dtype=dtype), _meta(shape[1], dtype=dtype), 1e-5, "silu")
+
+
+def _sampler(dtype: torch.dtype, rescale: float) -> tuple[Any, ...]:
+    x = _meta(2, 4, 64, 64)
+    seeds = _meta(2, dtype=torch.int64)
+    return (x, _meta(4, 4, 64, 64, dtype=dtype), _meta(18), _meta(8, 2, 4, 64, 64), seeds, _meta(2), rescale)
+
+
+def specimens(ops: Sequence[str] = OPS) -> Iterator[Specimen]:
+    """Each op over dtypes, head dimensions, layouts and paths."""
+
+    def one(op: str, name: str, build: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Specimen]:
+        if op in ops:
+            yield Specimen(op, name, lambda: build(*args, **kwargs))
+
+    for dtype in (BF16, FP16, FP32):
+        kind = _TYPES[dtype]
+        for dim in (40, 64, 72, 80, 96, 128, 160, 256) if dtype != FP16 else (64, 128):
+            yield from one("attention", f"{kind} d{dim}", _attention, dtype, dim, 1024)
+        for last in (False, True):
+            where = "channels-last" if last else "contiguous"
+            for shape in ((2, 320, 64, 64), (2, 1280, 8, 8)):
+                name = f"{kind} {shape[1]}x{shape[2]}x{shape[3]} {where}"
+                yield from one("group_norm", name, _group_norm, dtype, shape, last)
+        for width in (160, 1280, 5120):
+            build = lambda d, w: (_meta(4096, w, dtype=d), _meta(w, dtype=d), _meta(w, dtype=d), 1e-5)  # noqa: E731
+            yield from one("layer_norm", f"{kind} {width}", build, dtype, width)
+        for rescale in (0.0, 0.7):
+            yield from one("sampler_step", f"{kind} rescale {rescale}", _sampler, dtype, rescale)
+    mask = _meta(2, 8, 1024, 1024, dtype=torch.bool)
+    yield from one("attention", "bf16 d64 causal", _attention, BF16, 64, 1024, causal=True)
+    yield from one("attention", "bf16 d40 on 77 keys", _attention, BF16, 40, 77)
+    yield from one("attention", "bf16 d64 boolean mask", _attention, BF16, 64, 1024, mask=mask)
+    yield from one("attention", "bf16 d64 added mask", _attention, BF16, 64, 1024, mask=mask.to(BF16))
+    lengths = _meta(2, dtype=torch.int64)
+    yield from one("attention", "bf16 d64 key lengths", _attention, BF16, 64, 1024, lengths=lengths)
+    yield from one("noise_normal", "4x64x64", lambda: (_meta(2, dtype=torch.int64), [4, 64, 64], 7, 0))
+
+
+def source(stage: Stage, args: Sequence[Any]) -> ASTSource:
+    """The stage as Triton would specialise it at a launch: 16-byte aligned pointers, ones and multiples of 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, (param, value) in enumerate(zip(stage.fn.params, stage.positional(args), strict=True)):
+        one = isinstance(value, int) and value == 1 and not param.do_not_specialize
+        if param.is_constexpr or one:
+            signature[param.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[param.name], attributes[(i,)] = "*" + _TYPES[value.dtype], [["tt.divisibility", ALIGNMENT]]
+        elif isinstance(value, float):
+            signature[param.name] = "fp32"
+        else:
+            signature[param.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % ALIGNMENT == 0 and not param.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
+    return ASTSource(stage.fn, signature, constants, attributes)
+
+
+def _tool(name: str, *args: str) -> str:
+    return subprocess.run([str(_BIN / name), *args], capture_output=True, text=True, check=True).stdout
+
+
+def compile_for(specimen: Specimen, arch: int) -> Iterator[Usage]:
+    """Compile each launch of a specimen; raises what Triton or its assembler raises."""
+    args = specimen.args()
+    for stage in specimen.stages():
+        made = triton.compile(source(stage, args), GPUTarget("cuda", arch, 32), options=dict(stage.options))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(made.asm["cubin"])
+            usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
+            code = Counter(re.findall(r"^\s+(?:/\*.*?\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", _tool("nvdisasm", "-c", str(path)), re.M))
+        find = lambda field: int(re.search(rf"{field}:(\d+)", usage)[1])  # type: ignore[index]  # noqa: B023, E731
+        count = lambda *starts: sum(n for name, n in code.items() if name.startswith(starts))  # noqa: B023, E731
+        matrix = [f"{n} {name}" for name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA") if (n := count(name))]
+        yield Usage(
+            op=specimen.op,
+            specimen=specimen.name,
+            kernel=stage.fn.__name__,
+            arch=arch,
+            warps=stage.options["num_warps"],
+            registers=find("REG"),
+            shared=made.metadata.shared,
+            stack=find("STACK"),
+            spills=count("LDL", "STL"),
+            matrix=", ".join(matrix),
+            wide=sum(n for name, n in code.items() if name.startswith(("LDG", "LDGSTS")) and ".128" in name),
+        )
+
+
+def run(ops: Sequence[str], archs: Sequence[int]) -> list[Usage]:
+    """Every specimen for every architecture, with a progress bar on standard error."""
+    from rich.console import Console
+    from rich.progress import track
+
+    jobs = [(s, a) for s in specimens(ops) for a in archs]
+    steps = track(jobs, "compiling", console=Console(stderr=True), transient=True)
+    return [usage for specimen, arch in steps for usage in compile_for(specimen, arch)]
+
+
+def show(usages: Sequence[Usage]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"What each Triton kernel takes of a GPU (Triton {triton.__version__})")
+    for name in ("op", "specimen", "kernel", "sm", "warps", "registers", "shared", "stack", "spills", "matrix", "16-byte loads"):
+        table.add_column(name, justify="left" if name in ("op", "specimen", "kernel", "matrix") else "right")
+    for u in usages:
+        cells = (u.arch, u.warps, u.registers, u.shared, u.stack, u.spills, u.matrix, u.wide)
+        table.add_row(u.op, u.specimen, u.kernel, *map(str, cells), style="red" if u.spills else "")
+    console = Console()
+    (console if console.is_terminal else Console(width=150)).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 1 where a kernel spills registers."""
+    parser = argparse.ArgumentParser(prog="python -m fusegen.kernels.gpu.compile", description=__doc__)
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="only this one (80, 90, 100)")
+    parser.add_argument("--op", action="append", choices=OPS, help="only this op (may be repeated)")
+    parser.add_argument("--json", type=Path, help="write the table to this file as well")
+    args = parser.parse_args(argv)
+    registry.ops()
+    usages = run(args.op or OPS, args.arch or ARCHITECTURES)
+    show(usages)
+    if args.json:
+        args.json.write_text("[\n" + ",\n".join(json.dumps(asdict(u)) for u in usages) + "\n]\n")
+    return int(any(u.spills for u in usages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

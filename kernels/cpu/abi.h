@@ -31,6 +31,48 @@ struct fg_attention_args {
   double scale;
 };
 
+// Normalization and sampling.  Weight and bias may be null; each has its own dtype: float32 or x's.
+
+// Group normalization of (batch, channels, pixels), then SiLU where `silu`; see group_norm.cpp.
+struct fg_group_norm_args {
+  const void *x, *weight, *bias;
+  void *out;
+  int64_t dtype, weight_dtype, bias_dtype;
+  int64_t batch, channels, groups, pixels;
+  int64_t x_batch;  // stride; each sample is dense, and so is out
+  int64_t channels_last, silu;
+  double eps;
+};
+
+// Layer normalization of outer x inner rows of `width` elements; out is dense.
+struct fg_layer_norm_args {
+  const void *x, *weight, *bias;
+  void *out;
+  int64_t dtype, weight_dtype, bias_dtype;
+  int64_t outer, inner, width;
+  int64_t x_outer, x_inner;  // strides
+  double eps;
+};
+
+// Normal noise (batch, count) of (seed, step, sample, element); see normal.h.
+struct fg_noise_normal_args {
+  const void *seeds;  // (batch,) int64
+  void *out;          // (batch, count) float32
+  const void *table;  // kernels/noise_normal.py's, coefficient-major
+  int64_t batch, count, seeds_stride, step, sample;
+};
+
+// One sampler step; see kernels/sampler_step.py.  All tensors are contiguous, float32 but for out and input.
+struct fg_sampler_step_args {
+  const void *x, *out, *row;
+  void *history;
+  const void *seeds, *guidance, *table;
+  void *next, *input, *denoised;
+  int64_t dtype;  // of out and input
+  int64_t batch, count, guided;
+  double rescale;
+};
+
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {
   int (*function)(const void *);

@@ -122,6 +122,10 @@ FG_API int64_t fg_sizeof(const char *op) {
   };
   static const Row rows[] = {
       {"attention", sizeof(fg_attention_args)},
+      {"sampler_step", sizeof(fg_sampler_step_args)},
+      {"noise_normal", sizeof(fg_noise_normal_args)},
+      {"layer_norm", sizeof(fg_layer_norm_args)},
+      {"group_norm", sizeof(fg_group_norm_args)},
   };
   for (const Row &row : rows) {
     const char *a = row.op, *b = op;

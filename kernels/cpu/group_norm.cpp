@@ -1,0 +1,287 @@
+// levels: scalar avx2 avx512
+// Group normalization (+ SiLU), contiguous and channels-last.
+//
+// A group's statistics are taken chunk by chunk and merged in the chunks' order; the chunks depend on the sizes of one
+// sample alone, so neither threads nor batch change a bit.  Where the groups of one work item fit the second-level
+// cache, the item takes the statistics and normalizes: memory is read once.  Else the two are separate sweeps.
+#include "abi.h"
+#include "moments.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t kResident = 1 << 20;   // bytes of x that one work item may hold in cache
+constexpr int64_t kSmall = 1 << 15;      // bytes of x below which one thread is enough
+constexpr int64_t kChunk = 4096;         // elements of a contiguous chunk
+constexpr int64_t kRows = 256;           // pixels of a channels-last chunk
+constexpr int64_t kTile = 256;           // channels of it handled together
+
+// y sigmoid(y).  The bound keeps 1 + e^-y finite.
+FG_INLINE vf silu(vf y) { return div(y, add(set1(1.0f), exp(min(set1(88.0f), sub(set1(0.0f), y))))); }
+
+template <bool kSilu>
+FG_INLINE vf normalized(vf x, vf mean, vf scale, vf shift) {
+  vf y = fma(sub(x, mean), scale, shift);
+  return kSilu ? silu(y) : y;
+}
+
+// What all work items share.  `channel` holds, per sample, three rows of C: the mean's float32 part, scale, shift.
+struct Shared {
+  const fg_group_norm_args *a;
+  int64_t width, chunks, chunk;  // channels a group; chunks a sample or slab, and their pixels or elements
+  Moments *partial;              // [batch][chunk][group]
+  float *channel;                // [batch][3][C]
+  Moments *at(int64_t b, int64_t chunk_index, int64_t group) const {
+    return partial + (b * chunks + chunk_index) * a->groups + group;
+  }
+};
+
+template <class T>
+FG_INLINE const T *input(const fg_group_norm_args *a, int64_t b) {
+  return static_cast<const T *>(a->x) + b * a->x_batch;
+}
+template <class T>
+FG_INLINE T *output(const fg_group_norm_args *a, int64_t b) {
+  return static_cast<T *>(a->out) + b * a->channels * a->pixels;
+}
+
+// Groups contiguous in memory: a chunk is kChunk elements of the group's slab.
+template <class T, bool kSilu>
+struct Contiguous {
+  static void statistics(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
+    const int64_t slab = s.width * s.a->pixels, first = chunk * s.chunk;
+    const int64_t n = slab - first < s.chunk ? slab - first : s.chunk;
+    for (int64_t g = g0; g < g1; ++g) *s.at(b, chunk, g) = moments_of(input<T>(s.a, b) + g * slab + first, n);
+  }
+  static void apply(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
+    const int64_t pixels = s.a->pixels, slab = s.width * pixels, channels = s.a->channels;
+    const int64_t first = chunk * s.chunk, last = slab - first < s.chunk ? slab : first + s.chunk;
+    const float *means = s.channel + b * 3 * channels;
+    for (int64_t g = g0; g < g1; ++g)
+      for (int64_t e = first; e < last;) {
+        int64_t c = e / pixels, end = (c + 1) * pixels < last ? (c + 1) * pixels : last;
+        const float *own = means + g * s.width + c;
+        row(input<T>(s.a, b) + g * slab + e, output<T>(s.a, b) + g * slab + e, end - e, own[0], own[channels],
+            own[2 * channels]);
+        e = end;
+      }
+  }
+  FG_INLINE void row(const T *x, T *out, int64_t n, float mean, float scale, float shift) {
+    const vf m = set1(mean), a = set1(scale), b = set1(shift);
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+      vf y = normalized<kSilu>(load(x + i), m, a, b), z = normalized<kSilu>(load(x + i + W), m, a, b);
+      store(out + i, y);
+      store(out + i + W, z);
+    }
+    for (; i < n; i += W) {
+      int rest = n - i < W ? static_cast<int>(n - i) : W;
+      store_n(out + i, normalized<kSilu>(load_n(x + i, rest), m, a, b), rest);
+    }
+  }
+};
+
+// Channels innermost: a chunk is some pixels, of which an item handles the columns of its groups.
+template <class T, bool kSilu>
+struct ChannelsLast {
+  // sum[c] += x[r][c] over the rows of a tile at most kTile columns wide.
+  FG_INLINE void sums(const T *x, int64_t stride, int64_t rows, int64_t columns, float *sum) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4)
+      for (int64_t c = 0; c < columns; c += W) {
+        const T *p = x + r * stride + c;
+        int n = columns - c < W ? static_cast<int>(columns - c) : W;
+        vf pair = add(load_some(p, n), load_some(p + stride, n));
+        vf other = add(load_some(p + 2 * stride, n), load_some(p + 3 * stride, n));
+        store(sum + c, add(load(sum + c), add(pair, other)));
+      }
+    for (; r < rows; ++r)
+      for (int64_t c = 0; c < columns; c += W) {
+        int n = columns - c < W ? static_cast<int>(columns - c) : W;
+        store(sum + c, add(load(sum + c), load_some(x + r * stride + c, n)));
+      }
+  }
+  FG_INLINE vf load_some(const T *p, int n) { return n == W ? load(p) : load_n(p, n); }
+
+  // The same of d = x - centre[c] and of d^2.
+  FG_INLINE void squares(const T *x, int64_t stride, int64_t rows, int64_t columns, const float *centre, float *sum,
+                         float *square) {
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2)
+      for (int64_t c = 0; c < columns; c += W) {
+        const T *p = x + r * stride + c;
+        int n = columns - c < W ? static_cast<int>(columns - c) : W;
+        vf m = load(centre + c);
+        vf d = sub(load_some(p, n), m), e = sub(load_some(p + stride, n), m);
+        store(sum + c, add(load(sum + c), add(d, e)));
+        store(square + c, fma(e, e, fma(d, d, load(square + c))));
+      }
+    for (; r < rows; ++r)
+      for (int64_t c = 0; c < columns; c += W) {
+        int n = columns - c < W ? static_cast<int>(columns - c) : W;
+        vf d = sub(load_some(x + r * stride + c, n), load(centre + c));
+        store(sum + c, add(load(sum + c), d));
+        store(square + c, fma(d, d, load(square + c)));
+      }
+  }
+
+  // Moments of `groups` groups side by side, `width` columns each (together at most kTile).
+  static void tile(const T *x, int64_t stride, int64_t rows, int64_t groups, int64_t width, Moments *out) {
+    float sum[kTile + W] = {}, centre[kTile + W] = {}, square[kTile + W] = {};
+    const double count = static_cast<double>(rows * width);
+    sums(x, stride, rows, groups * width, sum);
+    for (int64_t g = 0; g < groups; ++g) {
+      double total = 0;
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) total += static_cast<double>(sum[c]);
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) centre[c] = static_cast<float>(total / count), sum[c] = 0;
+    }
+    for (int64_t c = groups * width; c < kTile + W; ++c) sum[c] = 0;
+    squares(x, stride, rows, groups * width, centre, sum, square);
+    for (int64_t g = 0; g < groups; ++g) {
+      double s = 0, q = 0;
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) s += static_cast<double>(sum[c]), q += static_cast<double>(square[c]);
+      out[g] = {static_cast<double>(centre[g * width]) + s / count, q - s * s / count};
+    }
+  }
+
+  static void statistics(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
+    const int64_t channels = s.a->channels, first = chunk * s.chunk;
+    const int64_t rows = s.a->pixels - first < s.chunk ? s.a->pixels - first : s.chunk;
+    const T *x = input<T>(s.a, b) + first * channels;
+    if (s.width <= kTile) {
+      const int64_t step = kTile / s.width;
+      for (int64_t g = g0; g < g1; g += step)
+        tile(x + g * s.width, channels, rows, g1 - g < step ? g1 - g : step, s.width, s.at(b, chunk, g));
+      return;
+    }
+    for (int64_t g = g0; g < g1; ++g) {  // a group wider than a tile: merge its parts
+      Moments whole{0, 0};
+      for (int64_t c = 0; c < s.width; c += kTile) {
+        int64_t part = s.width - c < kTile ? s.width - c : kTile;
+        Moments m[2] = {whole, {0, 0}};
+        tile(x + g * s.width + c, channels, rows, 1, part, m + 1);
+        whole = merged(m, 2, 1, static_cast<double>(rows * c), static_cast<double>(rows * part));
+      }
+      *s.at(b, chunk, g) = whole;
+    }
+  }
+
+  static void apply(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
+    const int64_t channels = s.a->channels, first = chunk * s.chunk;
+    const int64_t last = s.a->pixels - first < s.chunk ? s.a->pixels : first + s.chunk;
+    const int64_t c0 = g0 * s.width, columns = (g1 - g0) * s.width;
+    const float *mean = s.channel + b * 3 * channels + c0, *scale = mean + channels, *shift = scale + channels;
+    for (int64_t r = first; r < last; r += 4) {
+      const int64_t rows = last - r < 4 ? last - r : 4;
+      const T *x = input<T>(s.a, b) + r * channels + c0;
+      T *out = output<T>(s.a, b) + r * channels + c0;
+      for (int64_t c = 0; c < columns; c += W) {
+        int n = columns - c < W ? static_cast<int>(columns - c) : W;
+        vf m = n == W ? load(mean + c) : load_n(mean + c, n), k = n == W ? load(scale + c) : load_n(scale + c, n);
+        vf h = n == W ? load(shift + c) : load_n(shift + c, n);
+        if (n == W && rows == 4)
+          for (int64_t i = 0; i < 4; ++i)
+            store(out + i * channels + c, normalized<kSilu>(load(x + i * channels + c), m, k, h));
+        else
+          for (int64_t i = 0; i < rows; ++i)
+            store_n(out + i * channels + c, normalized<kSilu>(load_n(x + i * channels + c, n), m, k, h), n);
+      }
+    }
+  }
+};
+
+// The rows of s.channel for groups [g0, g1) of a sample.
+template <bool kLast>
+void finish(const Shared &s, int64_t b, int64_t g0, int64_t g1) {
+  const fg_group_norm_args *a = s.a;
+  const int64_t unit = kLast ? s.width : 1, all = kLast ? a->pixels : a->pixels * s.width;
+  const double full = static_cast<double>(s.chunk * unit);
+  const double last = static_cast<double>((all - (s.chunks - 1) * s.chunk) * unit);
+  float *mean = s.channel + b * 3 * a->channels, *scale = mean + a->channels, *shift = scale + a->channels;
+  for (int64_t g = g0; g < g1; ++g) {
+    Moments m = merged(s.at(b, 0, g), s.chunks, a->groups, full, last);
+    float high = static_cast<float>(m.mean);
+    double deviation = 1.0 / __builtin_sqrt(m.m2 / static_cast<double>(a->pixels * s.width) + a->eps);
+    for (int64_t c = g * s.width; c < (g + 1) * s.width; ++c) {
+      double k = deviation * static_cast<double>(parameter(a->weight, a->weight_dtype, c, 1.0f));
+      mean[c] = high;
+      scale[c] = static_cast<float>(k);
+      shift[c] = static_cast<float>(static_cast<double>(parameter(a->bias, a->bias_dtype, c, 0.0f)) - (m.mean - high) * k);
+    }
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many groups of a sample one work item takes whole, or 0 where the sweeps are to be separate.
+template <bool kLast>
+int64_t groups_an_item(const fg_group_norm_args *a, int64_t group_bytes, int64_t element) {
+  int64_t most = kResident / (group_bytes > 0 ? group_bytes : 1);
+  most = most < a->groups ? most : a->groups;
+  if (!most) return 0;
+  int64_t even = ceil_div(a->batch * a->groups, fg_threads());  // an equal share for every thread
+  int64_t groups = even < most ? even : most;
+  if (!kLast && groups * group_bytes > kSmall) groups = kSmall / group_bytes > 1 ? kSmall / group_bytes : 1;
+  // A run of channels shorter than a few cache lines would waste what memory delivers.
+  bool narrow = kLast && groups < a->groups && groups * (a->channels / a->groups) * element < 256;
+  return narrow ? 0 : groups;
+}
+
+template <template <class, bool> class Layout, class T, bool kSilu, bool kLast>
+int normalize(const fg_group_norm_args *a) {
+  using Sweep = Layout<T, kSilu>;
+  Shared s{a, a->channels / a->groups, 0, kLast ? kRows : kChunk, nullptr, nullptr};
+  s.chunks = ceil_div(kLast ? a->pixels : a->pixels * s.width, s.chunk);
+  const int64_t partials = a->batch * s.chunks * a->groups * static_cast<int64_t>(sizeof(Moments));
+  char *memory = static_cast<char *>(fg_scratch(static_cast<size_t>(partials + a->batch * 3 * a->channels * 4)));
+  if (!memory) return FG_NO_MEMORY;
+  s.partial = reinterpret_cast<Moments *>(memory);
+  s.channel = reinterpret_cast<float *>(memory + partials);
+  const int64_t element = static_cast<int64_t>(sizeof(T)), group_bytes = s.width * a->pixels * element;
+  const int64_t grain = a->batch * a->groups * group_bytes < kSmall ? a->batch * a->groups * s.chunks + 1 : 1;
+  if (int64_t step = groups_an_item<kLast>(a, group_bytes, element)) {
+    const int64_t items = ceil_div(a->groups, step);
+    return parallel_for(a->batch * items, grain, [&](int64_t item) {
+      int64_t b = item / items, g0 = item % items * step, g1 = g0 + step < a->groups ? g0 + step : a->groups;
+      for (int64_t i = 0; i < s.chunks; ++i) Sweep::statistics(s, b, i, g0, g1);
+      finish<kLast>(s, b, g0, g1);
+      for (int64_t i = 0; i < s.chunks; ++i) Sweep::apply(s, b, i, g0, g1);
+      return 0;
+    });
+  }
+  const int64_t blocks = kLast ? 1 : a->groups, width = a->groups / blocks, items = a->batch * blocks * s.chunks;
+  auto each = [&](void (*sweep)(const Shared &, int64_t, int64_t, int64_t, int64_t)) {
+    return parallel_for(items, grain, [&](int64_t item) {
+      int64_t chunk = item % s.chunks, block = item / s.chunks % blocks, b = item / s.chunks / blocks;
+      sweep(s, b, chunk, block * width, (block + 1) * width);
+      return 0;
+    });
+  };
+  each(Sweep::statistics);
+  parallel_for(a->batch, 1, [&](int64_t b) { return finish<kLast>(s, b, 0, a->groups), 0; });
+  return each(Sweep::apply);
+}
+
+template <class T>
+int dispatch(const fg_group_norm_args *a) {
+  // With one pixel the two layouts are the same memory, and the channels are the long axis.
+  if (a->channels_last || a->pixels == 1)
+    return a->silu ? normalize<ChannelsLast, T, true, true>(a) : normalize<ChannelsLast, T, false, true>(a);
+  return a->silu ? normalize<Contiguous, T, true, false>(a) : normalize<Contiguous, T, false, false>(a);
+}
+
+}  // namespace
+
+extern "C" int FG_EXPORT(group_norm)(const fg_group_norm_args *args) {
+  if (!args->batch || !args->channels || !args->pixels) return FG_OK;
+  switch (args->dtype) {
+    case FG_FLOAT32:
+      return dispatch<float>(args);
+    case FG_BFLOAT16:
+      return dispatch<bf16>(args);
+    case FG_FLOAT16:
+      return dispatch<fp16>(args);
+    default:
+      return FG_BAD_ARGUMENT;
+  }
+}

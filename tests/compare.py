@@ -1,0 +1,101 @@
+"""How a test compares a kernel with the truth: relative RMS and peak error, against the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusegen.kernels.op import Op, Tolerance
+
+OUTSIDE = 0x5A  # the byte around an output; an overrun would have to write just this
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, tolerance: Tolerance) -> None:
+    """``got`` is within ``tolerance`` of ``want`` (float64): infinities and NaNs stand at the same places.
+
+    The message names ``name``, both errors with their bounds, and the worst element.
+    """
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+    got64, want64 = got.double(), want.double()
+    finite = want64.isfinite()
+    same = torch.where(want64.isnan(), got64.isnan(), got64 == want64) | finite
+    assert bool(same.all()), f"{name}: {int((~same).sum())} infinities or NaNs of the reference are not there"
+    error = torch.where(finite, got64 - want64, 0.0).abs().flatten()
+    if not error.numel():
+        return
+    worst = int(torch.where(error.isnan(), torch.inf, error).argmax())
+    scale = torch.where(finite, want64, 0.0)
+    rms = _ratio(error.square().mean().sqrt(), scale.square().mean().sqrt())
+    peak = _ratio(error[worst], scale.abs().max())
+    where = f"worst at {worst} of {error.numel()}: {got64.flatten()[worst]:.9g}, not {want64.flatten()[worst]:.9g}"
+    line = f"{name}: rms {rms:.3g} (bound {tolerance.rms:.3g}), peak {peak:.3g} (bound {tolerance.peak:.3g}); {where}"
+    assert rms <= tolerance.rms and peak <= tolerance.peak, line
+
+
+def _ratio(error: Tensor, size: Tensor) -> float:
+    """error / size; 0 where both are 0."""
+    return float(error / size) if float(error) != 0.0 else 0.0
+
+
+def tuples(outputs: Any) -> tuple[Tensor, ...]:
+    """An op's return value as a tuple."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def cloned(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with every tensor copied, strides kept."""
+    return tuple(fenced(a)[0] if isinstance(a, Tensor) else a for a in args)
+
+
+def widened(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments in float64 (integers and booleans as they are), copied."""
+    wide = (a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    return tuple(a.clone() if isinstance(a, Tensor) else a for a in wide)
+
+
+def mutated(op: Op, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The arguments that the op writes, by name."""
+    names = [a.name for a in getattr(torch.ops.fusegen, op.name).default._schema.arguments]
+    return {name: args[names.index(name)] for name in op.mutates}
+
+
+def truth(op: Op, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    """What the reference gives in float64: ``output 0`` ... and the mutated arguments, by name."""
+    wide = widened(args)
+    outs = tuples(op.reference(*wide))
+    return {f"output {i}": out for i, out in enumerate(outs)} | mutated(op, wide)
+
+
+def assert_all_close(op: Op, label: str, got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
+    """:func:`assert_close` for every tensor by name, each by the op's tolerance for its own dtype."""
+    for name, tensor in got.items():
+        assert_close(f"{op.name} / {label} / {name}", tensor, want[name], op.tolerance[tensor.dtype])
+
+
+def fenced(tensor: Tensor, fill: Tensor | None = None, margin: int = 61) -> tuple[Tensor, Callable[[str], None]]:
+    """A copy of ``tensor`` with its strides, inside a larger buffer; and a check that nothing beside it was written.
+
+    The memory around and between its elements is NaN (integers: the largest), so that a read of it shows in the
+    result.  ``fill``: what the copy holds instead of the tensor's own values.  ``margin`` elements lie on either side,
+    an odd number: the copy is not aligned.
+    """
+    if tensor.numel() == 0:
+        return tensor.clone(), lambda name: None
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    nothing = float("nan") if tensor.is_floating_point() else True if tensor.dtype == torch.bool else -(2**15)
+    buffer = torch.full((span + 2 * margin,), nothing, dtype=tensor.dtype)
+    once = tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())
+    inside = torch.zeros_like(buffer, dtype=torch.bool)
+    inside.as_strided(tensor.shape, tensor.stride(), margin)[once] = True
+    copy = buffer.as_strided(tensor.shape, tensor.stride(), margin)
+    copy[once] = (tensor if fill is None else fill.expand(tensor.shape))[once]
+    before = buffer[~inside].clone()
+
+    def check(name: str) -> None:
+        after = buffer[~inside].contiguous()
+        assert torch.equal(after.view(torch.uint8), before.view(torch.uint8)), f"{name}: memory beside it was written"
+
+    return copy, check

@@ -28,12 +28,16 @@ BOUNDS = {
     "constants": "exact, as computed on the CPU",
     "compute dtype": "rounds to the dtype at each operator",
     "dead code": "exact",
+    "linears of one input": "reassociates sums",
 }
+_FUSED = "rounds once where the graph rounded after each operator"
 
 
 def bound(rule: str) -> str:
     """What the rule named in an :class:`~fusegen.runtime.program.Applied` may do to a result."""
-    return BOUNDS.get(rule, f"within the tolerance of {rule.split(':')[0]}")
+    op, _, spelling = rule.partition(": ")
+    known = spelling and f"fusegen.{op}.default" in patterns.spellings()
+    return BOUNDS.get(rule, f"within the tolerance of {op}" if known else _FUSED)
 
 
 def rewrite(program: Program, dtype: torch.dtype | None = None) -> Program:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from fusegen.kernels import op as registry
 from fusegen.runtime.errors import GraphError
 from fusegen.runtime.program import Applied, Node, Program, Ref, refs
 from fusegen.runtime.read.operators import complete
-from fusegen.runtime.rewrite.graph import spec_of
+from fusegen.runtime.rewrite.graph import overload, spec_of
 from fusegen.runtime.rewrite.pattern import SWAPS, Half, Literal, Pattern, from_end, is_half
+from fusegen.runtime.rewrite.patterns import spellings
 
 
 @dataclass(frozen=True)
@@ -192,15 +192,14 @@ def replace_spellings(
 
 def _fused(program: Program, pattern: Pattern, root: Node, state: State) -> Node | str:
     """The node of the fused op, or the reason there is none."""
-    spelling = next(s for s in registry.get(pattern.op).spellings if s.name == pattern.spelling)
+    spelling = next(s for s in spellings()[pattern.op] if s.name == pattern.spelling)
     captures = {k: _captured(program, v) for k, v in state.bound.items() if k != "(half)"}
     given = spelling.call(**captures)
     if isinstance(given, str):
         return given
     args = {k: Ref(v.name) if isinstance(v, Captured) else v for k, v in given.items()}
-    handle = getattr(torch.ops.fusegen, pattern.op).default
     try:
-        return replace(root, op=f"fusegen.{pattern.op}.default", args=complete(handle, args, root.name))
+        return replace(root, op=pattern.op, args=complete(overload(pattern.op), args, root.name))
     except GraphError as error:
         raise GraphError(f"the spelling {pattern.spelling!r} of {pattern.op} is wrong: {error}") from None
 

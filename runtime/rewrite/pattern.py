@@ -77,7 +77,7 @@ class Pattern:
     @property
     def rule(self) -> str:
         """Its name in :class:`~fusegen.runtime.program.Applied`."""
-        return f"{self.op}: {self.spelling}"
+        return f"{self.op.split('.')[1]}: {self.spelling}"
 
 
 def from_end(op: str, name: str, value: Any, rank: int | None) -> Any:

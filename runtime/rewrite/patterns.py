@@ -1,8 +1,8 @@
-"""The patterns of every op's spellings, from a file that is traced ahead of time.
+"""The patterns of all spellings, from a file that is traced ahead of time.
 
 Tracing costs about a second in imports, so ``patterns.json`` ships beside this module, each op's part keyed by a digest
-of its spellings' source; an op that is not in the file, or has changed since, is traced when first needed.  After a change
-to spellings::
+of its spellings' source; an op that is not in the file, or has changed since, is traced when first needed.  After a
+change to spellings::
 
     python -m fusegen.runtime.rewrite.trace
 """
@@ -13,27 +13,34 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusegen.kernels import op as registry
-from fusegen.kernels.op import Op
+from fusegen.kernels.op import Spelling
 from fusegen.runtime.errors import GraphError
 from fusegen.runtime.program import Node
 from fusegen.runtime.read.operators import complete
 from fusegen.runtime.rewrite import pattern as form
 from fusegen.runtime.rewrite.graph import overload
 from fusegen.runtime.rewrite.pattern import Pattern
+from fusegen.runtime.rewrite.spellings import ATEN
 
 FILE = Path(__file__).with_name("patterns.json")
 
 
-def digest(op: Op) -> str:
-    """A digest of the source of the op's spellings; empty where there is no source to read."""
-    parts = [f"{op.name}{op.schema}"]
+def spellings() -> dict[str, Sequence[Spelling]]:
+    """The op of a node -> the spellings it replaces: those of every registered op, then ATen's."""
+    own = {f"fusegen.{name}.default": op.spellings for name, op in sorted(registry.ops().items()) if op.spellings}
+    return {**own, **ATEN}
+
+
+def digest(op: str, given: Sequence[Spelling]) -> str:
+    """A digest of the source of an op's spellings; empty where there is no source to read."""
+    parts = [op]
     try:
-        for spelling in op.spellings:
+        for spelling in given:
             parts += [spelling.name, inspect.getsource(spelling.eager), inspect.getsource(spelling.inputs)]
     except (OSError, TypeError):
         return ""
@@ -42,17 +49,17 @@ def digest(op: Op) -> str:
 
 @functools.cache
 def load() -> tuple[Pattern, ...]:
-    """Every op's patterns: larger ones first, then in the order of ops' names and of their spellings."""
+    """Every op's patterns: larger ones first, then in the order of ops and of their spellings."""
     shipped = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     found: list[Pattern] = []
-    for name, op in sorted(registry.ops().items()):
-        entry = shipped.get(name)
-        if entry is not None and entry["digest"] and entry["digest"] == digest(op):
-            found += [form.from_json(name, p) for p in entry["patterns"]]
-        elif op.spellings:
+    for op, given in spellings().items():
+        entry = shipped.get(op)
+        if entry is not None and entry["digest"] and entry["digest"] == digest(op, given):
+            found += [form.from_json(op, p) for p in entry["patterns"]]
+        else:
             from fusegen.runtime.rewrite.trace import trace_op  # a second of imports, so only when needed
 
-            found += trace_op(op)
+            found += trace_op(op, given)
     known = [p for p in map(_completed, found) if p is not None]
     return tuple(sorted(known, key=lambda p: -len(p.nodes)))
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 import inspect
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fusegen.kernels import op as registry
-from fusegen.kernels.op import Op, Spelling
+from fusegen.kernels.op import Spelling
 from fusegen.runtime.program import Node, Program, Ref, TensorSpec
 from fusegen.runtime.read.operators import complete
 from fusegen.runtime.rewrite import clean, patterns
@@ -27,10 +26,10 @@ from fusegen.runtime.rewrite.pattern import DIMS, HALF, IGNORED, Literal, Patter
 CAST = "aten.to.dtype"
 
 
-def trace_op(op: Op) -> list[Pattern]:
+def trace_op(op: str, given: Sequence[Spelling]) -> list[Pattern]:
     """The patterns of all spellings of an op; where one casts, its form in half precision follows."""
     found = []
-    for spelling in op.spellings:
+    for spelling in given:
         program = trace_spelling(spelling, torch.float32)
         found.append(_pattern(op, spelling, program, half=False))
         if any(n.op == CAST for n in program.nodes):
@@ -99,17 +98,17 @@ def _value(value: Any, called: Mapping[str, str]) -> Any:
     return tuple(_value(v, called) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-def _pattern(op: Op, spelling: Spelling, program: Program, half: bool) -> Pattern:
+def _pattern(op: str, spelling: Spelling, program: Program, half: bool) -> Pattern:
     cleaned = without_dead(clean.without_no_ops(program)[0])[0]
     if len(cleaned.outputs) != 1 or not cleaned.nodes:
-        raise ValueError(f"the spelling {spelling.name!r} of {op.name} makes no single new tensor")
+        raise ValueError(f"the spelling {spelling.name!r} of {op} makes no single new tensor")
     literals = _literals(spelling)
     found: set[str] = set()
     nodes = tuple(Node(n.name, n.op, _arguments(cleaned, n, literals, half, found), n.outputs) for n in cleaned.nodes)
     missing = sorted(literals.keys() - found)
     if missing:
         raise ValueError(f"the literal {missing[0]!r} of the spelling {spelling.name!r} is not in its trace")
-    return Pattern(op.name, spelling.name, half, wildcards(spelling), nodes, cleaned.outputs[0])
+    return Pattern(op, spelling.name, half, wildcards(spelling), nodes, cleaned.outputs[0])
 
 
 def _arguments(
@@ -135,9 +134,8 @@ def _arguments(
 def document() -> dict[str, Any]:
     """The patterns of every op, traced anew, as :data:`patterns.FILE` holds them."""
     return {
-        name: {"digest": patterns.digest(op), "patterns": [form.to_json(p) for p in trace_op(op)]}
-        for name, op in sorted(registry.ops().items())
-        if op.spellings
+        op: {"digest": patterns.digest(op, given), "patterns": [form.to_json(p) for p in trace_op(op, given)]}
+        for op, given in patterns.spellings().items()
     }
 
 

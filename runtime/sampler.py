@@ -20,6 +20,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,10 @@ class Row:
 
 
 Path = Sequence[Level]
+
+# A noise-to-signal ratio above which a state is noise alone: the schedules of published models start at 5 to 160, the
+# cosine one at 20,000.
+NO_SIGNAL = 1000.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def toward(now: Level, then: Level, eta: float = 0.0) -> tuple[float, float, flo
 
 def ddim(path: Path, eta: float = 0.0) -> list[Row]:
     """Denoising diffusion implicit models, Song et al. 2021."""
-    return [Row(now, *toward(now, then, eta)) for now, then in zip(path, path[1:])]
+    return [Row(now, *toward(now, then, eta)) for now, then in pairwise(path)]
 
 
 def ddpm(path: Path, variance: str = "fixed_small") -> list[Row]:
@@ -109,8 +114,8 @@ def ddpm(path: Path, variance: str = "fixed_small") -> list[Row]:
     one_of("variance", variance, ("fixed_small", "fixed_large"))
     rows = ddim(path, eta=1.0)
     if variance == "fixed_large":  # the beta from one visited level to the next, and none into the last
-        pairs = zip(rows, path[1:])
-        rows = [replace(r, noise=math.sqrt(1 - (r.level.alpha / to.alpha) ** 2) if to.sigma else 0.0) for r, to in pairs]
+        kept = [now.alpha / then.alpha if then.sigma else 1.0 for now, then in pairwise(path)]
+        rows = [replace(row, noise=math.sqrt(1 - k * k)) for row, k in zip(rows, kept, strict=True)]
     return rows
 
 
@@ -128,14 +133,13 @@ def heun(path: Path) -> list[Row]:
     """Heun's second-order steps, Karras et al. 2022, algorithm 1 without churn: two evaluations a step but the last.
 
     The ODE is dy/ds = (y - denoised) / s, where y is x / alpha and s is sigma / alpha for a model trained on betas, and
-    y is x and s is sigma for a flow-matching one.
+    y is x and s is sigma for a flow-matching one.  A step that starts above ``NO_SIGNAL`` is of first order: averaging
+    slopes over so long an interval multiplies the denoised predictions' difference by its length.
     """
     flow = all(math.isclose(level.alpha + level.sigma, 1) for level in path)
-    if not flow and path[0].alpha == 0:
-        raise RequestError("heun cannot start at a level without signal", "sampler", "use euler or dpmpp_2m")
     rows = []
-    for now, then in zip(path, path[1:]):
-        second = then.sigma > 0
+    for now, then in pairwise(path):
+        second = then.sigma > 0 and (flow or now.ratio < NO_SIGNAL)
         rows.append(Row(now, *toward(now, then), store_x=0 if second else -1, store_denoised=0 if second else -1))
         if second:
             a, b = (now.sigma, then.sigma) if flow else (now.ratio, then.ratio)
@@ -151,7 +155,7 @@ def dpmpp_2m(path: Path, eta: float = 0.0) -> list[Row]:
     The first step is of first order, and so is one into no noise, or the last of fewer than 15.
     """
     rows, steps = [], len(path) - 1
-    for i, (now, then) in enumerate(zip(path, path[1:])):
+    for i, (now, then) in enumerate(pairwise(path)):
         x, denoised, noise = toward(now, then, eta)
         h = then.log_snr - now.log_snr
         before = now.log_snr - path[i - 1].log_snr if i else math.inf
@@ -173,7 +177,7 @@ def lcm(path: Path) -> list[Row]:
     The consistency function is c_skip x + c_out denoised, with sigma_data 0.5 and times scaled by 10 (its appendix).
     """
     rows = []
-    for now, then in zip(path, path[1:]):
+    for now, then in pairwise(path):
         scaled = now.t * 10
         skip, out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)
         last = len(rows) == len(path) - 2
@@ -220,7 +224,8 @@ def coefficients(sampler: str, config: ScheduleConfig, steps: int, **options: An
     entry = SAMPLERS[name]
     for key, value in options.items():
         if key not in entry.options():
-            raise RequestError(f"{name} has no option {key!r}", "sampler", f"it has {', '.join(entry.options()) or 'none'}")
+            known = ", ".join(entry.options()) or "none"
+            raise RequestError(f"{name} has no option {key!r}", "sampler", f"it has {known}")
         if key == "eta" and not (isinstance(value, (int, float)) and 0 <= value <= 1):
             raise RequestError("eta is not a number from 0 to 1", "sampler", f"it is {value!r}")
     if name == "lcm" and config.betas == "flow":

@@ -75,11 +75,11 @@ class ScheduleConfig:
         if (self.prediction == "flow") != (self.betas == "flow"):
             raise RequestError("prediction 'flow' and betas 'flow' go together", "schedule", "set both or neither")
         if type(self.train_steps) is not int or not 1 <= self.train_steps <= 100_000:
-            raise RequestError("train_steps is not an integer from 1 to 100000", "schedule", f"it is {self.train_steps!r}")
+            raise RequestError(f"train_steps {self.train_steps!r} is out of range", "schedule", "give 1 to 100000")
         if type(self.steps_offset) is not int or not 0 <= self.steps_offset < self.train_steps:
             raise RequestError("steps_offset is out of range", "schedule", f"it is {self.steps_offset!r}")
         if not 0 < self.beta_start <= self.beta_end < 1:
-            raise RequestError("betas do not rise within (0, 1)", "schedule", f"{self.beta_start!r} to {self.beta_end!r}")
+            raise RequestError("the betas do not rise within (0, 1)", "schedule", "mend beta_start and beta_end")
         if not 0 < self.shift < math.inf:
             raise RequestError("shift is not a positive number", "schedule", f"it is {self.shift!r}")
         if self.clip is not None and not 0 < self.clip < math.inf:
@@ -198,9 +198,10 @@ def levels(config: ScheduleConfig, steps: int, grid: str = "integer") -> list[Le
     """
     if type(steps) is not int or steps < 1:
         raise RequestError("steps is not a positive integer", "steps", f"it is {steps!r}")
-    limit = LCM_STEPS if grid == "distilled" else config.train_steps - (grid == "open" and config.spacing != "trailing")
+    open_end = grid == "open" and config.spacing != "trailing"
+    limit = LCM_STEPS if grid == "distilled" else config.train_steps - open_end
     if steps > limit:
-        raise RequestError(f"{steps} steps are too many for this sampler and schedule", "steps", f"ask for at most {limit}")
+        raise RequestError(f"{steps} steps are too many for this sampler", "steps", f"ask for at most {limit}")
     if config.betas == "flow":
         return _flow_levels(config, steps)
     visited = times(config, steps, grid)

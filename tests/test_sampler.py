@@ -21,7 +21,6 @@ from fusegen.runtime.sampler import ALIASES, SAMPLERS, Coefficients, coefficient
 from fusegen.runtime.schedule import ScheduleConfig, levels
 
 SEEDS, SHAPE = (3, 2**63 + 5), (3, 6, 5)
-RANDOM = {"ddpm", "euler_a", "dpmpp_2m_sde", "lcm"}
 
 
 class Double:
@@ -54,13 +53,15 @@ class Pair:
 
 KARRAS = ({"sigmas": "karras"}, {"use_karras_sigmas": True})
 EXPONENTIAL = ({"sigmas": "exponential"}, {"use_exponential_sigmas": True})
-COSINE_V = {"betas": "cosine", "prediction": "v_prediction"}
+V = {"prediction": "v_prediction"}
+COSINE_V = {"betas": "cosine", **V}
 SD15 = {"betas": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
 def pairs() -> list[Pair]:
-    ddpm, ddim, euler = "DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler"
-    ancestral, heun, dpm, lcm = "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler"
+    ddpm, ddim, heun, lcm = "DDPMScheduler", "DDIMScheduler", "HeunDiscreteScheduler", "LCMScheduler"
+    euler, ancestral = "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"
+    dpm = "DPMSolverMultistepScheduler"
     out = []
     for sampler, scheduler, more in [
         ("ddpm", ddpm, {}),
@@ -83,21 +84,27 @@ def pairs() -> list[Pair]:
                     out.append(Pair(sampler, scheduler, schedule, steps, theirs=more))
         if sampler in ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde"):
             for (ours, theirs), schedule in ((KARRAS, SD15), (KARRAS, COSINE_V), (EXPONENTIAL, SD15)):
+                if sampler == "heun" and schedule is COSINE_V:  # starts above NO_SIGNAL, where ours is of first order
+                    schedule = {"betas": "linear", "prediction": "v_prediction"}
                 schedule = {**schedule, "spacing": "linspace"}
                 out.append(Pair(sampler, scheduler, schedule, 12, ours=ours, theirs={**more, **theirs}))
         if sampler in ("euler", "euler_a", "heun", "dpmpp_2m", "ddpm"):
             out.append(Pair(sampler, scheduler, {**SD15, "spacing": "linspace"}, 7, theirs=more))
-    out.append(Pair("ddim", ddim, SD15, 10, ours={"eta": 0.6}, step={"eta": 0.6}))
-    out.append(Pair("ddim", ddim, {**SD15, "steps_offset": 1, "final": "sigma_min"}, 30, theirs={"set_alpha_to_one": False}))
-    out.append(Pair("ddim", ddim, {**SD15, "prediction": "v_prediction", "spacing": "trailing", "zero_snr": True}, 10))
-    out.append(Pair("ddpm", ddpm, SD15, 25, ours={"variance": "fixed_large"}, theirs={"variance_type": "fixed_large"}))
-    out.append(Pair("dpmpp_2m", dpm, {**SD15, "final": "sigma_min"}, 9, theirs={"final_sigmas_type": "sigma_min"}))
-    out.append(Pair("dpmpp_2m", dpm, {**SD15, "final": "sigma_min"}, 20, theirs={"final_sigmas_type": "sigma_min"}))
-    out.append(Pair("heun", heun, {**COSINE_V, "clip": 0.3}, 9, theirs={"clip_sample": True, "clip_sample_range": 0.3}))
-    out.append(Pair("ddpm", ddpm, {**COSINE_V, "clip": 0.3}, 9, theirs={"clip_sample": True, "clip_sample_range": 0.3}))
-    out.append(Pair("ddim", ddim, {**COSINE_V, "clip": 0.3}, 9,
-                    theirs={"clip_sample": True, "clip_sample_range": 0.3}, step={"use_clipped_model_output": True}))  # fmt: skip
-    return out
+    zero, least = {**SD15, **V, "spacing": "trailing", "zero_snr": True}, {**SD15, "final": "sigma_min"}
+    one, ends = {"set_alpha_to_one": False}, {"final_sigmas_type": "sigma_min"}
+    clipped, clips = {**COSINE_V, "clip": 0.3}, {"clip_sample": True, "clip_sample_range": 0.3}
+    return [
+        *out,
+        Pair("ddim", ddim, SD15, 10, ours={"eta": 0.6}, step={"eta": 0.6}),
+        Pair("ddim", ddim, {**least, "steps_offset": 1}, 30, theirs=one),
+        Pair("ddim", ddim, zero, 10),
+        Pair("ddpm", ddpm, SD15, 25, ours={"variance": "fixed_large"}, theirs={"variance_type": "fixed_large"}),
+        Pair("dpmpp_2m", dpm, least, 9, theirs=ends),
+        Pair("dpmpp_2m", dpm, least, 20, theirs=ends),
+        Pair("heun", heun, clipped, 9, theirs=clips),
+        Pair("ddpm", ddpm, clipped, 9, theirs=clips),
+        Pair("ddim", ddim, clipped, 9, theirs=clips, step={"use_clipped_model_output": True}),
+    ]
 
 
 def scheduler(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -177,8 +184,7 @@ def plan_of(pair: Pair) -> Coefficients:
 
 def worst(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest error of any state over that state's largest magnitude."""
-    assert len(ours) == len(theirs)
-    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs))
+    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("pair", pairs(), ids=str)
@@ -194,3 +200,115 @@ def test_every_step_equals_diffusers(pair: Pair, monkeypatch: pytest.MonkeyPatch
 
     states.append(denoise(model, plan, SEEDS, SHAPE))
     assert worst(states, theirs) < 1e-5
+
+
+FLOW = {"betas": "flow", "prediction": "flow"}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "spacing"),  # diffusers' flow Heun has one spacing
+    [("euler", "trailing"), ("euler", "linspace"), ("heun", "linspace"), ("dpmpp_2m", "trailing")],
+)
+@pytest.mark.parametrize(("steps", "shift"), [(4, 1.0), (11, 3.0)])
+def test_flow_matching_equals_diffusers(
+    sampler: str, spacing: str, steps: int, shift: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}
+    plan = coefficients(sampler, ScheduleConfig.of({**FLOW, "spacing": spacing, "shift": shift}), steps)
+    name = kinds.get(sampler, "DPMSolverMultistepScheduler")
+    module = __import__(getattr(schedulers, name).__module__, fromlist=["x"])
+    monkeypatch.setattr(module, "torch", Double(torch))
+    monkeypatch.setattr(module, "np", Double(np))
+    if sampler == "dpmpp_2m":
+        theirs = schedulers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+        theirs.set_timesteps(steps)
+        theirs.sigmas = torch.tensor([*plan.times / 1000, 0], dtype=torch.float64)  # its own begin at 0.999
+        theirs.set_begin_index(0)
+    else:
+        theirs = getattr(schedulers, name)(shift=shift)
+        given = (
+            {"sigmas": np.linspace(1, 1 / steps, steps)} if spacing == "trailing" else {"num_inference_steps": steps}
+        )
+        theirs.set_timesteps(**given)
+        assert np.allclose(theirs.timesteps.numpy(), plan.times, rtol=1e-9)
+    x, states = noise(0), []
+    for i, t in enumerate(theirs.timesteps):
+        states.append(x)
+        x = theirs.step(toy(x, plan.times[i]), t, x, return_dict=False)[0]
+    assert worst(our_states(plan), [*states, x]) < 1e-8
+
+
+def test_ddim_is_the_papers_equation_12() -> None:
+    """Song et al. 2021, equations 12 and 16, with eta 0.5, written out on a noise-predicting model."""
+    config = ScheduleConfig(prediction="epsilon")
+    bar = np.cumprod(1 - np.linspace(0.0001, 0.02, 1000))
+    plan = coefficients("ddim", config, 8, eta=0.5)
+    x = noise(0)
+    states = [x]
+    for i in range(8):
+        now, before = bar[875 - 125 * i], bar[750 - 125 * i] if i < 7 else 1.0
+        eps = toy(x, plan.times[i])
+        sigma = 0.5 * math.sqrt((1 - before) / (1 - now)) * math.sqrt(1 - now / before)
+        x0 = (x - math.sqrt(1 - now) * eps) / math.sqrt(now)
+        x = math.sqrt(before) * x0 + math.sqrt(1 - before - sigma**2) * eps + sigma * noise(i + 1)
+        states.append(x)
+    assert worst(our_states(plan), states) < 1e-9
+
+
+def test_dpmpp_2m_is_the_papers_algorithm_2() -> None:
+    """Lu et al. 2022b, algorithm 2, written out on a velocity-predicting model; the last step is of first order."""
+    config, steps = ScheduleConfig(betas="cosine", prediction="v_prediction", spacing="trailing"), 6
+    plan, path = coefficients("dpmpp_2m", config, steps), levels(config, steps, "open")
+    alpha, sigma = np.array([p.alpha for p in path]), np.array([p.sigma for p in path])
+    with np.errstate(divide="ignore"):
+        lam = np.log(alpha / sigma)
+    x = noise(0)
+    states, last = [x], x
+    for i in range(1, steps + 1):
+        x0 = alpha[i - 1] * x - sigma[i - 1] * toy(x, plan.times[i - 1])
+        h = lam[i] - lam[i - 1]
+        d = x0
+        if 1 < i < steps:
+            r = (lam[i - 1] - lam[i - 2]) / h
+            d = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * last
+        x = sigma[i] / sigma[i - 1] * x - alpha[i] * (math.exp(-h) - 1) * d
+        states, last = [*states, x], x0
+    assert worst(our_states(plan), states) < 1e-9
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("betas", ["cosine", "scaled_linear"])
+def test_a_perfect_model_is_recovered(name: str, betas: str) -> None:
+    """With a model that always predicts the same clean sample, every sampler ends on that sample."""
+    config = ScheduleConfig(betas=betas, prediction="v_prediction", spacing="trailing")
+    target = torch.linspace(-1, 1, 90).reshape(SHAPE).double()
+    plan = coefficients(name, config, 12)
+
+    def velocity(x: Tensor, i: int) -> Tensor:
+        row = plan.rows[i]
+        return (target - row[sampler_step.P_X] * x) / row[sampler_step.P_OUT]
+
+    found = denoise(lambda i, x: velocity(x.double(), i).float(), plan, SEEDS, SHAPE)
+    assert (found - target).abs().max() < 2e-5
+
+
+def test_heun_leaves_pure_noise_by_a_first_order_step() -> None:
+    config = ScheduleConfig(betas="cosine", prediction="v_prediction", spacing="trailing")
+    assert len(coefficients("heun", config, 10)) == 18
+    assert len(coefficients("heun", ScheduleConfig(), 10)) == 19
+
+
+def test_names_and_options_are_checked() -> None:
+    config = ScheduleConfig()
+    assert all(find(alias) in SAMPLERS for alias in ALIASES)
+    assert coefficients("dpm++2m", config, 5).sampler == "dpmpp_2m"
+    for wrong, say in (("eulr", "ddim, euler"), (3, "ddpm"), ([], "ddpm")):
+        with pytest.raises(RequestError, match=say):
+            coefficients(wrong, config, 5)  # type: ignore[arg-type]
+    for options in ({"eta": 2}, {"eta": "x"}, {"eta": math.nan}, {"s_churn": 1.0}):
+        with pytest.raises(RequestError):
+            coefficients("ddim", config, 5, **options)
+    with pytest.raises(RequestError, match="fixed_large"):
+        coefficients("ddpm", config, 5, variance="learned")
+    with pytest.raises(RequestError, match="betas"):
+        coefficients("lcm", ScheduleConfig(**FLOW), 4)

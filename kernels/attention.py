@@ -294,9 +294,9 @@ OP = register(
         allocate=allocate,
         cost=cost,
         tolerance={
-            torch.float32: Tolerance(rms=5e-6, peak=1e-5),
-            torch.bfloat16: Tolerance(rms=6e-3, peak=1e-2),
-            torch.float16: Tolerance(rms=6e-4, peak=1e-3),
+            torch.float32: Tolerance(rms=1e-5, peak=3e-5),
+            torch.bfloat16: Tolerance(rms=4e-3, peak=8e-3),
+            torch.float16: Tolerance(rms=5e-4, peak=1e-3),
         },
         cases=CASES,
         spellings=SPELLINGS,

@@ -1,0 +1,225 @@
+// What all of attention's engines share: the problem, the tile and its online softmax.
+//
+// Everything is kept transposed: the scores of a tile are S[key][query] with TQ queries side by side in vectors, so
+// that the maximum and the sum over keys need no work across lanes, and the running state is one vector per 16 queries.
+// A tile's result depends on its own rows, the keys and the key block NB alone: not on chunks, threads or the batch.
+#pragma once
+#include "abi.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int TQ = 2 * W;  // queries of a tile
+constexpr float LOWEST = -3.402823466e38f;
+constexpr float LOG2E = 1.44269504088896341f;
+
+// One (batch, head): where its rows begin, and how far.
+struct Head {
+  const fg_attention_args *a;
+  int64_t batch, head, keys;
+  const char *q, *k, *v;
+  char *out;
+};
+
+FG_INLINE float infinity() { return __builtin_inff(); }
+
+// 2^t for t <= 0 by a polynomial of degree 3 or 5 in t - floor(t): relative error 8e-5 or 2e-7.  0 at -inf, NaN at NaN.
+template <int DEGREE>
+FG_INLINE vf exp2_falling(vf t) {
+#if defined(FG_HAS_AVX512)
+  vf f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 at -inf
+#else
+  vf whole = max(set1(-150.0f), t);
+  vf n = round(sub(whole, set1(0.5f)));
+  vf f = sub(whole, n);
+#endif
+  vf p;
+  if (DEGREE == 3) {
+    p = fma(set1(0.07802452147f), f, set1(0.22606717050f));
+    p = fma(p, f, set1(0.69583350420f));
+    p = fma(p, f, set1(0.99992519617f));
+  } else {
+    p = fma(set1(0.00187757669f), f, set1(0.00898934063f));
+    p = fma(p, f, set1(0.05582631752f));
+    p = fma(p, f, set1(0.24015361071f));
+    p = fma(p, f, set1(0.69315308332f));
+    p = fma(p, f, set1(0.99999994040f));
+  }
+#if defined(FG_HAS_AVX512)
+  return _mm512_scalef_ps(p, t);
+#else
+  return select_gt(set1(-126.0f), t, set1(0.0f), scale2(p, n));
+#endif
+}
+
+// Running maximum (of score times rate, in units of log 2) and sum of each query, and what the tile's earlier sums must
+// be multiplied by.
+struct alignas(64) State {
+  float maximum[TQ], sum[TQ], alpha[TQ];
+};
+
+FG_INLINE void reset(State *s) {
+  for (int i = 0; i < TQ; i += W) {
+    store(s->maximum + i, set1(-infinity()));
+    store(s->sum + i, set1(0.0f));
+  }
+}
+
+// Takes the maximum of block S[n][TQ] into the state.  Sets alpha, multiplies the sum by it, and gives the shift in the
+// weights exp2(score * rate - shift[query]).  Returns whether any alpha differs from 1.
+FG_INLINE bool take_maximum(const float *scores, int n, float rate, State *state, float *shift) {
+  bool moved = false;
+  for (int i = 0; i < TQ; i += W) {
+    vf m0 = set1(-infinity()), m1 = m0, m2 = m0, m3 = m0;
+    int r = 0;
+    for (; r + 4 <= n; r += 4) {
+      const float *row = scores + r * TQ + i;
+      m0 = max(load(row), m0);  // the running maximum comes second: a NaN score leaves it, and is met again in exp
+      m1 = max(load(row + TQ), m1);
+      m2 = max(load(row + 2 * TQ), m2);
+      m3 = max(load(row + 3 * TQ), m3);
+    }
+    for (; r < n; ++r) m0 = max(load(scores + r * TQ + i), m0);
+    vf old = load(state->maximum + i);
+    vf now = max(mul(max(max(m0, m1), max(m2, m3)), set1(rate)), old);
+    vf finite = select_gt(set1(LOWEST), now, set1(0.0f), now);  // all closed so far: any finite shift gives exp2(-inf)
+    vf alpha = exp2_falling<5>(sub(old, finite));
+    alpha = select_gt(now, old, alpha, set1(1.0f));
+    moved |= hmax(select_gt(now, old, set1(1.0f), set1(0.0f))) > 0.0f;
+    store(state->maximum + i, now);
+    store(state->alpha + i, alpha);
+    store(state->sum + i, mul(load(state->sum + i), alpha));
+    store(shift + i, finite);
+  }
+  return moved;
+}
+
+// An element of the mask as what is added to the scaled score.
+FG_INLINE float mask_at(const fg_attention_args *a, int64_t offset) {
+  const char *mask = static_cast<const char *>(a->mask);
+  float added;
+  switch (a->mask_dtype) {
+    case FG_BOOL: return mask[offset] ? 0.0f : -infinity();
+    case FG_FLOAT32: memcpy(&added, mask + 4 * offset, 4); break;
+    case FG_BFLOAT16: {
+      uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t *>(mask)[offset]) << 16;
+      memcpy(&added, &bits, 4);
+      break;
+    }
+    default: {
+      float lanes[W];
+      store(lanes, load_n(reinterpret_cast<const fp16 *>(mask) + offset, 1));
+      added = lanes[0];
+    }
+  }
+  // The lowest finite number stays finite after the change of base to 2: rows that it closes whole are averaged, as they
+  // are in PyTorch.
+  return added < -1e38f && added > -infinity() ? -1e38f : added;
+}
+
+// S = rate S + mask, in units of log 2, for keys [k0, k0 + n) and queries [q0, q0 + TQ).
+inline void add_mask(const Head &h, float *scores, int64_t q0, int64_t k0, int n, float rate) {
+  const fg_attention_args *a = h.a;
+  int64_t base = h.batch * a->mask_batch + h.head * a->mask_head;
+  int rows = static_cast<int>(a->queries - q0 < TQ ? a->queries - q0 : TQ);
+  alignas(64) float added[TQ] = {};
+  for (int r = 0; r < n; ++r) {
+    int64_t column = base + (k0 + r) * a->mask_key;
+    if (a->mask_row == 0) {
+      float one = LOG2E * mask_at(a, column);
+      for (int i = 0; i < TQ; ++i) added[i] = one;
+    } else {
+      for (int i = 0; i < rows; ++i) added[i] = LOG2E * mask_at(a, column + (q0 + i) * a->mask_row);
+    }
+    for (int i = 0; i < TQ; i += W) {
+      float *at = scores + r * TQ + i;
+      store(at, fma(load(at), set1(rate), load(added + i)));
+    }
+  }
+}
+
+// Closes key j to query i where j > i.
+inline void close_future(float *scores, int64_t q0, int64_t k0, int n) {
+  alignas(64) float index[TQ];
+  for (int i = 0; i < TQ; ++i) index[i] = static_cast<float>(i);
+  for (int r = 0; r < n; ++r) {
+    vf key = set1(static_cast<float>(k0 + r - q0));
+    for (int i = 0; i < TQ; i += W) {
+      float *at = scores + r * TQ + i;
+      store(at, select_gt(key, load(index + i), set1(-infinity()), load(at)));
+    }
+  }
+}
+
+#if defined(FG_HAS_AVX512)
+// Rows become columns, 32-bit elements.
+FG_INLINE void transpose(__m512i (&x)[16]) {
+  __m512i y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+    __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88), d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    y[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    y[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
+#endif
+
+// to[j][i] = from[i][j] for W x W floats; strides count elements.
+FG_INLINE void transpose(const float *from, int from_stride, float *to, int to_stride) {
+#if defined(FG_HAS_AVX512)
+  __m512i x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + i * from_stride);
+  transpose(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, x[i]);
+#else
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
+
+// The tile's rows of the output: O[dim][TQ], divided by the sums; zeros where a query attended nothing.
+template <class T>
+inline void write_out(const Head &h, const float *o, const State *state, int64_t q0) {
+  const fg_attention_args *a = h.a;
+  int dim = static_cast<int>(a->dim);
+  for (int i = 0; i < TQ; i += W) {
+    vf sum = load(state->sum + i);
+    vf inverse = select_gt(sum, set1(0.0f), div(set1(1.0f), sum), sum);  // keeps NaN
+    int rows = static_cast<int>(a->queries - q0 - i < W ? a->queries - q0 - i : W);
+    for (int d = 0; d < dim; d += W) {
+      alignas(64) float block[W * W], turned[W * W];
+      int n = dim - d < W ? dim - d : W;
+      for (int j = 0; j < n; ++j) store(block + j * W, mul(load(o + (d + j) * TQ + i), inverse));
+      for (int j = n; j < W; ++j) store(block + j * W, set1(0.0f));
+      transpose(block, W, turned, W);
+      T *out = reinterpret_cast<T *>(h.out) + (q0 + i) * a->out_row + d;
+      for (int r = 0; r < rows; ++r) {
+        if (n == W)
+          store(out + r * a->out_row, load(turned + r * W));
+        else
+          store_n(out + r * a->out_row, load(turned + r * W), n);
+      }
+    }
+  }
+}
+
+}  // namespace

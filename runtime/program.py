@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from fusegen.runtime.errors import GraphError
 from torch import Tensor
+
+from fusegen.runtime.errors import GraphError
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ and ``min``.  Expressions are parsed and walked here, never given to ``eval``.
 from __future__ import annotations
 
 import ast
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,12 +58,13 @@ def evaluate(size: int | str, values: Mapping[str, int]) -> int:
         raise GraphError(f"the size {size!r} has no value", where=f"{type(error).__name__}: {error}") from None
 
 
-def symbols_of(size: int | str) -> set[str]:
+@functools.lru_cache(maxsize=4096)
+def symbols_of(size: int | str) -> frozenset[str]:
     """The symbols a dimension is made of."""
     if isinstance(size, int):
-        return set()
+        return frozenset()
     names = {n.id for n in ast.walk(parse(size)) if isinstance(n, ast.Name)}
-    return names - _FUNCTIONS.keys()
+    return frozenset(names - _FUNCTIONS.keys())
 
 
 def _value(node: ast.expr, values: Mapping[str, int]) -> int:
@@ -98,6 +100,7 @@ _RELATION = {
 _WORDS = {"Max": "max", "Min": "min"}
 
 
+@functools.lru_cache(maxsize=4096)
 def from_sympy(text: str) -> str | None:
     """An expression that torch.export wrote, in our spelling; None where it is more than integer arithmetic."""
     try:
@@ -112,8 +115,8 @@ def _translate(node: ast.expr, outermost: bool = False) -> str | None:
             return name if name.isidentifier() and name not in _FUNCTIONS else None
         case ast.Call(func=ast.Name(id="Integer"), args=[ast.UnaryOp() | ast.Constant() as number]):
             return ast.unparse(number)
-        case ast.Call(func=ast.Name(id="Identity"), args=[inner]):
-            return _translate(inner, outermost)
+        case ast.Call(func=ast.Name(id="Identity"), args=[argument]):
+            return _translate(argument, outermost)
         case ast.Call(func=ast.Name(id="Pow"), args=[base, ast.Call(args=[ast.Constant(value=int() as power)])]):
             inner = _translate(base)
             return None if inner is None or power < 0 else f"{inner}**{power}"

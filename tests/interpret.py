@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fusegen.runtime.program import Program, substitute
 from torch import Tensor
+
+from fusegen.runtime.program import Program, substitute
 
 _SYM = {
     "sym.not": operator.not_,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpret import interpret
+from torch import Tensor, nn
+
 from fusegen.models.text_encoder import TextEncoder, TextEncoderConfig
 from fusegen.models.unet import UNet, UNetConfig
 from fusegen.runtime.api import capture
 from fusegen.runtime.errors import GraphError, RequestError
-from interpret import interpret
-from torch import Tensor, nn
 
 SMALL = UNetConfig(widths=(32, 64), attention=(False, True), head_dim=32, context_width=32, time_width=64, groups=8)
 

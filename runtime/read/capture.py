@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from fusegen.runtime.errors import Error, GraphError, RequestError
 from fusegen.runtime.program import Program, TensorSpec
 from fusegen.runtime.read import exported
-from torch import Tensor, nn
+from fusegen.runtime.symbols import symbols_of
 
 
 def capture(
@@ -87,8 +89,10 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:400]
+    """The first line of PyTorch's message, and the first reason it lists."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    reason = next((line for line in lines[1:] if line.startswith("- ")), "")
+    return f"{type(error).__name__}: {lines[0].split('! For more')[0]} {reason}"[:600]
 
 
 def _dynamic(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], value: Any) -> Any:
@@ -131,9 +135,10 @@ def _renamed(program: Program, shapes: Any) -> Program:
     table: dict[str, str] = {}
     for name, dims in shapes.items() if isinstance(shapes, dict) else ():
         for at, dim in dims.items() if isinstance(dims, dict) and name in program.inputs else ():
-            symbol, wanted = program.inputs[name].shape[at], getattr(dim, "__name__", "")
-            if symbol in program.symbols and wanted.isidentifier() and wanted not in program.symbols:
-                table[str(symbol)] = wanted
+            made_of = symbols_of(program.inputs[name].shape[at])
+            wanted = getattr(getattr(dim, "root", dim), "__name__", "")  # a derived size, 8*h, is named by its root
+            if len(made_of) == 1 and wanted.isidentifier() and wanted not in program.symbols:
+                table.update(dict.fromkeys(made_of, wanted))
     word = re.compile(r"\b[A-Za-z_]\w*")
 
     def size(value: int | str) -> int | str:

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from fusegen.runtime import symbols
 from fusegen.runtime.errors import Error, GraphError
 from fusegen.runtime.program import Node, Program, Ref, TensorSpec, check, refs, substitute
 from fusegen.runtime.read import operators, values
-from torch import Tensor
 
 SCHEMA_MAJOR = 8
 _MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)

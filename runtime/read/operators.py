@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from fusegen.kernels import op as registry
 from fusegen.runtime.errors import GraphError, UnsafeFileError
 from fusegen.runtime.program import Ref
 
@@ -45,6 +47,8 @@ def resolve(name: str, trust: bool = False) -> Any:
         raise UnsafeFileError(
             f"the graph calls {name}, an operator from outside PyTorch", mend="pass trust=True if you know who wrote it"
         )
+    if namespace == "fusegen":
+        registry.ops()
     try:
         op = getattr(getattr(getattr(torch.ops, namespace), base), overload)
     except (AttributeError, RuntimeError):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+
 from fusegen.runtime import symbols
 from fusegen.runtime.errors import GraphError
 from fusegen.runtime.program import Ref, TensorSpec
@@ -77,8 +78,8 @@ def _float(value: Any) -> float:
     return _FLOAT_WORDS[value] if isinstance(value, str) else float(value)
 
 
-def _device(value: Mapping[str, Any]) -> torch.device:
-    kind, index = value["type"], value.get("index")
+def device(kind: str, index: int | None) -> torch.device:
+    """A device that a graph may name."""
     if kind not in _DEVICES:
         raise GraphError(f"the device {str(kind)[:40]!r} is not one of {', '.join(sorted(_DEVICES))}")
     return torch.device(kind) if index is None else torch.device(kind, int(index))
@@ -153,7 +154,7 @@ _DECODE: dict[str, Callable[[Any], Any]] = {
     "as_scalar_type": dtype,
     "as_memory_format": lambda v: _MEMORY_FORMATS[v],
     "as_layout": layout,
-    "as_device": _device,
+    "as_device": lambda v: device(v["type"], v.get("index")),
     "as_complex": lambda v: complex(_float(v["real"]), _float(v["imag"])),
 }
 

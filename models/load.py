@@ -1,0 +1,67 @@
+"""Models by file or by name."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fusegen.runtime.errors import FileError, RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from fusegen.models.text_to_image import TextToImage
+
+ZOO = Path(__file__).parent / "zoo"
+# manifest.family -> the module and class that run it
+FAMILIES = {"text-to-image": ("fusegen.models.text_to_image", "TextToImage")}
+
+
+def zoo() -> dict[str, Path]:
+    """The models that come with the package, by name."""
+    return {p.stem: p for p in sorted(ZOO.glob("*.fg"))}
+
+
+def locate(name: str | Path) -> Path:
+    """The file of ``name``: a path that exists, else a model of the zoo; FileError lists those there are."""
+    path, known = Path(name), zoo()
+    if path.exists():
+        return path
+    if str(name) in known:
+        return known[str(name)]
+    raise FileError(f"there is no model {str(name)!r}", "", f"give a .fg file, or one of {', '.join(known) or 'none'}")
+
+
+def load(
+    name: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    deterministic: bool = False,
+) -> TextToImage:
+    """Open the model in the ``.fg`` file or folder ``name``, or the zoo's model of that name.
+
+    ``device``: ``"cpu"`` or ``"cuda"``.  ``dtype``: what it computes in; None is the device's best.  ``deterministic``
+    binds only kernels whose results do not depend on the batch.  Raises FileError, or RequestError for a bundle that
+    holds a bare program.
+    """
+    from fusegen.runtime.bundle import Bundle
+
+    if not isinstance(name, (str, Path)):
+        raise RequestError(f"a model is a path or a name, not a {type(name).__name__}", "load")
+    path = locate(name)
+    bundle = Bundle.open(path)
+    family = bundle.manifest.family
+    if family not in FAMILIES:
+        what = f"the family {family!r}" if family else "no family"
+        raise RequestError(
+            f"the bundle is of {what}", str(path), f"there are {', '.join(FAMILIES)}; or use fusegen.read"
+        )
+    module, kind = FAMILIES[family]
+    made: Any = getattr(importlib.import_module(module), kind).from_bundle(bundle, device, dtype, deterministic)
+    return made
+
+
+def save(model: TextToImage, path: str | Path) -> None:
+    """Write ``model`` as a ``.fg`` file: whole or not at all."""
+    model.save(path)

@@ -1,0 +1,161 @@
+"""Linear layers and convolutions through oneDNN as PyTorch ships it: weights prepacked once, epilogues in the kernel.
+
+A ``runtime.linear`` or ``runtime.conv2d`` means ``activation(product + bias + residual) * multiplier``; oneDNN takes one of
+the three with the product, and what is left is done in place on its output.  Outputs of convolutions are channels-last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusegen.runtime import specialize
+from fusegen.runtime.backends.binding import Binding, Call
+from fusegen.runtime.program import Node, Program, Ref
+from fusegen.runtime.rewrite.epilogue import EAGER
+from fusegen.runtime.weights import Weights
+
+LINEAR = ("aten.linear.default", "runtime.linear")
+CONV = ("runtime.conv2d",)
+# oneDNN spends about ten microseconds before a product starts, and MKL fewer: below this many multiply-adds in float32
+# (measured on an AVX-512 Xeon) the plain call is faster.
+SMALL = 1 << 21
+_UNARY = {"none": ("none", ""), "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+_IN_PLACE: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "silu": lambda x: torch.ops.aten.silu_(x),
+    "gelu": lambda x: torch.ops.aten.gelu_(x),
+    "gelu_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
+}
+_linear = torch.ops.mkldnn._linear_pointwise.default._op
+_linear_binary = torch.ops.mkldnn._linear_pointwise.binary._op
+_conv = torch.ops.mkldnn._convolution_pointwise.default._op
+_conv_binary = torch.ops.mkldnn._convolution_pointwise.binary._op
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear(**values: Any) -> Tensor:
+    """``runtime.linear`` in plain calls, laid out as oneDNN does: contiguous."""
+    return EAGER["runtime.linear"](**values).contiguous()
+
+
+def conv2d(**values: Any) -> Tensor:
+    """``runtime.conv2d`` in plain calls, laid out as oneDNN does: channels-last."""
+    return EAGER["runtime.conv2d"](**values).contiguous(memory_format=torch.channels_last)
+
+
+PLAIN = {"runtime.linear": linear, "runtime.conv2d": conv2d}
+specialize.SHAPES.update(PLAIN)
+
+
+def all_convolutions(program: Program) -> Program:
+    """Every ``aten.conv2d`` as a ``runtime.conv2d``, so that each knows that its output is channels-last."""
+    names = ("input", "weight", "bias")
+    empty = {"residual": None, "activation": "none", "multiplier": None}
+    nodes = []
+    for node in program.nodes:
+        if node.op == "aten.conv2d.default":
+            head = {k: node.args[k] for k in names}
+            node = replace(node, op="runtime.conv2d", args={**head, **empty, **node.args})
+        nodes.append(node)
+    return replace(program, nodes=tuple(nodes))
+
+
+def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | None:
+    """oneDNN's binding of the node, or None where it does not serve."""
+    constant = isinstance(node.args["weight"], Ref) and node.args["weight"].name in program.weights
+    out = program.specs[node.outputs[0]]
+    x, weight = metas["input"], metas["weight"]
+    extra = [k for k in ("residual", "activation", "multiplier") if metas.get(k) not in (None, "none")]
+    if not constant or 0 in out.shape or 0 in x.shape or x.dtype != weight.dtype or weight.dtype not in _DTYPES:
+        return None
+    if node.op in LINEAR and not extra and weight.dtype == torch.float32 and x.numel() * weight.shape[0] <= SMALL:
+        return None
+    return Binding("library", "onednn " + " + ".join([node.op.split(".")[1], *extra]))
+
+
+def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Call:
+    """The call of a node that :func:`bind` bound, its weight prepacked."""
+    args = node.args
+    spec = specialize.spec_of(program, args["input"].name)
+    shape = (1, *spec.shape[1:]) if binding.by_sample else spec.shape  # packed for the product that will be made
+    others = tuple(args.get(k) for k in ("residual", "multiplier"))
+    activation = args.get("activation", "none")
+    if node.op in LINEAR:
+        packed = _pack_linear(args["weight"].name, program, weights, math.prod(shape[:-1]))
+        return Call(_linear_call(activation, others), (args["input"], packed, args["bias"], *others), _NAMES)
+    packed = _pack_conv(node, program, weights, shape)
+    where = [list(args[k]) for k in ("padding", "stride", "dilation")]
+    return Call(_conv_call(activation, others, [*where, args["groups"]]), (args["input"], packed, args["bias"], *others), _NAMES)
+
+
+_NAMES = ("input", "weight", "bias", "residual", "multiplier")
+
+
+def _pack_linear(name: str, program: Program, weights: Weights, rows: int) -> Tensor:
+    weight = program.weights[name]
+
+    def pack() -> tuple[Tensor, bytes]:
+        made = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+        return made, _layout(made)
+
+    return weights.packed(("linear", name, weight.shape, rows), ("linear", name, weight.shape), pack)
+
+
+def _pack_conv(node: Node, program: Program, weights: Weights, shape: tuple[int, ...]) -> Tensor:
+    name = node.args["weight"].name
+    weight = program.weights[name]
+    where = [list(node.args[k]) for k in ("padding", "stride", "dilation")]
+
+    def pack() -> tuple[Tensor, bytes]:
+        reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+        made = reorder(weight.to_mkldnn(), *where, node.args["groups"], list(shape))
+        return made, _layout(made)
+
+    return weights.packed(("conv2d", name, str(where), shape), ("conv2d", name, str(where)), pack)
+
+
+def _layout(packed: Tensor) -> bytes:
+    """oneDNN's description of a packed weight's layout."""
+    return bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+
+
+def _linear_call(activation: str, others: tuple[Any, Any]) -> Callable[..., Tensor]:
+    residual, multiplier = (o is not None for o in others)
+    unary, algorithm = _UNARY[activation]
+    after = _IN_PLACE.get(activation)
+    if not residual and not multiplier:
+        return lambda x, w, b, r, m: _linear(x, w, b, unary, [], algorithm)
+    if residual and not multiplier and after is None:
+        return lambda x, w, b, r, m: _linear_binary(x, r, w, b, "add")
+    if multiplier and not residual and after is None:
+        return lambda x, w, b, r, m: _linear_binary(x, m, w, b, "mul")
+    if not residual:
+        return lambda x, w, b, r, m: _linear(x, w, b, unary, [], algorithm).mul_(m)
+    return lambda x, w, b, r, m: _finish(_linear_binary(x, r, w, b, "add"), after, m)
+
+
+def _conv_call(activation: str, others: tuple[Any, Any], where: list[Any]) -> Callable[..., Tensor]:
+    residual, multiplier = (o is not None for o in others)
+    unary, algorithm = _UNARY[activation]
+    after = _IN_PLACE.get(activation)
+    if not residual and not multiplier:
+        return lambda x, w, b, r, m: _conv(x, w, b, *where, unary, [], algorithm)
+    if not residual:
+        return lambda x, w, b, r, m: _conv(x, w, b, *where, unary, [], algorithm).mul_(m)
+    if after is None and not multiplier:
+        return lambda x, w, b, r, m: _conv_binary(x, r, w, b, *where, "add", None, None, [], None)
+    return lambda x, w, b, r, m: _finish(_conv_binary(x, r, w, b, *where, "add", None, None, [], None), after, m)
+
+
+def _finish(out: Tensor, after: Callable[[Tensor], Tensor] | None, multiplier: Tensor | None) -> Tensor:
+    """The epilogues that did not fit into the product, in place."""
+    out = out if after is None else after(out)
+    return out if multiplier is None else out.mul_(multiplier)

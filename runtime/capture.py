@@ -1,0 +1,211 @@
+"""A plan made ready to run: a file of registers and one closure for each node that has work to do.
+
+Building runs every node once on the first inputs, so that kernels are bound to real memory.  A value is *stable* where
+its memory never moves between runs (weights, the arena, views of them): a kernel that reads stable values alone is
+called with no preparation, and a view of one costs nothing again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusegen.kernels import op as registry
+from fusegen.runtime import closures
+from fusegen.runtime.backends import aten
+from fusegen.runtime.backends.base import Backend
+from fusegen.runtime.backends.binding import Call
+from fusegen.runtime.closures import At, Run
+from fusegen.runtime.plan import PHASES, Plan, Step
+from fusegen.runtime.program import Ref, substitute
+from fusegen.runtime.specialize import Strided
+from fusegen.runtime.weights import Weights
+
+
+class Capture:
+    """A plan, bound.  Not for two threads at once; the session holds the lock.
+
+    ``nbytes``: the memory it holds beyond the program's weights.
+    """
+
+    def __init__(self, plan: Plan, backend: Backend, weights: Weights):
+        self.plan, self.backend, self.weights = plan, backend, weights
+        self.registers: list[Any] = []
+        self.index: dict[str, int] = {}
+        self.stable: set[str] = set()
+        self.runs: dict[str, list[tuple[Step, Run]]] = {phase: [] for phase in PHASES}
+        self.loops: dict[str, Run] = {}
+        self.arena = torch.empty(plan.layout.peak, dtype=torch.uint8, device=backend.device)
+        self.nbytes = plan.layout.peak
+        self._deaths = _deaths(plan)
+
+    def load(self, name: str, value: Tensor) -> None:
+        """Set an input, or a value that an earlier phase left."""
+        slot = self.slot(name)
+        if self.backend.graph and self.registers[slot] is not None:
+            self.registers[slot].copy_(value)  # a recorded graph reads the memory it was recorded with
+        else:
+            self.registers[slot] = value.clone() if self.backend.graph else value
+
+    def value(self, name: str) -> Tensor:
+        """A value as it now is."""
+        found = self.registers[self.index[name]]
+        assert isinstance(found, Tensor)
+        return found
+
+    def build(self, phase: str) -> None:
+        """Bind the nodes of a phase, running each once; the values it reads are loaded."""
+        for step in self.plan.steps:
+            if step.phase == phase:
+                run = self._bind(step)
+                if run is not None:
+                    self.runs[phase].append((step, run))
+        self.loops[phase] = closures.loop([run for _, run in self.runs[phase]])
+        if phase == "constant":
+            self.stable.update(o for s in self.plan.steps if s.phase == phase for o in s.node.outputs)
+            self.runs[phase].clear()
+
+    def run(self, phase: str) -> None:
+        """Run a phase that was built."""
+        self.loops[phase]()
+
+    def record(self) -> None:
+        """Record the ``step`` phase, where the backend can replay it as one."""
+        if self.backend.graph:
+            for name in self.plan.crossing & self.index.keys() - self.stable:
+                self.registers[self.index[name]] = self.value(name).clone()
+            self.loops["step"] = self.backend.record(self.loops["step"])
+
+    def profile(self, phase: str) -> list[tuple[Step, float]]:
+        """Run a phase; the seconds of each of its steps."""
+        out = []
+        for step, run in self.runs[phase]:
+            start = time.perf_counter()
+            run()
+            out.append((step, time.perf_counter() - start))
+        return out
+
+    def slot(self, name: str) -> int:
+        """The register of a value; a weight's is filled."""
+        if name not in self.index:
+            self.index[name] = len(self.registers)
+            weight = self.plan.program.weights.get(name)
+            self.registers.append(None if weight is None else self.weights.placed(name, weight))
+            if weight is not None:
+                self.stable.add(name)
+        return self.index[name]
+
+    def _constant(self, value: Any) -> int:
+        self.registers.append(value)
+        return len(self.registers) - 1
+
+    def _bind(self, step: Step) -> Run | None:
+        if step.binding.how == "kernel":
+            return self._launch(step)
+        if step.binding.how == "reference":
+            op = registry.get(step.node.op.split(".")[1])
+            call = Call(op.reference, tuple(step.node.args.values()), tuple(step.node.args))
+        elif step.binding.how == "view":
+            call = aten.call(step.node, False, torch.device(self.backend.device))
+        else:
+            call = self.backend.call(step.node, step.binding, self.plan.program, self.weights)
+        return self._function(step, call)
+
+    def _function(self, step: Step, call: Call) -> Run | None:
+        """The closure of a function that returns its outputs, or writes the planned one."""
+        if step.binding.by_sample:
+            call = closures.by_sample(call, step.binding.by_sample, step.outputs[0], self.backend.device)
+        slots = [self.slot(o) for o in step.node.outputs]
+        get = closures.getter(tuple(substitute(a, _Slots(self)) for a in call.args), self._constant)
+        dead = self._dying(step)
+        if step.binding.planned:
+            out = self._planned(step.node.outputs[0], step.outputs[0])
+            self.registers[slots[0]] = out
+            self.stable.add(step.node.outputs[0])
+            run = closures.writing(call.function, get, {**call.kwargs, "out": out}, self.registers, dead)
+        else:
+            several = len(step.node.outputs) > 1
+            run = closures.returning(call.function, get, call.kwargs, self.registers, slots, dead, several)
+        run()
+        if step.binding.how == "view" and self.stable.issuperset(step.node.inputs()):
+            self.stable.update(step.node.outputs)
+            return None
+        return run
+
+    def _launch(self, step: Step) -> Run:
+        """The closure of one of our kernels, bound to the memory its outputs have."""
+        op = registry.get(step.node.op.split(".")[1])
+        kernel = next(k for k in op.kernels if k.name == step.binding.name and k.device == self.backend.device)
+        args = tuple(substitute(v, _Registers(self)) for v in step.node.args.values())
+        specs = zip(step.node.outputs, step.outputs, strict=True)
+        outs = tuple(self._planned(n, s) if step.binding.planned else self._own(s) for n, s in specs)
+        launch = kernel.bind(outs, args)
+        slots = [self.slot(o) for o in step.node.outputs]
+        moving = [
+            (at, self.index[v.name])
+            for at, v in enumerate(step.node.args.values())
+            if isinstance(v, Ref) and v.name not in self.stable
+        ]
+        if step.binding.planned:
+            for slot, out in zip(slots, outs, strict=True):
+                self.registers[slot] = out
+            self.stable.update(step.node.outputs)
+            run = closures.launching(launch, moving, self.registers, self._dying(step))
+        else:
+            run = closures.copying(launch, moving, self.registers, slots, outs)
+        run()
+        return run
+
+    def _planned(self, name: str, spec: Strided) -> Tensor:
+        at = self.plan.layout.offsets[name]
+        flat = self.arena[at : at + spec.nbytes].view(spec.dtype)
+        return flat.as_strided(spec.shape, spec.strides)  # type: ignore[arg-type]
+
+    def _own(self, spec: Strided) -> Tensor:
+        self.nbytes += spec.nbytes
+        return torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=self.backend.device)  # type: ignore[arg-type]
+
+    def _dying(self, step: Step) -> tuple[int, ...]:
+        """The registers of this phase's own values that are last used here; the arena's stay."""
+        names = self._deaths.get(step.node.name, ())
+        return tuple(self.index[n] for n in names if n not in self.stable and n in self.index)
+
+
+class _Registers(Mapping[str, Any]):
+    """The registers' values by name."""
+
+    def __init__(self, capture: Capture):
+        self.capture = capture
+
+    def __getitem__(self, name: str) -> Any:
+        return self.capture.registers[self.capture.slot(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.capture.index)
+
+    def __len__(self) -> int:
+        return len(self.capture.index)
+
+
+class _Slots(_Registers):
+    """The registers' places by name."""
+
+    def __getitem__(self, name: str) -> At:
+        return At(self.capture.slot(name))
+
+
+def _deaths(plan: Plan) -> dict[str, tuple[str, ...]]:
+    """Node -> the values last used there that nobody outside its phase needs."""
+    keep = plan.crossing | set(plan.program.outputs) | set(plan.program.inputs) | set(plan.program.weights)
+    last: dict[str, str] = {}
+    for step in plan.steps:
+        last.update(dict.fromkeys([*step.node.outputs, *step.node.inputs()], step.node.name))
+    out: dict[str, tuple[str, ...]] = {}
+    for name, node in last.items():
+        if name not in keep:
+            out[node] = (*out.get(node, ()), name)
+    return out

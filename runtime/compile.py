@@ -1,0 +1,63 @@
+"""``compile``: from a program to a session."""
+
+from __future__ import annotations
+
+import torch
+
+from fusegen.runtime import backends
+from fusegen.runtime.engine import Session
+from fusegen.runtime.errors import RequestError
+from fusegen.runtime.program import Program
+from fusegen.runtime.rewrite import rewrite
+from fusegen.runtime.rewrite.cast import cast
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compile(
+    program: Program,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    backend: str | None = None,
+    deterministic: bool = False,
+    quantize: str | None = None,
+) -> Session:
+    """Rewrite ``program`` and make it a :class:`~fusegen.runtime.engine.Session`.
+
+    ``device``: ``"cpu"`` or ``"cuda"``; ``backend``: ``"cpu"``, ``"cuda"``, or ``"eager"``, the reference; by default the
+    device's own.  ``dtype`` (a ``torch.dtype`` or its name): what the network computes in; None keeps the program's own,
+    but for float16 on a CPU without such arithmetic.  ``deterministic``: a sample's bits depend on nothing else in its
+    batch, or :class:`GraphError` says which node cannot promise it.  Raises :class:`RequestError` for what is unknown.
+    """
+    if quantize is not None:
+        raise RequestError(f"quantize={quantize!r} is not offered yet", mend="pass quantize=None")
+    if device not in ("cpu", "cuda"):
+        raise RequestError(f"no device is called {device!r}", mend="use 'cpu' or 'cuda'")
+    chosen = backends.get(backend or device)
+    if chosen.device != device:
+        raise RequestError(f"the backend {chosen.name!r} runs on {chosen.device}, not on {device}")
+    wanted, notes = _dtype(program, dtype, device)
+    if chosen.fuses:
+        program = rewrite(program, wanted)
+    elif wanted is not None:
+        program = cast(program, wanted)[0]
+    return Session(program, chosen, deterministic, notes=notes)
+
+
+def _dtype(program: Program, dtype: torch.dtype | str | None, device: str) -> tuple[torch.dtype | None, tuple[str, ...]]:
+    """The dtype to compute in, and what to tell the caller of the choice."""
+    wanted = FLOATS.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and wanted not in FLOATS.values():
+        raise RequestError(f"dtype {dtype!r} is not offered", mend=f"use one of {', '.join(FLOATS)}")
+    own = any(w.dtype == torch.float16 for w in program.weights.values())
+    if device == "cpu" and (wanted is torch.float16 or wanted is None and own) and not native("float16"):
+        better = torch.bfloat16 if native("bfloat16") else torch.float32
+        name = str(better).removeprefix("torch.")
+        return better, (f"computes in {name}: this CPU has no float16 arithmetic",)
+    return wanted, ()
+
+
+def native(dtype: str) -> bool:
+    """Whether this CPU's matrix products take ``"float16"`` or ``"bfloat16"`` as they are."""
+    operator = torch.ops.mkldnn._is_mkldnn_fp16_supported if dtype == "float16" else torch.ops.mkldnn._is_mkldnn_bf16_supported
+    return bool(operator())

@@ -1,0 +1,237 @@
+"""Sessions: a program that answers calls, one captured plan for each set of input shapes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusegen.runtime.backends.base import Backend
+from fusegen.runtime.capture import Capture
+from fusegen.runtime.errors import GraphError, OutOfMemoryError, RequestError
+from fusegen.runtime.plan import Plan, plan
+from fusegen.runtime.program import Program, TensorSpec
+from fusegen.runtime.specialize import bind_symbols, evaluate
+from fusegen.runtime.weights import Weights
+
+GIB = 1 << 30
+# What allocators say when there is no memory: PyTorch's on the CPU and on CUDA, and the C++ library's.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one kernel or routine took of a profiled run: seconds, calls, and its part of the whole."""
+
+    name: str
+    seconds: float
+    calls: int
+    part: float
+
+
+class Session:
+    """A compiled program: call it with the inputs, in order or by name, for its output (a tuple where there are several).
+
+    Inputs are tensors on any device; outputs are new contiguous tensors on the backend's device, the caller's own.  One
+    lock serialises calls from several threads.  Captured shapes are kept, least recently used first out, within
+    ``memory`` bytes beyond the weights.  Raises :class:`RequestError` for inputs that do not fit, and
+    :class:`OutOfMemoryError`, after which the next call works.
+    """
+
+    def __init__(
+        self, program: Program, backend: Backend, deterministic: bool = False, memory: int = 4 * GIB, notes: tuple[str, ...] = ()
+    ):
+        self.program, self.backend, self.deterministic = program, backend, deterministic
+        self.memory, self.notes = memory, notes
+        self.weights = Weights(backend.place)
+        self._captures: OrderedDict[Any, Capture] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
+        given = self._given(inputs, named)
+        with self._lock, _running():
+            capture, built = self.capture(given)
+            for name, value in given.items():
+                capture.load(name, value)
+            _run(capture, "step", built)
+            return _outputs(capture)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the shapes last called; :meth:`planned` makes one for any."""
+        with self._lock:
+            if not self._captures:
+                raise RequestError("nothing has been planned yet", mend="call the session, or session.planned(specs)")
+            return next(reversed(self._captures.values())).plan
+
+    def planned(
+        self, given: Mapping[str, TensorSpec | Tensor], fixed: Sequence[str] = (), per_step: Sequence[str] = ()
+    ) -> Plan:
+        """The plan for inputs of these specs, without running anything."""
+        specs = {k: TensorSpec(tuple(v.shape), v.dtype) for k, v in given.items()}
+        return plan(self.program, specs, self.backend, self.deterministic, fixed, per_step, self.notes)
+
+    def profile(self, *inputs: Tensor, runs: int = 5, **named: Tensor) -> list[Share]:
+        """The measured share of time of each kernel and routine over ``runs`` runs, the largest first."""
+        self(*inputs, **named)
+        given = self._given(inputs, named)
+        seconds: dict[str, list[float]] = {}
+        with self._lock, _running():
+            capture, _ = self.capture(given)
+            for _ in range(runs):
+                for name, value in given.items():
+                    capture.load(name, value)
+                for step, taken in capture.profile("step"):
+                    seconds.setdefault(f"{step.binding.how} {step.binding.name}", []).append(taken)
+        whole = sum(map(sum, seconds.values()))
+        rows = [Share(k, sum(v) / runs, len(v) // runs, sum(v) / whole) for k, v in seconds.items()]
+        return sorted(rows, key=lambda r: -r.seconds)
+
+    def trajectory(self, fixed: Mapping[str, Tensor], per_step: Mapping[str, Tensor]) -> Trajectory:
+        """A run of many steps, of which ``fixed`` inputs stay the same and ``per_step`` inputs are known ahead.
+
+        A ``per_step`` tensor has a row for each step: the input of that step, or one number for all of its elements.
+        Nodes that depend on these alone run once, not in the loop.
+        """
+        for name in [*fixed, *per_step]:
+            if name not in self.program.inputs:
+                raise RequestError(f"there is no input {name!r}", mend=f"the inputs are {', '.join(self.program.inputs)}")
+        lengths = {v.shape[0] if v.ndim else 0 for v in per_step.values()}
+        if len(lengths) > 1 or 0 in lengths or set(fixed) & set(per_step):
+            raise RequestError("per_step inputs need the same number of rows, at least one, and no name in fixed as well")
+        return Trajectory(self, dict(fixed), dict(per_step))
+
+    def capture(self, given: Mapping[str, Tensor], fixed: Sequence[str] = (), per_step: Sequence[str] = ()) -> tuple[Capture, bool]:
+        """The capture for inputs like ``given`` (under the session's lock), and whether it still has to be built."""
+        key = (tuple((k, tuple(v.shape), v.dtype) for k, v in given.items()), frozenset(fixed), frozenset(per_step))
+        if key in self._captures:
+            self._captures.move_to_end(key)
+            return self._captures[key], False
+        made = Capture(self.planned(given, fixed, per_step), self.backend, self.weights)
+        made.build("constant")
+        self._captures[key] = made
+        while len(self._captures) > 1 and sum(c.nbytes for c in self._captures.values()) > self.memory:
+            self._captures.popitem(last=False)
+        return made, True
+
+    def forget(self, capture: Capture) -> None:
+        """Drop a capture whose building failed."""
+        self._captures = OrderedDict((k, c) for k, c in self._captures.items() if c is not capture)
+
+    def _given(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = list(self.program.inputs)
+        if len(inputs) > len(names):
+            raise RequestError(f"{len(inputs)} inputs were given, there are {len(names)}", mend=", ".join(names))
+        found = dict(zip(names, inputs, strict=False))
+        for name, value in named.items():
+            if name not in names or name in found:
+                what = "was given twice" if name in found else "is no input"
+                raise RequestError(f"{name!r} {what}", mend=f"the inputs are {', '.join(names)}")
+            found[name] = value
+        missing = [n for n in names if n not in found]
+        if missing:
+            raise RequestError(f"input {missing[0]!r} is missing", mend=f"the inputs are {', '.join(names)}")
+        for name, value in found.items():
+            if not isinstance(value, Tensor):
+                raise RequestError(f"input {name!r} is a {type(value).__name__}", mend="give a torch.Tensor")
+        return {n: found[n].detach().to(self.backend.device).contiguous() for n in names}
+
+
+class Trajectory:
+    """``trajectory(i, x)`` for step ``i``: the session's output, without what does not change.  Made by a session.
+
+    ``x``: the one input that is neither fixed nor per_step; further ones by name.
+    """
+
+    def __init__(self, session: Session, fixed: dict[str, Tensor], per_step: dict[str, Tensor]):
+        self.session, self.fixed, self.per_step = session, fixed, per_step
+        self.free = [n for n in session.program.inputs if n not in fixed and n not in per_step]
+        self.steps = next((len(v) for v in per_step.values()), 0)
+        self._shapes: Any = None
+        self._capture: Capture | None = None
+        self._left: dict[str, Tensor] = {}
+        self._rows: list[dict[str, Tensor]] = []
+
+    def __call__(self, step: int, *inputs: Tensor, **named: Tensor) -> Any:
+        if self.per_step and not 0 <= step < self.steps:
+            raise RequestError(f"step {step} does not exist", mend=f"there are {self.steps}, from 0")
+        given = dict(zip(self.free, inputs, strict=False)) | named
+        session = self.session
+        with session._lock, _running():
+            full = session._given((), {**self.fixed, **self._row(step, given), **given})
+            shapes = tuple((tuple(v.shape), v.dtype) for v in full.values())
+            capture, built = session.capture(full, tuple(self.fixed), tuple(self.per_step))
+            if self._capture is not capture or self._shapes != shapes:
+                self._prepare(capture, full, given, built)
+                self._capture, self._shapes = capture, shapes
+            for name, value in {**full, **self._left, **(self._rows[step] if self._rows else {})}.items():
+                capture.load(name, value)
+            _run(capture, "step", "step" not in capture.loops)
+            return _outputs(capture)
+
+    def _row(self, step: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The ``per_step`` inputs of a step; a row of one number fills the input."""
+        program = self.session.program
+        known = {k: TensorSpec(tuple(v.shape), v.dtype) for k, v in {**self.fixed, **given}.items()}
+        out = {}
+        for name, rows in self.per_step.items():
+            row, spec = rows[step], program.inputs[name]
+            if row.ndim == 0 and spec.shape:
+                inputs = {k: v for k, v in program.inputs.items() if k in known}
+                values = bind_symbols(Program(program.name, (), inputs, (), {}, program.symbols), known)
+                row = row.expand([evaluate(d, values) for d in spec.shape])
+            out[name] = row
+        return out
+
+    def _prepare(self, capture: Capture, full: Mapping[str, Tensor], given: Mapping[str, Tensor], built: bool) -> None:
+        """Run what does not depend on the free inputs, and keep what it leaves to the loop."""
+        phases = {o: s.phase for s in capture.plan.steps for o in s.node.outputs}
+        for name, value in full.items():
+            capture.load(name, value)
+        _run(capture, "fixed", "fixed" not in capture.loops)
+        self._left = {n: capture.value(n) for n in capture.plan.crossing if phases[n] == "fixed"}
+        self._rows = []
+        for step in range(self.steps):
+            for name, value in self._row(step, given).items():
+                capture.load(name, value.to(self.session.backend.device).contiguous())
+            _run(capture, "per_step", "per_step" not in capture.loops)
+            self._rows.append({n: capture.value(n) for n in capture.plan.crossing if phases[n] == "per_step"})
+
+
+def _run(capture: Capture, phase: str, build: bool) -> None:
+    if build:
+        capture.build(phase)
+        if phase == "step":
+            capture.record()
+    else:
+        capture.run(phase)
+
+
+def _outputs(capture: Capture) -> Any:
+    """The outputs in memory of the caller's own, outside inference mode, so that anything may be done with them."""
+    values = [capture.value(name) for name in capture.plan.program.outputs]
+    with torch.inference_mode(False):
+        made = [torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in values]
+    for out, value in zip(made, values, strict=True):
+        out.copy_(value)
+    return made[0] if len(made) == 1 else tuple(made)
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """Inference mode; an allocator's failure becomes :class:`OutOfMemoryError`."""
+    try:
+        with torch.inference_mode():
+            yield
+    except MemoryError:
+        raise OutOfMemoryError("there is not enough memory", mend="ask for a smaller batch or size") from None
+    except RuntimeError as error:
+        if any(words in str(error).lower() for words in _NO_MEMORY):
+            raise OutOfMemoryError("there is not enough memory", mend="ask for a smaller batch or size") from None
+        raise

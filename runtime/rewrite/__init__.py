@@ -68,7 +68,8 @@ def rewrite(program: Program, dtype: torch.dtype | None = None) -> Program:
     program = log.run("repeated calls", clean.without_repeats, program)
     program = log.run("constants", clean.folded, program)
     program = log.run("dead code", without_dead, program)
-    return replace(program, applied=(*program.applied, *log.merged()))
+    news = tuple(a for a in log.merged() if a not in program.applied or a.count)
+    return replace(program, applied=(*program.applied, *news))
 
 
 class _Log:

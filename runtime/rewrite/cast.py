@@ -100,8 +100,12 @@ class _Caster:
         """Inputs of two or more dimensions start in the compute dtype."""
         for name, spec in self.program.inputs.items():
             self.now[name] = spec
-            if spec.dtype in FLOATS and len(spec.shape) >= 2:
+            if spec.dtype in FLOATS and len(spec.shape) >= 2 and not self._cast_already(name):
                 self.table[name] = Ref(self.as_dtype(name, self.low))
+
+    def _cast_already(self, name: str) -> bool:
+        """Whether all that is done with an input is to cast it to the compute dtype."""
+        return all(u.op == CAST and u.args["dtype"] is self.low for u in self.users.get(name, ()))
 
     def as_dtype(self, name: str, dtype: torch.dtype) -> str:
         """The name of ``name``'s value in ``dtype``: itself, a converted weight, or the output of a cast added here."""

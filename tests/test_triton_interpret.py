@@ -111,7 +111,9 @@ def check(name: str) -> Iterator[dict[str, Any]]:
     mend_bfloat16()
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True, warn_only=True)
-    written = [i for i, a in enumerate(getattr(torch.ops.fusegen, name).default._schema.arguments) if a.name in op.mutates]
+    written = [
+        i for i, a in enumerate(getattr(torch.ops.fusegen, name).default._schema.arguments) if a.name in op.mutates
+    ]
     for case in (c for c in op.cases if c.small):
         for dtype in case.dtypes:
             made = [case.build(torch.Generator().manual_seed(1), dtype) for _ in range(5)]

@@ -8,20 +8,22 @@ near float32's) where tuning found that faster and inside the op's bound.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusegen.kernels.attention import heads, spread_mask
 from fusegen.kernels.gpu.launch import Stage, Use, blocks, power, unit
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
 from fusegen.kernels.op import FLOATS, Kernel
-from torch import Tensor
 
 Q, K, V, MASK, LENGTHS = range(5)  # positions of the tensors in the schema
 WIDEST = 256  # the largest head dimension
@@ -39,13 +41,10 @@ def _rows(base, rows, stride, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr, D
     if EDGE:
         if FIRST + WIDTH > DIM:
             return tl.load(at, mask=(rows < limit)[:, None] & (d < DIM)[None, :], other=0.0)
-        else:
-            return tl.load(at, mask=(rows < limit)[:, None], other=0.0)
-    else:
-        if FIRST + WIDTH > DIM:
-            return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
-        else:
-            return tl.load(at)
+        return tl.load(at, mask=(rows < limit)[:, None], other=0.0)
+    if FIRST + WIDTH > DIM:
+        return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
+    return tl.load(at)
 
 
 @triton.jit
@@ -120,7 +119,9 @@ def attention_kernel(
     acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
     acc1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 1), tl.float32)
     top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
-    length = tl.maximum(tl.minimum(tl.load(key_lengths + b).to(tl.int32), keys), 0) if LENGTHS else tl.cast(keys, tl.int32)
+    length = (
+        tl.maximum(tl.minimum(tl.load(key_lengths + b).to(tl.int32), keys), 0) if LENGTHS else tl.cast(keys, tl.int32)
+    )
     end = tl.minimum(length, first + BLOCK_M) if CAUSAL else length
     # Blocks before ``sure`` are whole and, where CAUSAL, before every query of this tile.
     sure = (tl.minimum(length, first + 1) if CAUSAL else length) // BLOCK_N * BLOCK_N
@@ -162,9 +163,11 @@ def widths(dim: int, split: bool) -> tuple[int, int]:
     return (head, tail) if split and head >= SMALLEST and head + tail < whole else (whole, 0)
 
 
-def shared(config: Config, dim: int, size: int) -> int:
-    """About the shared memory (bytes) a configuration needs: the pipelined keys and values, and the queries."""
-    return sum(widths(dim, config.split)) * size * (config.block_m + 2 * config.num_stages * config.block_n)
+def shared(config: Config, q: Tensor, mask: Tensor | None) -> int:
+    """About the shared memory (bytes) a configuration takes: the queries, and the pipelined keys, values and mask."""
+    wide = sum(widths(q.shape[-1], config.split)) * q.element_size()
+    masks = 0 if mask is None else (config.num_stages - 1) * config.block_m * config.block_n * mask.element_size()
+    return wide * (config.block_m + 2 * config.num_stages * config.block_n) + masks
 
 
 def key(q: Tensor, k: Tensor, v: Tensor, mask: Any, key_lengths: Any, causal: bool, scale: Any) -> str:
@@ -173,39 +176,53 @@ def key(q: Tensor, k: Tensor, v: Tensor, mask: Any, key_lengths: Any, causal: bo
     return f"{kinds}{q.shape[-1]} {power(q.shape[-2])}x{power(k.shape[-2])} {str(q.dtype).removeprefix('torch.')}"
 
 
-def default(q: Tensor, k: Tensor, *rest: Any) -> Config:
-    """Tiles that fit registers; heads wider than 64 are split where that saves a quarter or more of the arithmetic."""
-    dim, small = q.shape[-1], q.dtype != torch.float32
+def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, limit: int = SHARED_BYTES) -> Config:
+    """Tiles that fit registers and ``limit`` bytes of shared memory; heads wider than 64 are split where that saves a
+    quarter or more of the arithmetic."""
+    dim = q.shape[-1]
     split = dim > 64 and sum(widths(dim, True)) * 4 <= 3 * sum(widths(dim, False))
     wide = sum(widths(dim, split))
-    if small:
-        block_m, block_n, warps, stages = (128, 64, 4, 3) if wide <= 64 else (128, 64, 8, 3 if wide <= 160 else 2)
+    if q.dtype != torch.float32:
+        found = Config(128, 64, 4 if wide <= 64 else 8, 3 if wide <= 160 else 2, split)
+    elif wide <= 64:
+        found = Config(64, 32, 8, 1, split)
     else:
-        block_m, block_n, warps, stages = (64, 32, 4, 2) if wide <= 64 else (32, 32, 4, 2)
-    block_m = min(block_m, max(16, power(q.shape[-2])))
-    block_n = min(block_n, max(16, power(k.shape[-2])))
-    return Config(block_m, block_n, min(warps, max(1, block_m // 16)), stages, split)
+        found = Config(32 if wide <= 160 else 16, 16, 8, 1, split)
+    block_m = min(found.block_m, max(SMALLEST, power(q.shape[-2])))
+    block_n = min(found.block_n, max(SMALLEST, power(k.shape[-2])))
+    warps = found.num_warps if q.dtype == torch.float32 else min(found.num_warps, block_m // 16)
+    found = replace(found, block_m=block_m, block_n=block_n, num_warps=warps)
+    while shared(found, q, mask) > limit and found.num_stages > 1:
+        found = replace(found, num_stages=found.num_stages - 1)
+    while shared(found, q, mask) > limit and found.block_n > SMALLEST:
+        found = replace(found, block_n=found.block_n // 2)
+    return found
 
 
-def space(q: Tensor, k: Tensor, *rest: Any) -> Iterator[Config]:
-    """What fits shared memory with at most 128 accumulator and 96 score registers a thread; both forms of the head."""
-    dim, size = q.shape[-1], q.element_size()
-    forms = (False, True) if widths(dim, True)[1] else (False,)
-    for split in forms:
-        wide = sum(widths(dim, split))
-        for block_m in (16, 32, 64, 128) if size == 2 else (16, 32, 64):
-            for block_n in (32, 64, 128) if size == 2 else (16, 32, 64):
-                for warps in (4, 8):
-                    registers = block_m / (32 * warps)
-                    if block_m > max(16, power(q.shape[-2])) or block_n > max(32, power(k.shape[-2])):
-                        continue
-                    if registers * wide > 128 or registers * block_n > 96 or block_m < 8 * warps:
-                        continue
-                    for stages in (2, 3, 4) if size == 2 else (1, 2):
-                        for precision in ("ieee",) if size == 2 else ("ieee", "tf32x3"):
-                            config = Config(block_m, block_n, warps, stages, split, precision)
-                            if shared(config, dim, size) <= SHARED_BYTES:
-                                yield config
+def space(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any) -> Iterator[Config]:
+    """Both forms of the head over the tiles whose registers and shared memory fit."""
+    dim, exact = q.shape[-1], q.dtype == torch.float32
+    sizes = (16, 32, 64) if exact else (32, 64, 128)
+    rows, columns = (max(s[0], power(t.shape[-2])) for s, t in ((sizes, q), (sizes, k)))
+    for split in (False, True) if widths(dim, True)[1] else (False,):
+        for block_m, block_n, warps in itertools.product((16, *sizes[-2:]), sizes, (4, 8)):
+            wide = sum(widths(dim, split))
+            if block_m > rows or block_n > columns:
+                continue
+            for precision in ("ieee", "tf32x3") if exact else ("ieee",):
+                if _fits(block_m, block_n, 32 * warps, wide, exact and precision == "ieee"):
+                    for stages in (1, 2) if exact else (2, 3, 4):
+                        config = Config(block_m, block_n, warps, stages, split, precision)
+                        if shared(config, q, mask) <= SHARED_BYTES:
+                            yield config
+
+
+def _fits(block_m: int, block_n: int, threads: int, wide: int, scalar: bool) -> bool:
+    """Whether a tile is likely to fit the registers of its threads.  Without tensor cores (``scalar``) a product holds
+    its operands there too; with them, a warp takes 16 rows."""
+    if scalar:
+        return ((block_m + block_n) * wide + block_m * (wide + block_n)) // threads <= 90
+    return block_m * wide // threads <= 128 and block_m * block_n // threads <= 96 and block_m * 2 >= threads
 
 
 def _masking(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:

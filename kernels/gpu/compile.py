@@ -23,16 +23,32 @@ from typing import Any
 
 import torch
 import triton
-from fusegen.kernels import op as registry
-from fusegen.kernels.gpu.launch import ALIGNMENT, Stage
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ARCHITECTURES = (80, 90, 100)
+from fusegen.kernels import op as registry
+from fusegen.kernels.gpu.launch import ALIGNMENT, Stage
+from fusegen.kernels.gpu.tune import SHARED_BYTES
+
+ARCHITECTURES = {80: 163 * 1024, 90: SHARED_BYTES, 100: SHARED_BYTES}  # sm -> shared memory of a block
 OPS = ("attention", "group_norm", "layer_norm", "noise_normal", "sampler_step")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _TYPES = {FP32: "fp32", BF16: "bf16", FP16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+_INSTRUCTION = re.compile(r"^\s+(?:/\*.*?\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
+_COLUMNS = (
+    "op",
+    "specimen",
+    "kernel",
+    "sm",
+    "warps",
+    "registers",
+    "shared",
+    "stack",
+    "spills",
+    "matrix",
+    "16-byte loads",
+)
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -44,8 +60,8 @@ class Specimen:
     name: str
     args: Callable[[], tuple[Any, ...]]
 
-    def stages(self) -> tuple[Stage, ...]:
-        """The launches of the configuration that serves without tuning."""
+    def stages(self, limit: int) -> tuple[Stage, ...]:
+        """The launches of the configuration that serves without tuning, with ``limit`` bytes of shared memory."""
         module = importlib.import_module(f"fusegen.kernels.gpu.{self.op}")
         spec = importlib.import_module(f"fusegen.kernels.{self.op}")
         args = self.args()
@@ -53,7 +69,7 @@ class Specimen:
             raise ValueError(f"{self.op} declines {self.name}: {reason}")
         outs = spec.OP.allocate(*args)
         if hasattr(module, "TUNABLE"):
-            return tuple(module.stages(outs, args, module.TUNABLE.default(*args)))
+            return tuple(module.stages(outs, args, module.TUNABLE.default(*args, limit=limit)))
         return tuple(module.stages(outs, args))
 
 
@@ -155,13 +171,17 @@ def _tool(name: str, *args: str) -> str:
 def compile_for(specimen: Specimen, arch: int) -> Iterator[Usage]:
     """Compile each launch of a specimen; raises what Triton or its assembler raises."""
     args = specimen.args()
-    for stage in specimen.stages():
+    for stage in specimen.stages(ARCHITECTURES[arch]):
         made = triton.compile(source(stage, args), GPUTarget("cuda", arch, 32), options=dict(stage.options))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "kernel.cubin"
             path.write_bytes(made.asm["cubin"])
             usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
-            code = Counter(re.findall(r"^\s+(?:/\*.*?\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", _tool("nvdisasm", "-c", str(path)), re.M))
+            code = Counter(
+                re.findall(
+                    r"^\s+(?:/\*.*?\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", _tool("nvdisasm", "-c", str(path)), re.M
+                )
+            )
         find = lambda field: int(re.search(rf"{field}:(\d+)", usage)[1])  # type: ignore[index]  # noqa: B023, E731
         count = lambda *starts: sum(n for name, n in code.items() if name.startswith(starts))  # noqa: B023, E731
         matrix = [f"{n} {name}" for name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA") if (n := count(name))]
@@ -196,7 +216,19 @@ def show(usages: Sequence[Usage]) -> None:
     from rich.table import Table
 
     table = Table(title=f"What each Triton kernel takes of a GPU (Triton {triton.__version__})")
-    for name in ("op", "specimen", "kernel", "sm", "warps", "registers", "shared", "stack", "spills", "matrix", "16-byte loads"):
+    for name in (
+        "op",
+        "specimen",
+        "kernel",
+        "sm",
+        "warps",
+        "registers",
+        "shared",
+        "stack",
+        "spills",
+        "matrix",
+        "16-byte loads",
+    ):
         table.add_column(name, justify="left" if name in ("op", "specimen", "kernel", "matrix") else "right")
     for u in usages:
         cells = (u.arch, u.warps, u.registers, u.shared, u.stack, u.spills, u.matrix, u.wide)
@@ -208,12 +240,14 @@ def show(usages: Sequence[Usage]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 1 where a kernel spills registers."""
     parser = argparse.ArgumentParser(prog="python -m fusegen.kernels.gpu.compile", description=__doc__)
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="only this one (80, 90, 100)")
+    parser.add_argument(
+        "--arch", type=int, action="append", choices=tuple(ARCHITECTURES), help="only this one (80, 90, 100)"
+    )
     parser.add_argument("--op", action="append", choices=OPS, help="only this op (may be repeated)")
     parser.add_argument("--json", type=Path, help="write the table to this file as well")
     args = parser.parse_args(argv)
     registry.ops()
-    usages = run(args.op or OPS, args.arch or ARCHITECTURES)
+    usages = run(args.op or OPS, args.arch or tuple(ARCHITECTURES))
     show(usages)
     if args.json:
         args.json.write_text("[\n" + ",\n".join(json.dumps(asdict(u)) for u in usages) + "\n]\n")

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusegen.kernels.gpu.launch import Stage, Use, blocks, power
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
-from torch import Tensor
 
 X, WEIGHT, BIAS = 0, 2, 3  # positions of the tensors in the schema
 SLAB = 16384  # elements of the padded tile that a one-launch program may hold in registers
@@ -61,7 +62,7 @@ def slab_kernel(
 def partial_kernel(
     x, partial, x_b, x_c, x_s, channels, pixels, chunks, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel over one chunk of BLOCK_S pixels -> partial (B, chunks, 2, C)."""
+    """Mean and sum of squared deviations of each channel over BLOCK_S pixels -> partial (B, chunks, 2, C)."""
     chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     s = chunk * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -160,7 +161,7 @@ def key(x: Tensor, groups: int, weight: Any, bias: Any, eps: float, activation: 
     return f"{x.shape[1]}x{math.prod(x.shape[2:])} {groups} {layout} {str(x.dtype).removeprefix('torch.')} {activation}"
 
 
-def default(x: Tensor, groups: int, *rest: Any) -> Config:
+def default(x: Tensor, groups: int, *rest: Any, limit: int = 0) -> Config:
     """One launch where the padded slab fits; else tiles of 4096 elements, 64 channels wide when those are innermost."""
     block_c, block_s = _tile(x, groups)
     if block_c * block_s <= SLAB:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 import triton
-from fusegen.kernels.op import Launch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
+
+from fusegen.kernels.op import Launch
 
 ALIGNMENT = 16  # bytes; what Triton specialises pointers on, and the widest load a thread can do
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusegen.kernels.gpu.launch import Stage, Use, blocks, power
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
-from torch import Tensor
 
 X, WEIGHT, BIAS = 0, 1, 2  # positions of the tensors in the schema
 WIDEST = 32768  # the longest row held in the registers of 32 warps
@@ -70,7 +70,7 @@ def key(x: Tensor, weight: Any, bias: Any, eps: float) -> str:
     return f"{x.shape[-1]} {str(x.dtype).removeprefix('torch.')}"
 
 
-def default(x: Tensor, *rest: Any) -> Config:
+def default(x: Tensor, *rest: Any, limit: int = 0) -> Config:
     """About 1024 elements a program, one warp for every 512 of them."""
     block = power(x.shape[-1])
     rows = max(1, min(16, 1024 // block))

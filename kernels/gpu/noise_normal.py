@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusegen.kernels import noise_normal as spec
 from fusegen.kernels.gpu.launch import Stage, TritonLaunch, Use, blocks
 from fusegen.kernels.op import Kernel
-from torch import Tensor
 
 SEEDS = 0  # position in the schema
 EXACT = {"enable_fp_fusion": False}

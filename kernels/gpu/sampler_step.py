@@ -5,21 +5,20 @@ The row of coefficients is read in the kernel, so that a captured graph serves e
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fusegen.kernels import sampler_step as spec
 from fusegen.kernels.gpu.launch import Stage, TritonLaunch, Use, blocks
 from fusegen.kernels.gpu.noise_normal import EXACT, normals, table
 from fusegen.kernels.op import Kernel
-from torch import Tensor
 
 BLOCK = 512
 PARTIALS = 256  # at most so many partial statistics a sample
-SOURCE = Path(__file__)
 _P_X, _P_OUT, _CLIP, _X, _D = (tl.constexpr(i) for i in (spec.P_X, spec.P_OUT, spec.CLIP, spec.X, spec.D))
 _NOISE, _INPUT, _STEP = (tl.constexpr(i) for i in (spec.NOISE, spec.INPUT, spec.STEP))
 _STORE_X, _STORE_D, _HX0 = (tl.constexpr(i) for i in (spec.STORE_X, spec.STORE_D, spec.HX0))
@@ -167,7 +166,9 @@ def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> TritonLaunch:
     return TritonLaunch(args, stages(outs, args))
 
 
-def decline(x: Tensor, out: Tensor, row: Tensor, history: Tensor, seeds: Tensor, guidance: Tensor, _: float) -> str | None:
+def decline(
+    x: Tensor, out: Tensor, row: Tensor, history: Tensor, seeds: Tensor, guidance: Tensor, _: float
+) -> str | None:
     """Anything not dense, x, row, history or guidance not float32, and batches beyond the grid's second dimension."""
     given = {"x": x, "out": out, "row": row, "history": history, "seeds": seeds, "guidance": guidance}
     for name, tensor in given.items():

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 import triton
-from fusegen.kernels.gpu.launch import Stage, TritonLaunch
 from torch import Tensor
+
+from fusegen.kernels.gpu.launch import Stage, TritonLaunch
 
 SHIPPED = Path(__file__).parent / "tuned"
 SHARED_BYTES = 227 * 1024  # the most shared memory a block can have on sm_90 and sm_100
@@ -33,8 +34,9 @@ class Tunable:
     """An op's configurations.
 
     ``config``: its frozen dataclass.  ``key(*args)``: what the best choice depends on, never the batch, so that results
-    do not depend on it either.  ``default(*args)``: the rule.  ``space(*args)``: candidates, already pruned.
-    ``stages(outs, args, config)``: the launches.  ``source``: the file whose change makes measurements stale.
+    do not depend on it either.  ``default(*args, limit)``: the rule, where a block has ``limit`` bytes of shared memory.
+    ``space(*args)``: candidates, already pruned.  ``stages(outs, args, config)``: the launches.  ``source``: the file
+    whose change makes measurements stale.
     """
 
     op: str
@@ -97,6 +99,12 @@ def _device(index: int) -> tuple[str, str]:
 
 
 @functools.cache
+def shared_limit(index: int) -> int:
+    """The most shared memory (bytes) a block can have on that GPU."""
+    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+
+
+@functools.cache
 def table(tunable: Tunable, gpu: str, driver_version: str) -> dict[str, Any]:
     """Measured configurations by key.  The user's file counts only for the same driver; a shipped one for any."""
     found: dict[str, Any] = {}
@@ -120,7 +128,7 @@ def choose(tunable: Tunable, args: tuple[Any, ...]) -> Any:
     if device.type != "cuda":
         return tunable.default(*args)
     found = table(tunable, *_device(device.index)).get(tunable.key(*args))
-    return tunable.default(*args) if found is None else found
+    return tunable.default(*args, limit=shared_limit(device.index)) if found is None else found
 
 
 def keep(tunable: Tunable, key: str, trial: Trial, gpu: str, driver_version: str) -> Path:
@@ -150,11 +158,10 @@ def tune(
 ) -> list[Trial]:
     """Try the whole space on these arguments, fastest first in the answer; keep the winner.
 
-    ``right(outs)`` says whether the outputs are inside the op's error bound: a configuration that is not is out, however
-    fast.  ``time(run)`` gives the median seconds of a call.  The rule's configuration is always among those tried.
+    ``right(outs)`` says whether the outputs are inside the op's error bound: a configuration that is not is out,
+    however fast.  ``time(run)`` gives the median seconds of a call.  The one in use now is always among those tried.
     """
-    default = tunable.default(*args)
-    candidates = dict.fromkeys([default, *tunable.space(*args)])
+    candidates = dict.fromkeys([choose(tunable, args), *tunable.space(*args)])
     trials = sorted((_try(tunable, outs, args, c, right, time) for c in candidates), key=lambda t: t.seconds)
     if math.isfinite(trials[0].seconds):
         device = next(a.device for a in args if isinstance(a, Tensor))

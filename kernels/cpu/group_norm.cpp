@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512
+// levels: scalar avx2 avx512 avx512_bf16
 // Group normalization (+ SiLU), contiguous and channels-last.
 //
 // A group's statistics are taken chunk by chunk and merged in the chunks' order; the chunks depend on the sizes of one
@@ -6,6 +6,7 @@
 // cache, the item takes the statistics and normalizes: memory is read once.  Else the two are separate sweeps.
 #include "abi.h"
 #include "moments.h"
+#include "silu.h"
 #include "threads.h"
 
 namespace {
@@ -16,13 +17,10 @@ constexpr int64_t kChunk = 4096;         // elements of a contiguous chunk
 constexpr int64_t kRows = 256;           // pixels of a channels-last chunk
 constexpr int64_t kTile = 256;           // channels of it handled together
 
-// y sigmoid(y).  The bound keeps 1 + e^-y finite.
-FG_INLINE vf silu(vf y) { return div(y, add(set1(1.0f), exp(min(set1(88.0f), sub(set1(0.0f), y))))); }
-
-template <bool kSilu>
+template <class T, bool kSilu>
 FG_INLINE vf normalized(vf x, vf mean, vf scale, vf shift) {
   vf y = fma(sub(x, mean), scale, shift);
-  return kSilu ? silu(y) : y;
+  return kSilu ? silu<T>(y) : y;
 }
 
 // What all work items share.  `channel` holds, per sample, three rows of C: the mean's float32 part, scale, shift.
@@ -70,13 +68,13 @@ struct Contiguous {
     const vf m = set1(mean), a = set1(scale), b = set1(shift);
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
-      vf y = normalized<kSilu>(load(x + i), m, a, b), z = normalized<kSilu>(load(x + i + W), m, a, b);
+      vf y = normalized<T, kSilu>(load(x + i), m, a, b), z = normalized<T, kSilu>(load(x + i + W), m, a, b);
       store(out + i, y);
       store(out + i + W, z);
     }
     for (; i < n; i += W) {
       int rest = n - i < W ? static_cast<int>(n - i) : W;
-      store_n(out + i, normalized<kSilu>(load_n(x + i, rest), m, a, b), rest);
+      store_n(out + i, normalized<T, kSilu>(load_n(x + i, rest), m, a, b), rest);
     }
   }
 };
@@ -125,22 +123,24 @@ struct ChannelsLast {
       }
   }
 
-  // Moments of `groups` groups side by side, `width` columns each (together at most kTile).
+  // Moments of `groups` groups side by side, `width` columns each (together at most kTile), as in moments.h.
   static void tile(const T *x, int64_t stride, int64_t rows, int64_t groups, int64_t width, Moments *out) {
     float sum[kTile + W] = {}, centre[kTile + W] = {}, square[kTile + W] = {};
+    const int64_t head = rows < 16 ? 1 : rows / 16;
     const double count = static_cast<double>(rows * width);
-    sums(x, stride, rows, groups * width, sum);
+    sums(x, stride, head, groups * width, sum);
     for (int64_t g = 0; g < groups; ++g) {
-      double total = 0;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) total += static_cast<double>(sum[c]);
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) centre[c] = static_cast<float>(total / count), sum[c] = 0;
+      float total = 0;
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) total += sum[c];
+      for (int64_t c = g * width; c < (g + 1) * width; ++c) centre[c] = total / static_cast<float>(head * width), sum[c] = 0;
     }
     for (int64_t c = groups * width; c < kTile + W; ++c) sum[c] = 0;
     squares(x, stride, rows, groups * width, centre, sum, square);
     for (int64_t g = 0; g < groups; ++g) {
       double s = 0, q = 0;
       for (int64_t c = g * width; c < (g + 1) * width; ++c) s += static_cast<double>(sum[c]), q += static_cast<double>(square[c]);
-      out[g] = {static_cast<double>(centre[g * width]) + s / count, q - s * s / count};
+      double m2 = q - s * s / count;
+      out[g] = {static_cast<double>(centre[g * width]) + s / count, m2 > 0 ? m2 : 0};
     }
   }
 
@@ -181,10 +181,10 @@ struct ChannelsLast {
         vf h = n == W ? load(shift + c) : load_n(shift + c, n);
         if (n == W && rows == 4)
           for (int64_t i = 0; i < 4; ++i)
-            store(out + i * channels + c, normalized<kSilu>(load(x + i * channels + c), m, k, h));
+            store(out + i * channels + c, normalized<T, kSilu>(load(x + i * channels + c), m, k, h));
         else
           for (int64_t i = 0; i < rows; ++i)
-            store_n(out + i * channels + c, normalized<kSilu>(load_n(x + i * channels + c, n), m, k, h), n);
+            store_n(out + i * channels + c, normalized<T, kSilu>(load_n(x + i * channels + c, n), m, k, h), n);
       }
     }
   }

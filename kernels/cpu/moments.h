@@ -1,4 +1,4 @@
-// Mean and centred sum of squares by two passes, in an order fixed by the count alone.
+// Mean and centred sum of squares, in an order fixed by the count alone.
 #pragma once
 #include "simd.h"
 
@@ -31,18 +31,23 @@ FG_INLINE float sum_of(const T *x, int64_t n) {
   return hsum(add(add(a, b), add(c, d)));
 }
 
-// The second pass is centred on the first one's float32 mean; its own sum corrects that mean's rounding.
+// The sums of d = x - centre and of d^2 in one pass, where the centre is the mean of the first sixteenth.  Its distance
+// from the mean of all costs at most sixteen roundings of m2: the elements it was taken from belong to the whole.
 template <class T>
 FG_INLINE Moments moments_of(const T *x, int64_t n) {
-  const float centre = sum_of(x, n) / static_cast<float>(n);
+  int64_t head = n / 16 / (4 * W) * (4 * W);
+  head = head > 4 * W ? head : 4 * W < n ? 4 * W : n;
+  const float centre = sum_of(x, head) / static_cast<float>(head);
   const vf m = set1(centre);
-  vf sa = set1(0.0f), sb = sa, qa = sa, qb = sa, qc = sa, qd = sa;
+  vf sa = set1(0.0f), sb = sa, sc = sa, sd = sa, qa = sa, qb = sa, qc = sa, qd = sa;
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
     vf a = sub(load(x + i), m), b = sub(load(x + i + W), m);
     vf c = sub(load(x + i + 2 * W), m), d = sub(load(x + i + 3 * W), m);
-    sa = add(sa, add(a, b));
-    sb = add(sb, add(c, d));
+    sa = add(sa, a);
+    sb = add(sb, b);
+    sc = add(sc, c);
+    sd = add(sd, d);
     qa = fma(a, a, qa);
     qb = fma(b, b, qb);
     qc = fma(c, c, qc);
@@ -59,9 +64,9 @@ FG_INLINE Moments moments_of(const T *x, int64_t n) {
     sb = add(sb, a);
     qb = fma(a, a, qb);
   }
-  double s = hsum(add(sa, sb)), q = hsum(add(add(qa, qb), add(qc, qd)));
-  double count = static_cast<double>(n);
-  return {centre + s / count, q - s * s / count};
+  double s = hsum(add(add(sa, sb), add(sc, sd))), q = hsum(add(add(qa, qb), add(qc, qd)));
+  double count = static_cast<double>(n), m2 = q - s * s / count;
+  return {centre + s / count, m2 > 0 ? m2 : 0};
 }
 
 // The moments of all chunks together (Chan, Golub & LeVeque 1979): `full` elements each, `last` in the last one.

@@ -6,29 +6,38 @@ The bundle of this family (``manifest.family == "text-to-image"``) has two compo
 - ``denoiser``: x (B, C, H, W), t (B,), context -> a prediction of x's shape (``schedule.prediction`` says of what);
 
 and the files ``tokenizer.json`` and ``card.md``.  ``manifest.loop`` holds ``schedule`` (a ``ScheduleConfig``) and
-``image`` (an :class:`ImageConfig`), ``manifest.sampler`` the defaults of a request (a :class:`Defaults`).
+``image`` (an ``ImageConfig``), ``manifest.sampler`` the defaults of a request (a ``Defaults``).
 """
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fusegen.models.request import (
+    MOST_IMAGES,
+    MOST_SIDE,
+    Defaults,
+    ImageConfig,
+    Request,
+    check_text,
+    config,
+    integer,
+    mapping,
+)
 from fusegen.runtime import noise
 from fusegen.runtime.bundle import Bundle
 from fusegen.runtime.compile import compile as compile_program
 from fusegen.runtime.compile import native
 from fusegen.runtime.engine import Session
-from fusegen.runtime.errors import Error, FileError, OutOfMemoryError, RequestError
-from fusegen.runtime.loop.denoise import Cancel, Progress, denoise
-from fusegen.runtime.sampler import coefficients, find
+from fusegen.runtime.errors import Error, FileError, RequestError
+from fusegen.runtime.loop.denoise import Cancel, Watch, denoise
+from fusegen.runtime.sampler import coefficients
 from fusegen.runtime.schedule import SIGMAS, ScheduleConfig, one_of
 
 if TYPE_CHECKING:
@@ -36,81 +45,29 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FAMILY = "text-to-image"
-MOST_IMAGES, MOST_STEPS, MOST_GUIDANCE, MOST_TEXT, MOST_SIDE = 1024, 1000, 1000.0, 10_000, 16_384
 BATCH = 32  # the most pictures denoised at once; a request for more is cut
 
-Config = TypeVar("Config", "ImageConfig", "Defaults")
+Progress = Callable[[int, int], object]
+Preview = Callable[[int, "list[Image]"], object]
 
 
 @dataclass(frozen=True)
-class ImageConfig:
-    """The pictures a model makes: default ``width`` and ``height`` in pixels, and what other sizes it takes."""
+class Follow:
+    """The caller's wishes, as the loop's :class:`Watch` of a part of the request."""
 
-    width: int
-    height: int
-    least: int
-    most: int
-    multiple: int = 1
-    channels: int = 3
+    progress: Progress | None
+    preview: Preview | None
+    cancel: Cancel | None
+    where: str
 
-    def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            if type(value) is not int or not 1 <= value <= MOST_SIDE:
-                raise RequestError(f"{key} is not an integer from 1 to {MOST_SIDE}", "image", f"it is {value!r}")
-        if self.channels not in (1, 3):
-            raise RequestError(f"{self.channels} channels are no picture", "image", "use 1 or 3")
-        self.check("width", self.width)
-        self.check("height", self.height)
-
-    def check(self, name: str, value: int) -> int:
-        """``value`` as a side of a picture; RequestError says which there are."""
-        if not self.least <= value <= self.most or value % self.multiple:
-            which = str(self.least) if self.least == self.most else f"{self.least} to {self.most}"
-            every = f", a multiple of {self.multiple}" if self.multiple > 1 and self.least < self.most else ""
-            raise RequestError(f"{name} {value} is not one this model makes", name, f"ask for {which}{every}")
-        return value
-
-
-@dataclass(frozen=True)
-class Defaults:
-    """What a request that does not say gets."""
-
-    sampler: str = "dpmpp_2m"
-    steps: int = 20
-    guidance: float = 3.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sampler", find(self.sampler))
-        object.__setattr__(self, "steps", integer("steps", self.steps, 1, MOST_STEPS))
-        object.__setattr__(self, "guidance", check_guidance(self.guidance))
-
-
-def integer(name: str, value: Any, least: int, most: int) -> int:
-    """``value`` as an int within bounds, or RequestError."""
-    try:
-        found = least - 1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = least - 1
-    if not least <= found <= most:
-        raise RequestError(f"{name} is not an integer from {least} to {most}", name, f"it is {value!r:.80}")
-    return found
-
-
-def check_guidance(value: Any) -> float:
-    """``value`` as a finite number of moderate size, or RequestError."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or abs(value) > MOST_GUIDANCE:
-        raise RequestError(f"guidance is not a number up to {MOST_GUIDANCE:g}", "guidance", f"it is {value!r:.80}")
-    return float(value)
-
-
-def check_text(name: str, value: Any) -> str:
-    """``value`` as a text of moderate length, or RequestError."""
-    if not isinstance(value, str):
-        raise RequestError(f"the {name} is a {type(value).__name__}", name, "give one string")
-    if len(value) > MOST_TEXT:
-        raise RequestError(f"the {name} has {len(value)} characters", name, f"give at most {MOST_TEXT}")
-    return value
+    def part(self, before: int, total: int) -> Watch:
+        """The watch of a loop that starts after ``before`` of ``total`` evaluations."""
+        progress, preview = self.progress, self.preview
+        return Watch(
+            progress and (lambda done, _: progress(before + done, total)),
+            preview and (lambda done, denoised: preview(before + done, pictures(denoised, self.where))),
+            self.cancel,
+        )
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -157,9 +114,9 @@ class TextToImage:
         """
         manifest, where = bundle.manifest, str(bundle.path)
         try:
-            schedule = ScheduleConfig.of(_mapping(manifest.loop, "schedule"))
-            image = _config(ImageConfig, _mapping(manifest.loop, "image"))
-            defaults = _config(Defaults, manifest.sampler)
+            schedule = ScheduleConfig.of(mapping(manifest.loop, "schedule"))
+            image = config(ImageConfig, mapping(manifest.loop, "image"))
+            defaults = config(Defaults, manifest.sampler)
         except RequestError as error:
             raise FileError(f"the manifest is not one of a {FAMILY} model: {error}", where) from None
         for name in ("text_encoder", "denoiser"):
@@ -206,7 +163,7 @@ class TextToImage:
         schedule: str | None = None,
         progress: Progress | None = None,
         cancel: Cancel | None = None,
-        preview: Callable[[int, list[Image]], object] | None = None,
+        preview: Preview | None = None,
     ) -> list[Image]:
         """One picture a seed, of ``prompt`` and away from ``negative`` (classifier-free guidance, Ho & Salimans 2022).
 
@@ -214,41 +171,57 @@ class TextToImage:
         network once instead of twice a step.  ``schedule``: ``"karras"`` or ``"exponential"`` sigmas.
         ``progress(done, total)`` counts evaluations; ``preview(done, images)`` shows the pictures as they stand;
         ``cancel`` is an event or a function, asked before every evaluation.  Everything is checked before anything is
-        allocated; raises :class:`RequestError`, :class:`~fusegen.runtime.errors.Cancelled` or OutOfMemoryError.
+        allocated.  Raises :class:`RequestError`, :class:`~fusegen.runtime.errors.Cancelled` or
+        :class:`~fusegen.runtime.errors.OutOfMemoryError`.
         """
-        texts = [check_text("negative prompt", negative), check_text("prompt", prompt)]
         chosen = self.settings(sampler, steps, guidance)
+        request = self._request(prompt, negative, chosen, seeds, width, height, schedule)
+        return self._make(request, Follow(progress, preview, cancel, self._where()))
+
+    def _request(
+        self,
+        prompt: str,
+        negative: str,
+        settings: Mapping[str, Any],
+        seeds: Sequence[int],
+        width: int | None,
+        height: int | None,
+        schedule: str | None,
+    ) -> Request:
+        """The request, checked; raises :class:`RequestError`."""
+        texts = (check_text("negative prompt", negative), check_text("prompt", prompt))
         keys = noise.check_seeds(seeds)
         integer("number of seeds", len(keys), 1, MOST_IMAGES)
-        side = [
+        rows, columns = (
             getattr(self.image, name) if value is None else self.image.check(name, integer(name, value, 1, MOST_SIDE))
             for name, value in (("height", height), ("width", width))
-        ]
-        config = self.schedule
+        )
         if schedule is not None:
             one_of("schedule", schedule, SIGMAS)
-            config = replace(config, sigmas=schedule)
-        plan = coefficients(chosen["sampler"], config, chosen["steps"])
-        scale = None if chosen["guidance"] == 1 else chosen["guidance"]
-        context = self._encode(texts if scale is not None else texts[1:])
-        times = torch.from_numpy(plan.times).float()
-        chunks = [keys[i : i + BATCH] for i in range(0, len(keys), BATCH)]
-        out: list[Image] = []
-        for number, chunk in enumerate(chunks):
-            fixed = {self._names[2]: context.repeat_interleave(len(chunk), dim=0)}
-            model = self.denoiser.trajectory(fixed=fixed, per_step={self._names[1]: times})
-            before, total = number * len(plan), len(chunks) * len(plan)
+        levels = self.schedule if schedule is None else replace(self.schedule, sigmas=schedule)
+        plan = coefficients(settings["sampler"], levels, settings["steps"])
+        guidance = None if settings["guidance"] == 1 else settings["guidance"]
+        shape = (self.image.channels, rows, columns)
+        return Request(texts if guidance is not None else texts[1:], plan, keys, shape, guidance)
+
+    def _make(self, request: Request, follow: Follow) -> list[Image]:
+        """The pictures of a checked request, at most ``BATCH`` at once."""
+        context = self._encode(request.texts)
+        _, t, features = self.denoiser.program.inputs
+        per_step = {t: torch.from_numpy(request.plan.times).float()}
+        chunks = [request.seeds[i : i + BATCH] for i in range(0, len(request.seeds), BATCH)]
+        count, out = len(request.plan), list[Any]()
+        for number, seeds in enumerate(chunks):
+            fixed = {features: context.repeat_interleave(len(seeds), dim=0)}
             x = denoise(
-                model,
-                plan,
-                chunk,
-                (self.image.channels, *side),
-                guidance=scale,
+                self.denoiser.trajectory(fixed=fixed, per_step=per_step),
+                request.plan,
+                seeds,
+                request.shape,
+                guidance=request.guidance,
                 device=self.device,
                 dtype=self.dtype,
-                progress=progress and (lambda done, _, b=before: progress(b + done, total)),
-                preview=preview and (lambda done, d, b=before: preview(b + done, pictures(d, self._where()))),
-                cancel=cancel,
+                watch=follow.part(number * count, len(chunks) * count),
             )
             out += pictures(x, self._where())
         return out
@@ -263,15 +236,11 @@ class TextToImage:
         programs = {name: source.program(name) for name in source.manifest.components}
         Bundle.write(path, source.manifest, programs, own, kinds.pop() if len(kinds) == 1 else "")
 
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return tuple(self.denoiser.program.inputs)
-
     def _where(self) -> str:
         return str(self.bundle.path) if self.bundle else ""
 
-    def _encode(self, texts: list[str]) -> Tensor:
-        tokens = torch.tensor([e.ids for e in self.tokenizer.encode_batch(texts)], dtype=torch.int64)
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        tokens = torch.tensor([e.ids for e in self.tokenizer.encode_batch(list(texts))], dtype=torch.int64)
         context: Tensor = self.text_encoder(tokens)
         return context.to(list(self.denoiser.program.inputs.values())[2].dtype)
 
@@ -284,24 +253,6 @@ def pictures(x: Tensor, where: str = "") -> list[Image]:
         raise Error("the model gave values that are not finite", where, "load it with dtype='float32'")
     pixels = x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [pil.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
-
-
-def _mapping(holder: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = holder.get(key)
-    if not isinstance(value, Mapping):
-        raise RequestError(f"there is no {key!r}", "loop", "it must be an object")
-    return value
-
-
-def _config(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    known = [f.name for f in fields(kind)]
-    for key in values:
-        if key not in known:
-            raise RequestError(f"{kind.__name__} has no {key!r}", mend=f"it has {', '.join(known)}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise RequestError(f"{kind.__name__} is incomplete: {error}") from None
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusegen.runtime import noise
 from fusegen.runtime.errors import Cancelled, RequestError
-from fusegen.runtime.loop.denoise import denoise
+from fusegen.runtime.loop.denoise import Watch, denoise
 from fusegen.runtime.sampler import SAMPLERS, coefficients
 from fusegen.runtime.schedule import ScheduleConfig
 
@@ -75,9 +75,8 @@ def test_progress_and_preview_follow_every_evaluation() -> None:
     plan = coefficients("heun", CONFIG, 4)
     told: list[tuple[int, int]] = []
     seen: list[tuple[int, Tensor]] = []
-    out = denoise(
-        toy, plan, [1, 2], SHAPE, progress=lambda *a: told.append(a), preview=lambda n, x: seen.append((n, x))
-    )
+    watch = Watch(progress=lambda *a: told.append(a), preview=lambda n, x: seen.append((n, x)))
+    out = denoise(toy, plan, [1, 2], SHAPE, watch=watch)
     assert told == [(n, len(plan)) for n in range(1, len(plan) + 1)]
     assert [n for n, _ in seen] == [n for n, _ in told] and all(x.abs().max() <= 1 for _, x in seen)
     assert torch.equal(seen[-1][1], out)  # the last step ends on its denoised prediction
@@ -93,8 +92,9 @@ def test_cancelling_stops_before_the_next_evaluation(kind: str) -> None:
             event.set()
         return toy(i, x)
 
+    watch = Watch(cancel=event if kind == "event" else event.is_set)
     with pytest.raises(Cancelled, match="after 3 of 9"):
-        denoise(model, coefficients("euler", CONFIG, 9), [1], SHAPE, cancel=event if kind == "event" else event.is_set)
+        denoise(model, coefficients("euler", CONFIG, 9), [1], SHAPE, watch=watch)
     assert evaluated == [0, 1, 2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,8 +15,6 @@ from fusegen.runtime.errors import Cancelled, RequestError
 from fusegen.runtime.sampler import Coefficients
 
 Model = Callable[[int, Tensor], Tensor]
-Progress = Callable[[int, int], object]
-Preview = Callable[[int, Tensor], object]
 
 
 class Event(Protocol):
@@ -27,11 +26,30 @@ class Event(Protocol):
 Cancel = Event | Callable[[], bool]
 
 
-def cancelled(cancel: Cancel | None) -> bool:
-    """Whether the caller has asked to stop."""
-    if cancel is None:
-        return False
-    return bool(cancel() if callable(cancel) else cancel.is_set())
+@dataclass(frozen=True)
+class Watch:
+    """How a caller follows a loop, each part None where not wanted.
+
+    ``progress(done, total)`` and ``preview(done, denoised)``, denoised (B, *shape) float32, are called after every
+    evaluation; ``cancel``, an event or a function, is asked before each.
+    """
+
+    progress: Callable[[int, int], object] | None = None
+    preview: Callable[[int, Tensor], object] | None = None
+    cancel: Cancel | None = None
+
+    def before(self, done: int, total: int) -> None:
+        """Raise :class:`Cancelled` if the caller has asked to stop."""
+        asked = self.cancel
+        if asked is not None and (asked() if callable(asked) else asked.is_set()):
+            raise Cancelled("the generation was cancelled", f"after {done} of {total} evaluations")
+
+    def after(self, done: int, total: int, denoised: Tensor) -> None:
+        """Tell the caller of an evaluation."""
+        if self.preview is not None:
+            self.preview(done, denoised)
+        if self.progress is not None:
+            self.progress(done, total)
 
 
 @torch.inference_mode()
@@ -40,41 +58,32 @@ def denoise(
     plan: Coefficients,
     seeds: Sequence[int],
     shape: Sequence[int],
-    *,
     guidance: float | Sequence[float] | None = None,
     rescale: float = 0.0,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    progress: Progress | None = None,
-    preview: Preview | None = None,
-    cancel: Cancel | None = None,
+    watch: Watch = Watch(),
 ) -> Tensor:
     """Run ``plan`` and return the samples, (B, *shape) float32, one per seed.
 
     ``model(i, x)`` is evaluation i (from 0, at time ``plan.times[i]``) of x in ``dtype``.  Without ``guidance`` x and
     its output are (B, *shape).  With guidance, one number or one per sample, both are (2B, *shape): first the
     unconditional half, then the conditional one, combined as u + guidance (c - u) (Ho & Salimans 2022), rescaled by
-    ``rescale`` (Lin et al. 2023).  ``progress(done, total)`` and ``preview(done, denoised)`` (float32, (B, *shape))
-    follow every evaluation.  ``cancel`` is asked before each; :class:`Cancelled` says how far it got.
+    ``rescale`` (Lin et al. 2023).  Raises :class:`Cancelled` where ``watch`` says so.
     """
     keys = noise.seed_tensor(seeds, device)
-    batch, total = len(keys), len(plan)
-    scale = guidance_tensor(guidance, batch, device)
+    scale = guidance_tensor(guidance, len(keys), device)
     rows = torch.from_numpy(plan.rows).to(device=device, dtype=torch.float32)
     x = noise.initial(keys, shape).mul_(plan.initial)
     given = (x * plan.first_input).to(dtype)
     if guidance is not None:
         given = torch.cat([given, given])
     history = torch.empty((2 * kernel.SLOTS, *x.shape), dtype=torch.float32, device=device)
-    for i in range(total):
-        if cancelled(cancel):
-            raise Cancelled("the generation was cancelled", f"after {i} of {total} evaluations")
+    for i in range(len(plan)):
+        watch.before(i, len(plan))
         out = model(i, given)
         x, given, denoised = torch.ops.fusegen.sampler_step(x, out, rows[i], history, keys, scale, rescale)
-        if preview is not None:
-            preview(i + 1, denoised)
-        if progress is not None:
-            progress(i + 1, total)
+        watch.after(i + 1, len(plan), denoised)
     return x
 
 

@@ -23,16 +23,14 @@ from fusegen.runtime.program import Program
 
 BATCH = 128
 CARD = Path(__file__).with_name("card.md")
-LOOP = {
-    "schedule": {"betas": "cosine", "prediction": "v_prediction", "spacing": "trailing", "clip": 1.0},
-}
+SCHEDULE = {"betas": "cosine", "prediction": "v_prediction", "spacing": "trailing", "clip": 1.0}
 SAMPLER = {"sampler": "dpmpp_2m", "steps": 20, "guidance": 3.0}
 
 
 def averages(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The averaged weights by their module's name, and the checkpoint's metadata (step, seconds)."""
     with safe_open(file, "pt") as f:
-        names = [k for k in f.keys() if k.startswith("average.")]
+        names = [k for k in f.keys() if k.startswith("average.")]  # noqa: SIM118 (it has no iterator)
         return {k.removeprefix("average."): f.get_tensor(k) for k in names}, dict(f.metadata())
 
 
@@ -74,7 +72,7 @@ def export(folder: Path, out: Path, storage_dtype: str = "float16") -> Manifest:
     manifest = Manifest(
         name="emoji",
         family="text-to-image",
-        loop={**LOOP, "image": image},
+        loop={"schedule": SCHEDULE, "image": image},
         sampler=SAMPLER,
         licence="OFL-1.1",
         card=card,

@@ -8,7 +8,7 @@ from pathlib import Path
 from fusegen.runtime.errors import FileError, UnsafeFileError
 from fusegen.runtime.program import Program
 
-_READ = "fusegen reads .pt2 (torch.export.save of PyTorch 2.9 or newer) and .fg"
+_READ = "fusegen reads .pt2 (torch.export.save of PyTorch 2.11 to 2.13) and .fg"
 _PICKLES = {".bin", ".ckpt", ".pkl", ".pickle", ".pt", ".pth"}
 
 

@@ -68,7 +68,7 @@ def _check_version(document: Mapping[str, Any], name: str) -> None:
         raise GraphError(
             f"the graph's schema version is {str(major)[:20]}, and {SCHEMA_MAJOR} is read",
             where=name,
-            mend="export with PyTorch 2.7 to 2.13",
+            mend="export with PyTorch 2.11 to 2.13",
         )
 
 
@@ -80,8 +80,11 @@ def _range(constraint: Mapping[str, Any]) -> tuple[int, int]:
 def _finish(name: str, reader: _Reader, outputs: tuple[str, ...], ranges: Mapping[str, tuple[int, int]]) -> Program:
     nodes = _without_dead_sizes(tuple(reader.nodes), outputs)
     used = {r for n in nodes for r in n.inputs()} | set(outputs)
-    made = {o for n in nodes for o in n.outputs}
     dynamic = {s for spec in reader.inputs.values() for size in spec.shape for s in symbols.symbols_of(size)}
+    for node in nodes:
+        for made in node.outputs:
+            if not _within(reader.specs.get(made), dynamic):
+                raise GraphError(f"{node.op} makes a size that depends on data", where=f"{name}, {node.name}")
     return Program(
         name=name,
         nodes=nodes,
@@ -89,12 +92,12 @@ def _finish(name: str, reader: _Reader, outputs: tuple[str, ...], ranges: Mappin
         outputs=outputs,
         weights={k: v for k, v in reader.weights.items() if k in used},
         symbols={s: ranges.get(s, (0, symbols.MAX_SIZE)) for s in sorted(dynamic)},
-        specs={k: v for k, v in reader.specs.items() if k in made and _within(v, dynamic)},
+        specs={o: reader.specs[o] for n in nodes for o in n.outputs if o in reader.specs},
     )
 
 
-def _within(spec: TensorSpec, known: set[str]) -> bool:
-    return all(symbols.symbols_of(size) <= known for size in spec.shape)
+def _within(spec: TensorSpec | None, known: set[str]) -> bool:
+    return spec is None or all(symbols.symbols_of(size) <= known for size in spec.shape)
 
 
 def _without_dead_sizes(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:

@@ -1,4 +1,4 @@
-"""``.pt2`` archives as ``torch.export.save`` writes them (PyTorch 2.9 on), read without unpickling anything.
+"""``.pt2`` archives as ``torch.export.save`` writes them (PyTorch 2.11 to 2.13), read without unpickling anything.
 
 Members: ``models/<name>.json`` (the graph), ``data/weights/<name>_weights_config.json`` and raw ``weight_<i>`` bytes,
 ``data/constants/`` likewise, ``data/sample_inputs/<name>.pt`` (a pickle, never opened).
@@ -22,7 +22,7 @@ _MODELS, _WEIGHTS, _CONSTANTS = "models/", "data/weights/", "data/constants/"
 _DATA = (_MODELS, _WEIGHTS, _CONSTANTS, "data/sample_inputs/", "extra/", ".data/")
 _FILES = ("archive_format", "archive_version", "byteorder", "version")
 _OLD = "serialized_exported_program.json"
-_AGAIN = "export again with torch.export.save of PyTorch 2.9 or newer"
+_AGAIN = "export again with torch.export.save of PyTorch 2.11 to 2.13"
 
 
 def read(file: archive.Archive, trust: bool = False) -> Program:

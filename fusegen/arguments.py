@@ -57,9 +57,7 @@ def output(text: str) -> Path:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """The options that say where and in which precision a model runs."""
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="precision of the networks (default: what the model states)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="what networks compute in (default: the device's best)")
     parser.add_argument("-t", "--threads", type=integer(1, 1024), metavar="N", help="CPU threads (default: all cores)")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fusegen.runtime import write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,7 +41,7 @@ def grid(images: Sequence[Image]) -> Image:
     return sheet
 
 
-def write(image: Image, path: Path, facts: Mapping[str, Any]) -> None:
+def save(image: Image, path: Path, facts: Mapping[str, Any]) -> None:
     """Write ``image`` in the format of the suffix, whole or not at all; a PNG carries ``facts`` as JSON text."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -50,20 +50,5 @@ def write(image: Image, path: Path, facts: Mapping[str, Any]) -> None:
     if kind == "PNG":
         options["pnginfo"] = PngInfo()
         options["pnginfo"].add_itxt("fusegen", json.dumps(facts))
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, kind, **options)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with write.atomic(path) as file:
+        image.save(file, kind, **options)

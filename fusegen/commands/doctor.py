@@ -121,9 +121,7 @@ def onnx_runtime() -> list[str]:
 
 def zoo() -> list[str]:
     """The models that can be loaded by name."""
-    from fusegen import models
+    from fusegen.models import load
 
-    folder = Path(models.__file__).parent / "zoo"
-    found = sorted(folder.rglob("*.fg"))
-    lines = [f"{p.stem}: {p}, {p.stat().st_size / 1e6:.1f} MB" for p in found]
-    return lines or [f"none in {folder}: make zoo trains and exports one"]
+    lines = [f"{name}: {path}, {path.stat().st_size / 1e6:.1f} MB" for name, path in load.zoo().items()]
+    return lines or [f"none in {load.ZOO}: make zoo trains and exports one"]

@@ -6,6 +6,7 @@ import argparse
 import json
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -38,11 +39,13 @@ def picture_file(text: str) -> Path:
 
 def sampler_name(text: str) -> str:
     """An argument type: the name of a sampler."""
-    from fusegen.runtime.sampler import SAMPLERS
+    from fusegen.runtime.errors import RequestError
+    from fusegen.runtime.sampler import find
 
-    if text not in SAMPLERS:
-        raise argparse.ArgumentTypeError(f"no sampler is called {text!r}; there are {', '.join(sorted(SAMPLERS))}")
-    return text
+    try:
+        return find(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(f"{error.what}; {error.mend}") from None
 
 
 def add(p: argparse.ArgumentParser) -> None:
@@ -54,8 +57,9 @@ def add(p: argparse.ArgumentParser) -> None:
                    help="the file to write (default: output.png)")  # fmt: skip
     p.add_argument("--sampler", "--sampling-method", type=sampler_name, metavar="NAME", help="default: the model's own")
     p.add_argument("--steps", type=integer(1, 1000), metavar="N", help="sampler steps (default: the model's own)")
+    p.add_argument("--scheduler", choices=("karras", "exponential"), help="spacing of noise levels (default: even)")
     p.add_argument("--cfg-scale", type=finite, metavar="X", help="guidance: 1 is none (default: the model's own)")
-    p.add_argument("--seed", type=integer(-1, 2**62), default=42, help="the first picture's; -1 draws one (default: 42)")
+    p.add_argument("--seed", type=integer(-1, 2**62), default=42, help="of the first one; -1 draws it (default: 42)")
     p.add_argument("-W", "--width", type=integer(1, 2**16), metavar="PIXELS", help="default: the model's own")
     p.add_argument("-H", "--height", type=integer(1, 2**16), metavar="PIXELS", help="default: the model's own")
     p.add_argument("--deterministic", action="store_true",
@@ -71,26 +75,33 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     with _progress() as bar:
         import fusegen
+        from fusegen.models.text_to_image import default_dtype
 
         model = fusegen.load(args.model, device=args.device, dtype=args.dtype, deterministic=args.deterministic)
         loaded = time.perf_counter()
         with _cancellable() as cancel:
             images = model.generate(
                 args.prompt, negative=args.negative, steps=args.steps, guidance=args.cfg_scale, sampler=args.sampler,
-                seeds=seeds, width=args.width, height=args.height, progress=bar, cancel=cancel,
+                schedule=args.scheduler, seeds=seeds, width=args.width, height=args.height, progress=bar, cancel=cancel,
             )  # fmt: skip
+        done = time.perf_counter()
     facts: dict[str, Any] = {
-        "model": args.model, "prompt": args.prompt, "negative": args.negative, "seeds": seeds, "device": args.device,
-        "width": images[0].width, "height": images[0].height,
+        "model": args.model, "prompt": args.prompt, "negative": args.negative, "seeds": seeds,
+        "width": images[0].width, "height": images[0].height, "scheduler": args.scheduler,
         **model.settings(args.sampler, args.steps, args.cfg_scale),
+        "device": model.device, "dtype": args.dtype or str(default_dtype(model.device)).removeprefix("torch."),
+        "notes": model.denoiser.notes,
     }  # fmt: skip
     files = pictures.destinations(args.output, len(images))
     if len(files) == 1:
-        pictures.write(pictures.grid(images), files[0], facts)
+        pictures.save(pictures.grid(images), files[0], facts)
     else:
         for file, image, seed in zip(files, images, seeds, strict=True):
-            pictures.write(image, file, {**facts, "seeds": [seed]})
-    facts |= {"files": [str(f) for f in files], "seconds_load": loaded - start, "seconds": time.perf_counter() - loaded}
+            pictures.save(image, file, {**facts, "seeds": [seed]})
+    facts |= {"files": [str(f) for f in files], "seconds_load": loaded - start, "seconds": done - loaded}
+    facts["plan"] = {"text_encoder": model.text_encoder.plan.counts(), "denoiser": model.denoiser.plan.counts()}
+    for note in facts["notes"]:
+        print(f"note: {note}", file=sys.stderr)
     print(json.dumps(facts) if args.json else _line(facts))
     return 0
 
@@ -101,7 +112,7 @@ def _line(facts: dict[str, Any]) -> str:
     return (
         f"{' '.join(facts['files'])}: {count} picture{'s' * (count > 1)} of {size}, {which}, "
         f"{facts['sampler']}, {facts['steps']} steps, guidance {facts['guidance']:g}, {facts['seconds']:.2f} s "
-        f"on {facts['device']} (+ {facts['seconds_load']:.2f} s to start)"
+        f"on {facts['device']} in {facts['dtype']} (+ {facts['seconds_load']:.2f} s to start)"
     )
 
 

@@ -1,0 +1,111 @@
+"""``fusegen plan``: which kernel runs where, and why."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fusegen import components
+from fusegen.arguments import add_device, integer, set_threads
+
+if TYPE_CHECKING:
+    from fusegen.runtime.engine import Session, Share
+    from fusegen.runtime.program import Program, TensorSpec
+
+HELP = "say which kernel runs where, and why"
+DESCRIPTION = """Print the plan of a model: each node, the kernel bound to it, its bytes and FLOPs, and for each fast
+kernel that declined, its reason. Nothing is run, except with --profile."""
+EXAMPLES = """  fusegen plan emoji
+  fusegen plan emoji --component denoiser --batch 2 --profile
+  fusegen plan emoji --component denoiser --fixed context --per-step t
+  fusegen plan unet.pt2 --size height=64 --size width=64 --dtype bfloat16 --json
+"""
+
+
+def size(text: str) -> tuple[str, int]:
+    """An argument type: NAME=NUMBER."""
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=NUMBER")
+    return name, integer(0, 2**31)(value)
+
+
+def add(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="MODEL", help="a .fg or .pt2 file, or the name of a model in the zoo")
+    p.add_argument("--component", metavar="NAME", help="only this component, for example denoiser (default: all)")
+    p.add_argument("--batch", type=integer(1, 2**20), metavar="N", help="how many samples at once")
+    p.add_argument("--size", type=size, action="append", default=[], metavar="NAME=N",
+                   help="a size that the graph leaves open (default: 1, or the least that it allows)")  # fmt: skip
+    p.add_argument("--fixed", action="append", default=[], metavar="INPUT",
+                   help="plan a run of many steps over which this input stays the same")  # fmt: skip
+    p.add_argument("--per-step", action="append", default=[], metavar="INPUT",
+                   help="plan a run of many steps for each of which this input is known ahead")  # fmt: skip
+    p.add_argument("--deterministic", action="store_true", help="no result may depend on the batch it was made in")
+    p.add_argument("--profile", action="store_true", help="run it on noise and print each kernel's share of the time")
+    p.add_argument("--json", action="store_true", help="print a list of the components' plans as JSON")
+    add_device(p)
+
+
+def run(args: argparse.Namespace) -> int:
+    set_threads(args.threads)
+    options = {"device": args.device, "dtype": args.dtype, "deterministic": args.deterministic}
+    sessions = components.open_sessions(args.model, args.component, **options)
+    programs, wanted, documents = [s.program for s in sessions.values()], dict(args.size), []
+    for program in programs:
+        wanted |= {batch_of(program): args.batch} if args.batch else {}
+    components.refuse_unknown(wanted, {s for p in programs for s in p.symbols}, "size")
+    components.refuse_unknown(args.fixed + args.per_step, {i for p in programs for i in p.inputs}, "input")
+    for session in sessions.values():
+        specs = concrete(session.program, wanted)
+        plan = session.planned(specs, *([n for n in names if n in specs] for names in (args.fixed, args.per_step)))
+        shares = profile(session, specs) if args.profile else []
+        if args.json:
+            documents.append(plan.to_json() | {"profile": [vars(s) for s in shares]})
+        else:
+            print(plan, *(_line(s) for s in shares), "", sep="\n")
+    if args.json:
+        print(json.dumps(documents))
+    return 0
+
+
+def batch_of(program: Program) -> str:
+    """The symbol of the first input's first size."""
+    from fusegen.runtime.errors import RequestError
+
+    name, spec = next(iter(program.inputs.items()))
+    if not spec.shape or spec.shape[0] not in program.symbols:
+        raise RequestError(f"the batch of {program.name} is fixed: {name} is {spec.shape}", mend="leave out --batch")
+    return str(spec.shape[0])
+
+
+def concrete(program: Program, wanted: Mapping[str, int]) -> dict[str, TensorSpec]:
+    """The inputs' specs with every open size settled: as ``wanted``, else 1, or the least that the graph allows."""
+    from fusegen.runtime.program import TensorSpec
+    from fusegen.runtime.symbols import evaluate
+
+    values = {name: wanted.get(name, max(1, low)) for name, (low, _) in program.symbols.items()}
+    return {
+        name: TensorSpec(tuple(evaluate(d, values) for d in spec.shape), spec.dtype)
+        for name, spec in program.inputs.items()
+    }
+
+
+def profile(session: Session, specs: Mapping[str, TensorSpec]) -> list[Share]:
+    """The session's measured shares, for standard normal inputs and integers of zero."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for spec in specs.values():
+        shape = tuple(int(d) for d in spec.shape)
+        full = torch.randn(shape, generator=generator) if spec.dtype.is_floating_point else torch.zeros(shape)
+        inputs.append(full.to(spec.dtype))
+    return session.profile(*inputs)
+
+
+def _line(share: Share) -> str:
+    bar = "#" * math.ceil(share.part * 30)
+    return f"{share.part:>6.1%} {share.seconds * 1e3:>9.3f} ms {share.calls:>4} calls  {share.name:<44} {bar}"

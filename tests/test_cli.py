@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,10 +41,16 @@ def code_of(argv: list[str]) -> int:
 class FakeModel:
     """Draws plain pictures; says what it was asked for."""
 
+    device = "cpu"
+    text_encoder = denoiser = SimpleNamespace(notes=("a note",), plan=SimpleNamespace(counts=lambda: {"kernel x": 3}))
+
     def __init__(self) -> None:
         self.asked: dict[str, Any] = {}
         self.done = 0
         self.interrupt_after = -1
+
+    def settings(self, sampler: Any, steps: Any, guidance: Any) -> dict[str, Any]:
+        return {"sampler": sampler or "ddim", "steps": steps or 9, "guidance": guidance or 3.0}
 
     def generate(self, prompt: str, *, seeds: list[int], progress: Any, cancel: Any, **asked: Any) -> list[Image.Image]:
         self.asked = {"prompt": prompt, "seeds": seeds, **asked}
@@ -123,7 +130,13 @@ def test_a_bad_request_is_one_line(
 def test_several_pictures_make_one_grid(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
     argv = "generate -m emoji -p cat --negative dog -n 8 --seed 250 --steps 9 --cfg-scale 2.5 -o out.png --json"
     assert main(argv.split()) == 0
-    made = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    made = json.loads(out)
+    assert err == "note: a note\n"
+    assert {k: made[k] for k in ("sampler", "steps", "guidance", "device")} == {
+        "sampler": "ddim", "steps": 9, "guidance": 2.5, "device": "cpu"
+    }  # fmt: skip
+    assert made["plan"]["denoiser"] == {"kernel x": 3}
     assert made["files"] == ["out.png"]
     assert made["seeds"] == list(range(250, 258))
     asked = {k: model.asked[k] for k in ("prompt", "negative", "steps", "guidance", "seeds")}

@@ -34,7 +34,7 @@ class Tunable:
     """An op's configurations.
 
     ``config``: its frozen dataclass.  ``key(*args)``: what the best choice depends on, never the batch, so that results
-    do not depend on it either.  ``default(*args, limit)``: the rule, where a block has ``limit`` bytes of shared memory.
+    do not depend on it either.  ``default(*args, limit)``: the rule, for ``limit`` bytes of shared memory a block.
     ``space(*args)``: candidates, already pruned.  ``stages(outs, args, config)``: the launches.  ``source``: the file
     whose change makes measurements stale.
     """

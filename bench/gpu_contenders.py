@@ -1,0 +1,62 @@
+"""Who is measured on a GPU, op by op: eager, ``torch.compile``, SDPA's backends by force, fusegen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fusegen.bench import contenders
+from fusegen.bench.gpu_stages import Setting, bound
+from fusegen.kernels.op import Op
+
+Build = Callable[[Op, tuple[Any, ...]], Callable[[], Any]]
+
+
+def fusegen(op: Op, args: tuple[Any, ...]) -> Callable[[], Any]:
+    """The bound launch, as the engine runs it."""
+    outs, launch = bound(op, args)
+
+    def call() -> Any:
+        launch.run()
+        return outs
+
+    return call
+
+
+def compiled(op: Op, args: tuple[Any, ...]) -> Callable[[], Any]:
+    """``torch.compile`` of the eager form with static shapes and the widest search it has for kernels."""
+    form = torch.compile(contenders.eager_form(op), dynamic=False, mode="max-autotune-no-cudagraphs")
+    form(*args)
+    return lambda: form(*args)
+
+
+def forced(backend: SDPBackend) -> Build:
+    """SDPA with that backend or an error: left alone, PyTorch picks FlashAttention-2 before cuDNN."""
+
+    def build(op: Op, args: tuple[Any, ...]) -> Callable[[], Any]:
+        form = contenders.eager_form(op)
+
+        def call() -> Any:
+            with sdpa_kernel(backend):
+                return form(*args)
+
+        return call
+
+    return build
+
+
+def of(op: Op, dtype: torch.dtype, setting: Setting) -> Mapping[str, Build]:
+    """The contenders of an op, the baseline first.  ``torch.compile`` leaves SDPA as it is, so attention has none."""
+    if setting.rehearse and op.name in contenders.EAGER:
+        return {"eager": contenders.eager, "fusegen": fusegen}
+    if op.name == "attention":
+        peers = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
+        if dtype == torch.float32:
+            peers = {"sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
+        return {"eager": contenders.eager, **{who: forced(b) for who, b in peers.items()}, "fusegen": fusegen}
+    if op.name in contenders.EAGER:
+        return {"eager": contenders.eager, "compile": compiled, "fusegen": fusegen}
+    return {"fusegen": fusegen}  # eager PyTorch has no form of it that draws the same noise on a GPU

@@ -1,0 +1,104 @@
+"""The stages of ``make gpu-check`` that look at results: references, noise bits, batches, graphs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fusegen.bench.gpu_stages import (
+    Setting,
+    arguments,
+    bound,
+    captured,
+    cases,
+    expected,
+    judged,
+    load,
+    name_of,
+    reason,
+    row,
+    written,
+)
+from fusegen.bench.row import Row
+
+
+def correct(setting: Setting, name: str) -> Iterator[Row]:
+    """Every case in every dtype against the float64 reference; outputs start as NaN."""
+    op = load(setting)[name]
+    for case, dtype in cases(op, setting, bench=False):
+        base = row(setting, f"{name} correct", case.name, "fusegen", name_of(dtype))
+        if setting.over():
+            yield replace(base, note="not reached: out of time")
+            continue
+        try:
+            args = arguments(op, case, dtype, setting, seed=int(time.time()))
+            want = expected(op, tuple(a.clone() if isinstance(a, Tensor) else a for a in args))
+            outs, launch = bound(op, args)
+            launch.run()
+            yield judged(base, (*outs, *(args[i] for i in written(op))), want, op.tolerance[dtype])
+        except Exception as error:
+            yield replace(base, note=reason(error))
+
+
+def noise(setting: Setting) -> Iterator[Row]:
+    """The noise kernel's bits against numpy's, over many seeds and steps."""
+    op = load(setting)["noise_normal"]
+    from fusegen.kernels.noise_normal import normal_numpy
+
+    shape = [61, 7] if setting.rehearse else [4, 1031, 257]
+    for step, sample in ((0, 0), (1, 3), (16, 0), (2**31 + 5, 2**32 - 1)):
+        seeds = torch.randint(-(2**63), 2**63 - 1, (5,), dtype=torch.int64)
+        outs, launch = bound(op, (seeds.to(setting.device), shape, step, sample))
+        launch.run()
+        want = torch.from_numpy(normal_numpy(seeds.numpy(), shape, step, sample))
+        same = bool((outs[0].cpu().view(torch.int32) == want.view(torch.int32)).all())
+        note = "" if same else "not equal to the bit"
+        yield row(setting, "noise bits", f"step {step}, sample {sample}", "fusegen", "float32", ok=same, note=note)
+
+
+def batch(setting: Setting) -> Iterator[Row]:
+    """A sample's result must be the same to the bit whatever batch it is in."""
+    for name in ("attention", "group_norm", "layer_norm"):
+        op = load(setting)[name]
+        for case, dtype in cases(op, setting, bench=True):
+            args = arguments(op, case, dtype, setting)
+            if setting.over() or args[0].shape[0] < 2:
+                continue
+            base = row(setting, f"{name} batch", case.name, "fusegen", name_of(dtype))
+            try:
+                alone = tuple(a[:1] if isinstance(a, Tensor) and a.dim() > 1 else a for a in args)
+                (whole, first), (single, second) = bound(op, args), bound(op, alone)
+                first.run()
+                second.run()
+                same = torch.equal(whole[0][:1], single[0])
+                yield replace(base, ok=same, note="" if same else "sample 0 depends on its batch")
+            except Exception as error:
+                yield replace(base, note=reason(error))
+
+
+def graphs(setting: Setting) -> Iterator[Row]:
+    """Each op captured in a CUDA graph and replayed: the same bits as the plain launch.  A sampler step reads its row
+    at replay: the row is changed after capture."""
+    for name, op in load(setting).items():
+        for case, dtype in [pair for pair in cases(op, setting, bench=True) if pair[1] == torch.float32][:3]:
+            base = row(setting, f"{name} graph", case.name, "fusegen", name_of(dtype))
+            try:
+                args = arguments(op, case, dtype, setting)
+                outs, launch = bound(op, args)
+                replay = captured([launch.run])
+                if name == "sampler_step":
+                    args[2][3] = 0.123  # the coefficient of x
+                for out in outs:
+                    out.fill_(math.nan)
+                replay()
+                replayed = [o.clone() for o in outs]
+                launch.run()
+                same = all(torch.equal(a, b) for a, b in zip(replayed, outs, strict=True))
+                yield replace(base, ok=same, note="" if same else "a replay differs from the launch")
+            except Exception as error:
+                yield replace(base, note=reason(error))

@@ -1,0 +1,139 @@
+"""Whole denoisers on a GPU: eager PyTorch, ``torch.compile`` and fusegen, one evaluation with guidance (batch 2)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusegen.bench import timing, verify
+from fusegen.bench.gpu_stages import Setting, captured, name_of, reason, row
+from fusegen.bench.row import Row
+from fusegen.kernels.op import Tolerance
+
+MARGIN = 2.0  # a contender may be this many times as far from float32 as eager PyTorch in its own dtype is
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A denoiser in float32 on the CPU and its arguments; ``case`` says what it is and that weights are random."""
+
+    case: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+
+
+def emoji() -> Subject:
+    """The zoo's architecture at 32 by 32 pixels.  Random weights do for speed; those that training starts at zero are
+    drawn too, as an output of zeros would prove nothing."""
+    from fusegen.models.unet import UNet
+
+    torch.manual_seed(0)
+    module = UNet().eval()
+    for parameter in module.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    inputs = (torch.randn(2, 3, 32, 32), torch.tensor([499.0, 499.0]), torch.randn(2, 16, module.cfg.context_width))
+    return Subject("emoji U-Net, random weights, 2x3x32x32", module, inputs)
+
+
+def sd15() -> Subject:
+    """Stable Diffusion 1.5's U-Net (860 M parameters) at 512 by 512 pixels."""
+    if importlib.util.find_spec("diffusers") is None:
+        raise RuntimeError("diffusers is not installed here, and the architecture comes from it")
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
+    inputs = (torch.randn(2, 4, 64, 64), torch.tensor([499.0, 499.0]), torch.randn(2, 77, 768))
+    return Subject("SD1.5 U-Net, random weights, 2x4x64x64", module, inputs)
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {"emoji": emoji, "sd15": sd15}
+
+
+def first(output: Any) -> Tensor:
+    """The tensor in what a denoiser returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def eager(module: nn.Module, inputs: tuple[Tensor, ...], subject: Subject) -> Callable[[], Tensor]:
+    """Eager PyTorch, channels-last."""
+    net = module.to(memory_format=torch.channels_last)
+    return lambda: first(net(*inputs))
+
+
+def compiled(module: nn.Module, inputs: tuple[Tensor, ...], subject: Subject) -> Callable[[], Tensor]:
+    """``torch.compile`` with static shapes, channels-last; max-autotune would take minutes of the check's eight."""
+    net = torch.compile(module.to(memory_format=torch.channels_last), dynamic=False)
+    net(*inputs)
+    return lambda: first(net(*inputs))
+
+
+def fusegen(module: nn.Module, inputs: tuple[Tensor, ...], subject: Subject) -> Callable[[], Tensor]:
+    """A session of the captured program; it makes a CUDA graph of its own."""
+    from fusegen.runtime import api
+
+    program = api.capture(subject.module, subject.inputs)
+    device, dtype = inputs[0].device.type, inputs[0].dtype
+    session = api.compile(program, device=device, dtype=None if dtype == torch.float32 else name_of(dtype))
+    wide = tuple(i.float() for i in inputs)
+    session(*wide)
+    return lambda: first(session(*wide))
+
+
+CONTENDERS = {"eager": eager, "compile": compiled, "fusegen": fusegen}
+
+
+def race(setting: Setting, name: str) -> Iterator[Row]:
+    """A row a contender and dtype, gated against eager float32."""
+    base = row(setting, "model", name, "", ok=False)
+    if setting.rehearse and name == "sd15":
+        yield replace(base, contender="all", ok=True, note="too large to rehearse on a CPU")
+        return
+    try:
+        subject = SUBJECTS[name]()
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        inputs = tuple(i.to(setting.device) for i in subject.inputs)
+        want = first(subject.module.to(setting.device)(*inputs)).double()
+        subject.module.cpu()
+    except Exception as error:
+        yield replace(base, contender="all", note=reason(error))
+        return
+    for dtype in (torch.bfloat16,) if setting.rehearse else (torch.bfloat16, torch.float16, torch.float32):
+        yield from _dtype(setting, replace(base, case=subject.case, dtype=name_of(dtype)), subject, want, dtype)
+
+
+def _dtype(setting: Setting, base: Row, subject: Subject, want: Tensor, dtype: torch.dtype) -> Iterator[Row]:
+    import copy
+
+    rows: dict[str, Row] = {}
+    calls: dict[str, Callable[[], Any]] = {}
+    module = copy.deepcopy(subject.module).to(setting.device, dtype)
+    inputs = tuple(i.to(setting.device, dtype) for i in subject.inputs)
+    limit = Tolerance(0.1, 0.5)  # eager's own: there to catch nonsense
+    for who, build in CONTENDERS.items():
+        if setting.over() or (setting.rehearse and who != "eager"):
+            rows[who] = replace(base, contender=who, note="not reached: out of time", ok=setting.rehearse)
+            continue
+        try:
+            call = build(module, inputs, subject)
+            found = verify.check((call(),), (want,), limit)
+            rows[who] = replace(base, contender=who, ok=found.ok, error_rms=found.rms, error_peak=found.peak)
+            if who == "eager":
+                limit = Tolerance(MARGIN * found.rms + 1e-4, MARGIN * found.peak + 1e-4)
+            if not found.ok:
+                rows[who] = replace(rows[who], note="over its error bound")
+            elif not setting.rehearse:
+                calls[who] = call if who == "fusegen" else captured([call])
+        except Exception as error:
+            rows[who] = replace(base, contender=who, note=reason(error))
+    if calls:
+        for who, t in timing.interleave(calls, next(iter(calls)), seconds=0.5, device="cuda").items():
+            times = dict(median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)
+            rows[who] = replace(rows[who], **times)
+    yield from rows.values()

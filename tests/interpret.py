@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusegen.runtime.program import Program, substitute
+from fusegen.runtime.rewrite.epilogue import EAGER
 
 _SYM = {
     "sym.not": operator.not_,
@@ -34,6 +35,8 @@ def _flat(value: Any) -> Iterator[Any]:
 
 def _call(op: str, args: dict[str, Any]) -> Any:
     namespace, base, *overload = op.split(".")
+    if namespace == "runtime":
+        return EAGER[op](**args)
     if namespace == "sym":
         return _SYM.get(op, getattr(operator, base, None))(*args.values())
     return getattr(getattr(getattr(torch.ops, namespace), base), overload[0])(**args)

@@ -26,8 +26,10 @@ from fusegen.runtime.rewrite.graph import FLOATS, Names, overload, spec_of, tens
 
 CAST = "aten.to.dtype"
 # Operators that make the compute dtype whatever they are given, since they hold the model's work.
-_GEMM = ("aten.linear.", "aten.conv1d.", "aten.conv2d.", "aten.conv3d.", "aten.conv_transpose", "aten.convolution.")
-_GEMM += ("aten.addmm.", "aten.embedding.", "aten.bilinear.")
+_GEMM_WORDS = (
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution addmm embedding"
+)
+_GEMM = tuple(f"aten.{name}." for name in _GEMM_WORDS.split())
 # Arguments left as they are: additive masks reach below the range of float16, and kernels take any dtype.
 _LEFT = {("fusegen.attention.default", "mask"), ("aten.scaled_dot_product_attention.default", "attn_mask")}
 # Parameters of norms, which kernels take in float32.
@@ -89,6 +91,7 @@ class _Caster:
     now: dict[str, TensorSpec] = field(default_factory=dict)
     made: dict[tuple[str, torch.dtype], str] = field(default_factory=dict)
     table: dict[str, Ref] = field(default_factory=dict)
+    raised: set[str] = field(default_factory=set)  # float32 values that come from one in the compute dtype
 
     def __post_init__(self) -> None:
         self.names = Names.of(self.program)
@@ -176,6 +179,8 @@ class _Caster:
             return self.low if wanted is self.model else wanted
         if self.model is not torch.float32 or spec is None or spec.dtype not in FLOATS:
             return wanted  # a float16 model's own float32, or numbers made from integers: meant as written
+        if spec.dtype is torch.float32 and source not in self.raised:
+            return wanted  # never was in the compute dtype: joins it where the two meet
         return wanted if self._is_for_precision(node) else self.low
 
     def _is_for_precision(self, node: Node) -> bool:
@@ -201,6 +206,11 @@ class _Caster:
             if spec.dtype in FLOATS:
                 spec = replace(spec, dtype=explicit if explicit in FLOATS else common or spec.dtype)
             self.now[name] = self.specs[name] = spec
+            if spec.dtype is torch.float32 and any(self._is_raised(n) for n in tensors(args.values())):
+                self.raised.add(name)
+
+    def _is_raised(self, name: str) -> bool:
+        return name in self.raised or (self._float(name) and self.now[name].dtype is not torch.float32)
 
     def finish(self) -> Program:
         """The program with its outputs cast back to the dtypes they were exported with."""

@@ -8,8 +8,9 @@ The node vocabulary, for backends:
     activation(product(input, weight) + bias + residual) * multiplier
 
 ``bias``, ``residual`` and ``multiplier`` may be None; ``residual`` and ``multiplier`` have the output's shape and
-dtype.  ``activation`` is one of :data:`ACTIVATIONS`.  A fused node rounds once where the graph rounded after each
-operator.
+dtype.  ``activation`` is one of :data:`ACTIVATIONS`.  Where there is a ``multiplier``, there is no residual and no
+activation, so that no node asks for more than a library's post-operators.  A fused node rounds once where the graph
+rounded after each operator.
 
 :data:`EAGER` holds what they mean in eager PyTorch; called on meta tensors, it gives their shapes.
 """
@@ -119,11 +120,11 @@ class _Fuser:
         if node.op == "aten.add.Tensor" and node.args["alpha"] == 1:
             return self._binary(node, "residual", ("residual", "activation", "multiplier"))
         if node.op == "aten.mul.Tensor":
-            return self._binary(node, "multiplier", ("multiplier",))
+            return self._binary(node, "multiplier", ("residual", "activation", "multiplier"))
         return None
 
     def _binary(self, node: Node, role: str, free: tuple[str, ...]) -> Node | None:
-        """Fuse an addition or product into whichever operand is made later; the other one is ready by then."""
+        """Fuse an addition or product into the operand that is free for it; of two, the one made later."""
         operands = [node.args["self"], node.args["other"]]
         if not all(isinstance(o, Ref) and self._same(o.name, node.outputs[0]) for o in operands):
             return None

@@ -63,7 +63,9 @@ def _program(name: str, graph: torch.fx.Graph, names: tuple[str, ...]) -> Progra
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     called = dict(zip((p.name for p in placeholders), names, strict=True))
     inputs = {called[p.name]: _spec(p.meta["val"]) for p in placeholders}
-    nodes, specs, outputs = [], dict[str, TensorSpec](), tuple[str, ...]()
+    nodes: list[Node] = []
+    specs: dict[str, TensorSpec] = {}
+    outputs: tuple[str, ...] = ()
     for node in graph.nodes:
         if node.op == "output":
             outputs = tuple(called.get(a.name, a.name) for a in node.all_input_nodes)
@@ -81,7 +83,7 @@ def _spec(value: torch.Tensor) -> TensorSpec:
 
 
 def _node(node: torch.fx.Node, called: Mapping[str, str]) -> Node:
-    outputs = (node.name,)
+    outputs: tuple[str, ...] = (node.name,)
     if isinstance(node.meta["val"], (list, tuple)):
         parts = {u.args[1]: u.name for u in node.users}
         outputs = tuple(parts.get(i, f"{node.name}_{i}") for i in range(len(node.meta["val"])))
@@ -118,7 +120,7 @@ def _arguments(
     bare = {a.name: Ref("") for a in overload(node.op)._schema.arguments if not a.has_default_value()}
     defaults = complete(overload(node.op), bare, node.name)
     size = rank(program, next(iter(node.args.values())))
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in node.args.items():
         if (node.op, name) in IGNORED:
             continue

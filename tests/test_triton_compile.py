@@ -1,0 +1,146 @@
+"""Triton kernels compile for GPUs that are not here, without spilling; measured configurations are kept and found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from fusegen.kernels import op as registry
+from fusegen.kernels.gpu import compile as compiler
+from fusegen.kernels.gpu import tune
+from fusegen.kernels.gpu.launch import unit
+
+# The fewest that reach every kernel, both layouts, the split head and the matrix units.
+SUBSET = (
+    ("attention", "bf16 d40", 90),
+    ("attention", "bf16 d80", 80),
+    ("attention", "bf16 d64 causal", 100),
+    ("attention", "fp32 d64", 90),
+    ("group_norm", "bf16 320x64x64 channels-last", 90),
+    ("group_norm", "bf16 1280x8x8 contiguous", 100),
+    ("layer_norm", "bf16 1280", 80),
+    ("noise_normal", "4x64x64", 90),
+    ("sampler_step", "bf16 rescale 0.7", 90),
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compile anew: a machine's Triton cache would answer for the compiler."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))
+    registry.ops()
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize(("op", "name", "arch"), SUBSET)
+def test_compiles_without_spilling(op: str, name: str, arch: int) -> None:
+    (specimen,) = [s for s in compiler.specimens([op]) if s.name == name]
+    usages = list(compiler.compile_for(specimen, arch))
+    assert usages
+    for usage in usages:
+        assert usage.spills == 0, usage
+        assert 0 < usage.registers <= 255
+        assert usage.shared <= compiler.ARCHITECTURES[arch]
+    if op == "attention" and name.startswith("bf16"):
+        unit_of = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]
+        assert unit_of in usages[0].matrix
+        assert usages[0].wide > 0  # rows of 40 elements are read 16 bytes a thread all the same
+
+
+def test_noise_is_compiled_without_fused_multiply_add() -> None:
+    """One fused multiply-add would round once where numpy rounds twice."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    for op in ("noise_normal", "sampler_step"):
+        specimen = next(iter(compiler.specimens([op])))
+        args = specimen.args()
+        for stage in specimen.stages(compiler.ARCHITECTURES[90]):
+            source = compiler.source(stage, args)
+            ptx = triton.compile(source, GPUTarget("cuda", 90, 32), options=dict(stage.options)).asm["ptx"]
+            assert "fma.rn.f32" not in ptx
+            assert "mul.rn.f32" in ptx or "mul.f32" in ptx
+
+
+def test_the_committed_table_has_every_specimen_and_no_spill() -> None:
+    path = Path(__file__).resolve().parent.parent / "bench" / "results" / "triton_resources.json"
+    rows = [compiler.Usage(**row) for row in json.loads(path.read_text())]
+    assert {(r.op, r.specimen, r.arch) for r in rows} == {
+        (s.op, s.name, a) for s in compiler.specimens() for a in compiler.ARCHITECTURES
+    }
+    assert [r for r in rows if r.spills] == []
+
+
+@pytest.mark.parametrize(("strides", "expected"), [((40, 320), 8), ((44, 320), 4), ((3, 8), 1), ((0, 16), 8)])
+def test_unit_is_the_widest_common_alignment(strides: tuple[int, ...], expected: int) -> None:
+    assert unit(2, *strides) == expected
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    block: int
+
+
+def tunable(source: Path) -> tune.Tunable:
+    def nothing(*args: Any, **kwargs: Any) -> Any:
+        return ()
+
+    return tune.Tunable("toy", Config, lambda *a: "k", lambda *a, limit=0: Config(1), nothing, nothing, source)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("FUSEGEN_CACHE", str(tmp_path / "cache"))
+    tune.table.cache_clear()
+    yield tmp_path / "cache"
+    tune.table.cache_clear()
+
+
+def test_a_winner_is_found_again_for_the_same_driver_and_source_alone(cache: Path, tmp_path: Path) -> None:
+    source = tmp_path / "kernel.py"
+    source.write_text("one")
+    toy = tunable(source)
+    path = tune.keep(toy, "k", tune.Trial(Config(64), 1e-6), "GPU X", "1.0")
+    assert path.parent == cache / "tuned"
+    assert tune.table(toy, "GPU X", "1.0") == {"k": Config(64)}
+    assert tune.table(toy, "GPU X", "2.0") == {}
+    assert tune.table(toy, "GPU Y", "1.0") == {}
+    source.write_text("two")
+    tune.table.cache_clear()
+    assert tune.table(toy, "GPU X", "1.0") == {}
+    assert [p.name for p in path.parent.iterdir() if p.suffix != ".json"] == []
+
+
+def test_tuning_prefers_right_over_fast(cache: Path, tmp_path: Path) -> None:
+    import torch
+
+    (tmp_path / "kernel.py").write_text("one")
+    seconds = {1: 3.0, 2: 1.0, 4: 2.0}
+
+    class Launch:
+        def __init__(self, args: Any, stages: Any):
+            self.block = stages[0]
+
+        def run(self) -> None:
+            out.fill_(self.block)
+
+    toy = dataclasses.replace(
+        tunable(tmp_path / "kernel.py"),
+        space=lambda *a: [Config(b) for b in seconds],
+        stages=lambda outs, args, config: (config.block,),
+    )
+    out = torch.zeros(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune, "TritonLaunch", Launch)
+        right = lambda outs: bool((outs[0] != 2).all())  # noqa: E731  (the fastest one is wrong)
+        trials = tune.tune(toy, (out,), (out,), right, lambda run: seconds[run.__self__.block])  # type: ignore[attr-defined]
+    assert trials[0].config == Config(4)
+    assert {t.config.block for t in trials if t.reason} == {2}
+    assert tune.table(toy, "cpu", "") == {"k": Config(4)}

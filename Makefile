@@ -67,7 +67,7 @@ sanitize:
 
 zoo: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.models.zoo.emoji.train --out build/emoji
-	$(BIN)/python -m fusegen.models.zoo.emoji.export build/emoji
+	$(BIN)/python -m fusegen.models.zoo.emoji.export build/emoji -o models/zoo/emoji.fg
 
 clean:
 	rm -rf $(VENV) .links build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

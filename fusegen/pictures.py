@@ -26,14 +26,14 @@ def destinations(pattern: Path, count: int) -> list[Path]:
     return [pattern.with_name(f"{before}{number % i}{after}") for i in range(count)]
 
 
-def grid(images: Sequence[Image]) -> Image:
-    """One picture of all, row by row, at most as wide as four pictures are; a single one is returned as it is."""
+def grid(images: Sequence[Image], columns: int | None = None) -> Image:
+    """One picture of all, row by row: four a row up to 16, then a square; a single one is returned as it is."""
     from PIL import Image as pil
 
     if len(images) == 1:
         return images[0]
     width, height = images[0].size
-    columns = min(4, len(images)) if len(images) <= 16 else math.isqrt(len(images) - 1) + 1
+    columns = columns or (min(4, len(images)) if len(images) <= 16 else math.isqrt(len(images) - 1) + 1)
     rows = -(-len(images) // columns)
     sheet = pil.new(images[0].mode, (columns * width, rows * height), "white")
     for i, image in enumerate(images):

@@ -51,6 +51,10 @@ class _Pt2:
         roots = {name.split("/", 1)[0] for name in file.members}
         if any(name.endswith(_OLD) for name in file.members):
             raise UnsafeFileError("this .pt2 is of the old kind, whose weights are pickled", str(file.path), _AGAIN)
+        if any(name.endswith("/data.pkl") for name in file.members):
+            raise UnsafeFileError(
+                "this is a pickle in a zip, as torch.save writes, and is not opened", str(file.path), _AGAIN
+            )
         if len(roots) != 1 or f"{min(roots)}/archive_format" not in file.members:
             raise FileError("this zip is not what torch.export.save writes", where=str(file.path))
         self.root = f"{roots.pop()}/"

@@ -39,17 +39,17 @@ class Capture:
         self.stable: set[str] = set()
         self.runs: dict[str, list[tuple[Step, Run]]] = {phase: [] for phase in PHASES}
         self.loops: dict[str, Run] = {}
+        self._held: dict[str, Tensor] = {}
         self.arena = torch.empty(plan.layout.peak, dtype=torch.uint8, device=backend.device)
         self.nbytes = plan.layout.peak
         self._deaths = _deaths(plan)
 
     def load(self, name: str, value: Tensor) -> None:
-        """Set an input, or a value that an earlier phase left."""
-        slot = self.slot(name)
-        if self.backend.graph and self.registers[slot] is not None:
-            self.registers[slot].copy_(value)  # a recorded graph reads the memory it was recorded with
-        else:
-            self.registers[slot] = value.clone() if self.backend.graph else value
+        """Set an input, or a value that an earlier phase left; a recorded graph reads it where it first was."""
+        if self.backend.graph:
+            held = self._held.get(name)
+            value = self._held[name] = value.clone() if held is None else held.copy_(value)
+        self.registers[self.slot(name)] = value
 
     def value(self, name: str) -> Tensor:
         """A value as it now is."""
@@ -57,28 +57,25 @@ class Capture:
         assert isinstance(found, Tensor)
         return found
 
+    def run(self, phase: str) -> None:
+        """Run a phase whose inputs are loaded; the first time, bind its nodes."""
+        if phase in self.loops:
+            self.loops[phase]()
+        else:
+            self.build(phase)
+
     def build(self, phase: str) -> None:
-        """Bind the nodes of a phase, running each once; the values it reads are loaded."""
+        """Bind the nodes of a phase, running each once."""
         for step in self.plan.steps:
             if step.phase == phase:
                 run = self._bind(step)
                 if run is not None:
                     self.runs[phase].append((step, run))
-        self.loops[phase] = closures.loop([run for _, run in self.runs[phase]])
         if phase == "constant":
             self.stable.update(o for s in self.plan.steps if s.phase == phase for o in s.node.outputs)
             self.runs[phase].clear()
-
-    def run(self, phase: str) -> None:
-        """Run a phase that was built."""
-        self.loops[phase]()
-
-    def record(self) -> None:
-        """Record the ``step`` phase, where the backend can replay it as one."""
-        if self.backend.graph:
-            for name in self.plan.crossing & self.index.keys() - self.stable:
-                self.registers[self.index[name]] = self.value(name).clone()
-            self.loops["step"] = self.backend.record(self.loops["step"])
+        loop = closures.loop([run for _, run in self.runs[phase]])
+        self.loops[phase] = self.backend.record(loop) if self.backend.graph and phase == "step" else loop
 
     def profile(self, phase: str) -> list[tuple[Step, float]]:
         """Run a phase; the seconds of each of its steps."""

@@ -26,7 +26,7 @@ class At:
 
 
 def getter(args: tuple[Any, ...], constant: Callable[[Any], int]) -> Callable[[Registers], Sequence[Any]]:
-    """Registers -> positional arguments, for ``args`` with :class:`At` in them; ``constant`` keeps a value in a register."""
+    """Registers -> arguments, for ``args`` with :class:`At` in them; ``constant`` puts a value in a register."""
     if any(isinstance(a, tuple) and _nested(a) for a in args):
         return lambda registers: [_read(a, registers) for a in args]
     slots = [a.slot if isinstance(a, At) else constant(a) for a in args]
@@ -39,7 +39,7 @@ def getter(args: tuple[Any, ...], constant: Callable[[Any], int]) -> Callable[[R
 
 
 def _nested(value: Any) -> bool:
-    return isinstance(value, At) or isinstance(value, tuple) and any(_nested(v) for v in value)
+    return isinstance(value, At) or (isinstance(value, tuple) and any(_nested(v) for v in value))
 
 
 def _read(value: Any, registers: Registers) -> Any:
@@ -72,7 +72,13 @@ def writing(function: Any, get: Any, kwargs: Mapping[str, Any], registers: Regis
 
 
 def returning(
-    function: Any, get: Any, kwargs: Mapping[str, Any], registers: Registers, slots: Sequence[int], dead: Sequence[int], several: bool
+    function: Any,
+    get: Any,
+    kwargs: Mapping[str, Any],
+    registers: Registers,
+    slots: Sequence[int],
+    dead: Sequence[int],
+    several: bool,
 ) -> Run:
     """A function that returns its output, or ``several`` in a list."""
     first = slots[0]

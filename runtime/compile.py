@@ -24,10 +24,11 @@ def compile(
 ) -> Session:
     """Rewrite ``program`` and make it a :class:`~fusegen.runtime.engine.Session`.
 
-    ``device``: ``"cpu"`` or ``"cuda"``; ``backend``: ``"cpu"``, ``"cuda"``, or ``"eager"``, the reference; by default the
-    device's own.  ``dtype`` (a ``torch.dtype`` or its name): what the network computes in; None keeps the program's own,
-    but for float16 on a CPU without such arithmetic.  ``deterministic``: a sample's bits depend on nothing else in its
-    batch, or :class:`GraphError` says which node cannot promise it.  Raises :class:`RequestError` for what is unknown.
+    ``device``: ``"cpu"`` or ``"cuda"``; ``backend``: ``"cpu"``, ``"cuda"``, or ``"eager"``, the reference; the
+    default is the device's own.  ``dtype`` (a ``torch.dtype`` or its name): what the network computes in; None keeps
+    the program's own, but for float16 on a CPU without such arithmetic.  ``deterministic``: a sample's bits depend on
+    nothing else in its batch, or planning raises :class:`GraphError` with the node that cannot promise it.  Raises
+    :class:`RequestError` for what is unknown.
     """
     if quantize is not None:
         raise RequestError(f"quantize={quantize!r} is not offered yet", mend="pass quantize=None")
@@ -44,13 +45,15 @@ def compile(
     return Session(program, chosen, deterministic, notes=notes)
 
 
-def _dtype(program: Program, dtype: torch.dtype | str | None, device: str) -> tuple[torch.dtype | None, tuple[str, ...]]:
+def _dtype(
+    program: Program, dtype: torch.dtype | str | None, device: str
+) -> tuple[torch.dtype | None, tuple[str, ...]]:
     """The dtype to compute in, and what to tell the caller of the choice."""
     wanted = FLOATS.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and wanted not in FLOATS.values():
         raise RequestError(f"dtype {dtype!r} is not offered", mend=f"use one of {', '.join(FLOATS)}")
     own = any(w.dtype == torch.float16 for w in program.weights.values())
-    if device == "cpu" and (wanted is torch.float16 or wanted is None and own) and not native("float16"):
+    if device == "cpu" and (wanted is torch.float16 or (wanted is None and own)) and not native("float16"):
         better = torch.bfloat16 if native("bfloat16") else torch.float32
         name = str(better).removeprefix("torch.")
         return better, (f"computes in {name}: this CPU has no float16 arithmetic",)
@@ -59,5 +62,7 @@ def _dtype(program: Program, dtype: torch.dtype | str | None, device: str) -> tu
 
 def native(dtype: str) -> bool:
     """Whether this CPU's matrix products take ``"float16"`` or ``"bfloat16"`` as they are."""
-    operator = torch.ops.mkldnn._is_mkldnn_fp16_supported if dtype == "float16" else torch.ops.mkldnn._is_mkldnn_bf16_supported
+    operator = (
+        torch.ops.mkldnn._is_mkldnn_fp16_supported if dtype == "float16" else torch.ops.mkldnn._is_mkldnn_bf16_supported
+    )
     return bool(operator())

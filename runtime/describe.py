@@ -20,9 +20,8 @@ def text(plan: Plan) -> str:
         out = describe(step.outputs[0]) if step.outputs else ""
         mark = "" if step.binding.invariant else " *"
         bound = f"{step.binding.how} {step.binding.name}{' by sample' if step.binding.by_sample else ''}{mark}"
-        lines.append(
-            f"{step.node.name[:36]:<36} {bound[:44]:<44} {out[:28]:<28} {step.flops / 1e6:>9.2f} {step.bytes / MIB:>8.3f} {step.phase}"
-        )
+        work = f"{step.flops / 1e6:>9.2f} {step.bytes / MIB:>8.3f} {step.phase}"
+        lines.append(f"{step.node.name[:36]:<36} {bound[:44]:<44} {out[:28]:<28} {work}")
         lines += [f"{'':<36} declined {d.kernel}: {d.reason}" for d in step.binding.declined]
     return "\n".join(lines)
 
@@ -41,7 +40,7 @@ def _summary(plan: Plan) -> list[str]:
         "bound: " + ", ".join(f"{name} {count}" for name, count in plan.counts().items()),
     ]
     if varying:
-        out.append(f"* {varying} nodes may give a sample other bits in another batch; deterministic=True binds forms that do not")
+        out.append(f"* {varying} nodes may give a sample other bits in another batch; deterministic=True avoids that")
     return [*out, *(f"note: {n}" for n in plan.notes)]
 
 

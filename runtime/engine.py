@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.capture import Capture
-from fusegen.runtime.errors import GraphError, OutOfMemoryError, RequestError
+from fusegen.runtime.errors import OutOfMemoryError, RequestError
 from fusegen.runtime.plan import Plan, plan
 from fusegen.runtime.program import Program, TensorSpec
 from fusegen.runtime.specialize import bind_symbols, evaluate
@@ -36,7 +36,7 @@ class Share:
 
 
 class Session:
-    """A compiled program: call it with the inputs, in order or by name, for its output (a tuple where there are several).
+    """A compiled program: call it with the inputs, in order or by name, for its output (a tuple if there are several).
 
     Inputs are tensors on any device; outputs are new contiguous tensors on the backend's device, the caller's own.  One
     lock serialises calls from several threads.  Captured shapes are kept, least recently used first out, within
@@ -45,7 +45,12 @@ class Session:
     """
 
     def __init__(
-        self, program: Program, backend: Backend, deterministic: bool = False, memory: int = 4 * GIB, notes: tuple[str, ...] = ()
+        self,
+        program: Program,
+        backend: Backend,
+        deterministic: bool = False,
+        memory: int = 4 * GIB,
+        notes: tuple[str, ...] = (),
     ):
         self.program, self.backend, self.deterministic = program, backend, deterministic
         self.memory, self.notes = memory, notes
@@ -56,11 +61,12 @@ class Session:
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
         given = self._given(inputs, named)
         with self._lock, _running():
-            capture, built = self.capture(given)
-            for name, value in given.items():
-                capture.load(name, value)
-            _run(capture, "step", built)
-            return _outputs(capture)
+            capture = self.capture(given)
+            with self.whole(capture):
+                for name, value in given.items():
+                    capture.load(name, value)
+                capture.run("step")
+                return _outputs(capture)
 
     @property
     def plan(self) -> Plan:
@@ -83,7 +89,7 @@ class Session:
         given = self._given(inputs, named)
         seconds: dict[str, list[float]] = {}
         with self._lock, _running():
-            capture, _ = self.capture(given)
+            capture = self.capture(given)
             for _ in range(runs):
                 for name, value in given.items():
                     capture.load(name, value)
@@ -101,28 +107,36 @@ class Session:
         """
         for name in [*fixed, *per_step]:
             if name not in self.program.inputs:
-                raise RequestError(f"there is no input {name!r}", mend=f"the inputs are {', '.join(self.program.inputs)}")
+                raise RequestError(
+                    f"there is no input {name!r}", mend=f"the inputs are {', '.join(self.program.inputs)}"
+                )
         lengths = {v.shape[0] if v.ndim else 0 for v in per_step.values()}
         if len(lengths) > 1 or 0 in lengths or set(fixed) & set(per_step):
-            raise RequestError("per_step inputs need the same number of rows, at least one, and no name in fixed as well")
+            raise RequestError(
+                "per_step inputs need the same number of rows, at least one, and no name in fixed as well"
+            )
         return Trajectory(self, dict(fixed), dict(per_step))
 
-    def capture(self, given: Mapping[str, Tensor], fixed: Sequence[str] = (), per_step: Sequence[str] = ()) -> tuple[Capture, bool]:
-        """The capture for inputs like ``given`` (under the session's lock), and whether it still has to be built."""
+    def capture(self, given: Mapping[str, Tensor], fixed: Sequence[str] = (), per_step: Sequence[str] = ()) -> Capture:
+        """The capture for inputs like ``given``, made where there is none; under the session's lock."""
         key = (tuple((k, tuple(v.shape), v.dtype) for k, v in given.items()), frozenset(fixed), frozenset(per_step))
-        if key in self._captures:
-            self._captures.move_to_end(key)
-            return self._captures[key], False
-        made = Capture(self.planned(given, fixed, per_step), self.backend, self.weights)
-        made.build("constant")
-        self._captures[key] = made
+        if key not in self._captures:
+            made = Capture(self.planned(given, fixed, per_step), self.backend, self.weights)
+            made.run("constant")
+            self._captures[key] = made
+        self._captures.move_to_end(key)
         while len(self._captures) > 1 and sum(c.nbytes for c in self._captures.values()) > self.memory:
             self._captures.popitem(last=False)
-        return made, True
+        return self._captures[key]
 
-    def forget(self, capture: Capture) -> None:
-        """Drop a capture whose building failed."""
-        self._captures = OrderedDict((k, c) for k, c in self._captures.items() if c is not capture)
+    @contextmanager
+    def whole(self, capture: Capture) -> Iterator[None]:
+        """Drop the capture where a run fails half-way, and with it the memory its values hold."""
+        try:
+            yield
+        except BaseException:
+            self._captures = OrderedDict((k, c) for k, c in self._captures.items() if c is not capture)
+            raise
 
     def _given(self, inputs: Sequence[Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
         names = list(self.program.inputs)
@@ -153,7 +167,6 @@ class Trajectory:
         self.session, self.fixed, self.per_step = session, fixed, per_step
         self.free = [n for n in session.program.inputs if n not in fixed and n not in per_step]
         self.steps = next((len(v) for v in per_step.values()), 0)
-        self._shapes: Any = None
         self._capture: Capture | None = None
         self._left: dict[str, Tensor] = {}
         self._rows: list[dict[str, Tensor]] = []
@@ -165,15 +178,14 @@ class Trajectory:
         session = self.session
         with session._lock, _running():
             full = session._given((), {**self.fixed, **self._row(step, given), **given})
-            shapes = tuple((tuple(v.shape), v.dtype) for v in full.values())
-            capture, built = session.capture(full, tuple(self.fixed), tuple(self.per_step))
-            if self._capture is not capture or self._shapes != shapes:
-                self._prepare(capture, full, given, built)
-                self._capture, self._shapes = capture, shapes
-            for name, value in {**full, **self._left, **(self._rows[step] if self._rows else {})}.items():
-                capture.load(name, value)
-            _run(capture, "step", "step" not in capture.loops)
-            return _outputs(capture)
+            capture = session.capture(full, tuple(self.fixed), tuple(self.per_step))
+            with session.whole(capture):
+                if self._capture is not capture:
+                    self._prepare(capture, full, given)
+                for name, value in {**full, **self._left, **(self._rows[step] if self._rows else {})}.items():
+                    capture.load(name, value)
+                capture.run("step")
+                return _outputs(capture)
 
     def _row(self, step: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The ``per_step`` inputs of a step; a row of one number fills the input."""
@@ -189,28 +201,21 @@ class Trajectory:
             out[name] = row
         return out
 
-    def _prepare(self, capture: Capture, full: Mapping[str, Tensor], given: Mapping[str, Tensor], built: bool) -> None:
+    def _prepare(self, capture: Capture, full: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
         """Run what does not depend on the free inputs, and keep what it leaves to the loop."""
+        self._capture = None
         phases = {o: s.phase for s in capture.plan.steps for o in s.node.outputs}
         for name, value in full.items():
             capture.load(name, value)
-        _run(capture, "fixed", "fixed" not in capture.loops)
+        capture.run("fixed")
         self._left = {n: capture.value(n) for n in capture.plan.crossing if phases[n] == "fixed"}
         self._rows = []
         for step in range(self.steps):
             for name, value in self._row(step, given).items():
                 capture.load(name, value.to(self.session.backend.device).contiguous())
-            _run(capture, "per_step", "per_step" not in capture.loops)
+            capture.run("per_step")
             self._rows.append({n: capture.value(n) for n in capture.plan.crossing if phases[n] == "per_step"})
-
-
-def _run(capture: Capture, phase: str, build: bool) -> None:
-    if build:
-        capture.build(phase)
-        if phase == "step":
-            capture.record()
-    else:
-        capture.run(phase)
+        self._capture = capture
 
 
 def _outputs(capture: Capture) -> Any:

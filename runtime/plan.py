@@ -25,8 +25,8 @@ PHASES = ("constant", "fixed", "per_step", "step")
 class Step:
     """One node of the plan.
 
-    ``phase``: ``"constant"`` (depends on weights alone: worked out once), ``"fixed"`` (on inputs that stay the same over
-    a trajectory: once for each), ``"per_step"`` (also on inputs known ahead for every step), ``"step"`` (the rest).
+    ``phase``: ``"constant"`` (depends on weights alone: worked out once), ``"fixed"`` (on inputs that stay the same
+    over a trajectory: once for each), ``"per_step"`` (also on inputs known ahead for every step), ``"step"`` (the rest).
     ``outputs``: the specs; ``bytes`` and ``flops``: the least it must do; ``depends``: the inputs it depends on.
     """
 
@@ -93,11 +93,13 @@ def plan(
     """Bind every node of ``program`` for inputs of the specs ``given``.
 
     ``fixed`` and ``per_step`` name inputs of a trajectory.  Raises :class:`RequestError` where the inputs do not fit and
-    :class:`GraphError` naming a node that cannot run, or that cannot be made deterministic where that is asked.
+    :class:`GraphError` naming a node that cannot run, or cannot be made deterministic where that is asked.
     """
     static = backend.lower(specialize(program, given))
     metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}
-    metas |= {k: torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device="meta") for k, w in static.weights.items()}
+    metas |= {
+        k: torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device="meta") for k, w in static.weights.items()
+    }
     depends = _dependence(static)
     steps = []
     for node in static.nodes:
@@ -115,7 +117,7 @@ def _dependence(program: Program) -> dict[str, tuple[str, ...]]:
     """Value -> the inputs it depends on, in call order."""
     order = {name: i for i, name in enumerate(program.inputs)}
     found: dict[str, tuple[str, ...]] = {name: (name,) for name in program.inputs}
-    found |= {name: () for name in program.weights}
+    found |= dict.fromkeys(program.weights, ())
     for node in program.nodes:
         union = {i for name in node.inputs() for i in found[name]}
         found |= dict.fromkeys(node.outputs, tuple(sorted(union, key=order.__getitem__)))
@@ -149,10 +151,15 @@ def _step(
         binding, least = _pick(op, node, values, backend, deterministic), op.cost(*values.values())
     else:
         _refuse_random(node)
-        binding, least = backend.bind(node, program, values, deterministic), cost(node, values, [o.meta() for o in outs])
+        binding, least = (
+            backend.bind(node, program, values, deterministic),
+            cost(node, values, [o.meta() for o in outs]),
+        )
     if deterministic and not binding.invariant:
         raise GraphError(
-            f"{binding.name} may give a sample other bits in another batch", where=place(node), mend="pass deterministic=False"
+            f"{binding.name} may give a sample other bits in another batch",
+            where=place(node),
+            mend="pass deterministic=False",
         )
     return Step(node, binding, phase, depends, outs, least.bytes, least.flops)
 
@@ -171,7 +178,9 @@ def _refuse_random(node: Node) -> None:
         off = node.args.get("dropout_p", node.args.get("p", 1.0)) == 0 or node.args.get("train") is False
         if not off:
             raise GraphError(
-                f"{node.op} draws random numbers", where=place(node), mend="export the model in eval mode, noise as an input"
+                f"{node.op} draws random numbers",
+                where=place(node),
+                mend="export the model in eval mode, noise as an input",
             )
 
 

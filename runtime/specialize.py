@@ -75,7 +75,7 @@ def spec_of(program: Program, name: str) -> Strided:
 def bind_symbols(program: Program, given: Mapping[str, TensorSpec]) -> dict[str, int]:
     """The value of each symbol that makes the inputs ``given`` fit ``program.inputs``.
 
-    Raises :class:`RequestError`, naming the input, where rank, dtype or a size does not fit, or a symbol's range is left.
+    Raises :class:`RequestError`, naming the input, where rank, dtype or size does not fit, or a symbol's range is left.
     """
     values: dict[str, int] = {}
     later: list[tuple[str, int, str, int]] = []
@@ -95,7 +95,9 @@ def bind_symbols(program: Program, given: Mapping[str, TensorSpec]) -> dict[str,
         _solve(want, size, values)
         fits = symbols_of(want) <= values.keys() and evaluate(want, values) == size
         known = ", ".join(f"{k}={v}" for k, v in sorted(values.items()))
-        _require(fits, program, name, program.inputs[name], given[name], f"dimension {dim} must be {want} where {known}")
+        _require(
+            fits, program, name, program.inputs[name], given[name], f"dimension {dim} must be {want} where {known}"
+        )
     return values
 
 
@@ -108,7 +110,8 @@ def _require(fits: bool, program: Program, name: str, spec: TensorSpec, got: Ten
     if fits:
         return
     ranges = [
-        f"{s} from {program.symbols[s][0]}" + (f" to {program.symbols[s][1]}" if program.symbols[s][1] < MAX_SIZE else " up")
+        f"{s} from {program.symbols[s][0]}"
+        + (f" to {program.symbols[s][1]}" if program.symbols[s][1] < MAX_SIZE else " up")
         for s in dict.fromkeys(s for d in spec.shape for s in sorted(symbols_of(d)))
         if s in program.symbols
     ]
@@ -235,5 +238,3 @@ def arrange(handle: Any, values: Mapping[str, Any]) -> tuple[list[Any], dict[str
             else:
                 args.append(value)
     return args, kwargs
-
-

@@ -1,4 +1,4 @@
-"""Whether an operator's bits for one sample depend on the batch it is computed in, and how to make it so that they do not.
+"""Whether an operator's bits for one sample depend on the batch, and how to make it so that they do not.
 
 Element-wise work, data movement and reductions along rows do every sample alike.  Matrix products and convolutions in
 libraries choose their blocking, and so the order of their sums, by the whole problem: cut into one call a sample, they
@@ -16,18 +16,21 @@ from torch import Tensor
 from fusegen.runtime.rewrite.graph import overload
 
 _MOVES = set(
-    "cat stack index_select index gather embedding constant_pad_nd pad repeat repeat_interleave expand flip roll clone copy "
-    "contiguous reshape upsample_nearest2d upsample_nearest1d upsample_nearest3d one_hot masked_fill arange full zeros ones "
-    "scalar_tensor full_like zeros_like ones_like new_zeros new_ones new_full tril triu max_pool2d avg_pool2d pixel_shuffle "
+    "cat stack index_select index gather embedding constant_pad_nd pad repeat repeat_interleave expand flip roll "
+    "clone copy "
+    "contiguous reshape upsample_nearest2d upsample_nearest1d upsample_nearest3d one_hot masked_fill arange full "
+    "zeros ones "
+    "scalar_tensor full_like zeros_like ones_like new_zeros new_ones new_full tril triu max_pool2d avg_pool2d "
+    "pixel_shuffle "
     "pixel_unshuffle scatter eye linspace flatten unflatten lift_fresh_copy to _to_copy type_as float".split()
 )
 # Sums whose order is fixed by the sample's own sizes: one row or one group at a time.
 _ROWS = set("layer_norm native_layer_norm rms_norm group_norm softmax _softmax log_softmax batch_norm".split())
 # Operators that are cut along dimension 0: their arguments that carry the batch there.
 _CUT = {
-    "linear": ("input", "other"),
+    "linear": ("input", "residual", "multiplier"),
     "conv1d": ("input",),
-    "conv2d": ("input", "other"),
+    "conv2d": ("input", "residual", "multiplier"),
     "conv3d": ("input",),
     "conv_transpose2d": ("input",),
     "mm": ("self",),
@@ -39,13 +42,15 @@ _CUT = {
     "attention": ("q", "k", "v", "mask", "key_lengths"),
     "upsample_bilinear2d": ("input",),
 }
-_REDUCTIONS = set("mean sum var std amax amin argmax argmin prod norm linalg_vector_norm cumsum max min any all".split())
+_REDUCTIONS = set(
+    "mean sum var std amax amin argmax argmin prod norm linalg_vector_norm cumsum max min any all".split()
+)
 
 
 def cut(op: str, metas: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The arguments to cut along dimension 0, ``()`` where nothing needs to be done, None where nothing is known."""
     base = op.split(".")[1]
-    if base in _MOVES or base in _ROWS or op.startswith("fusegen.") and base != "attention":
+    if base in _MOVES or base in _ROWS or (op.startswith("fusegen.") and base != "attention"):
         return ()
     if base in _CUT:
         return _batched(base, metas)

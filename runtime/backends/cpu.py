@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from dataclasses import replace
 from typing import Any
 
 import torch
 
-from fusegen.runtime.backends import onednn
+from fusegen.runtime.backends import onednn, plain
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.backends.lower import gates_first
@@ -26,13 +24,13 @@ class Cpu(Backend):
 
     def lower(self, program: Program) -> Program:
         """Fuse and merge, then find the strides that the bound forms give."""
-        return propagate(onednn.all_convolutions(merge_linears(gates_first(fuse_epilogues(program)))))
+        return propagate(plain.convolutions(merge_linears(gates_first(fuse_epilogues(program)))))
 
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """oneDNN where it serves, else ATen."""
         if node.op in onednn.LINEAR + onednn.CONV:
             bound = onednn.bind(node, program, metas) if torch.backends.mkldnn.is_available() else None
-            if bound is None and node.op in onednn.PLAIN:
+            if bound is None and node.op in plain.CALLS:
                 bound = Binding("aten", node.op)
             if bound is not None:
                 return self.hold(bound, node.op, metas, deterministic)
@@ -42,13 +40,9 @@ class Cpu(Backend):
         """The call of a bound node."""
         if binding.how == "library":
             return onednn.call(node, binding, program, weights)
-        if node.op in onednn.PLAIN:
-            return Call(partial(_named, onednn.PLAIN[node.op], tuple(node.args)), tuple(node.args.values()), tuple(node.args))
+        if node.op in plain.CALLS:
+            return plain.call(node)
         return super().call(node, binding, program, weights)
-
-
-def _named(function: Any, names: tuple[str, ...], *args: Any) -> Any:
-    return function(**dict(zip(names, args, strict=True)))
 
 
 BACKEND = Cpu()

@@ -1,14 +1,13 @@
 """Linear layers and convolutions through oneDNN as PyTorch ships it: weights prepacked once, epilogues in the kernel.
 
-A ``runtime.linear`` or ``runtime.conv2d`` means ``activation(product + bias + residual) * multiplier``; oneDNN takes one of
-the three with the product, and what is left is done in place on its output.  Outputs of convolutions are channels-last.
+A ``runtime.linear`` or ``runtime.conv2d`` means ``activation(product + bias + residual) * multiplier``; oneDNN takes one
+of the three with the product, and what is left is done in place on its output.  Outputs of convolutions are channels-last.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from fusegen.runtime import specialize
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.program import Node, Program, Ref
-from fusegen.runtime.rewrite.epilogue import EAGER
 from fusegen.runtime.weights import Weights
 
 LINEAR = ("aten.linear.default", "runtime.linear")
@@ -25,7 +23,13 @@ CONV = ("runtime.conv2d",)
 # oneDNN spends about ten microseconds before a product starts, and MKL fewer: below this many multiply-adds in float32
 # (measured on an AVX-512 Xeon) the plain call is faster.
 SMALL = 1 << 21
-_UNARY = {"none": ("none", ""), "relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
+_UNARY = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "silu": ("swish", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_tanh": ("gelu", "tanh"),
+}
 _IN_PLACE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "silu": lambda x: torch.ops.aten.silu_(x),
@@ -39,33 +43,6 @@ _conv_binary = torch.ops.mkldnn._convolution_pointwise.binary._op
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def linear(**values: Any) -> Tensor:
-    """``runtime.linear`` in plain calls, laid out as oneDNN does: contiguous."""
-    return EAGER["runtime.linear"](**values).contiguous()
-
-
-def conv2d(**values: Any) -> Tensor:
-    """``runtime.conv2d`` in plain calls, laid out as oneDNN does: channels-last."""
-    return EAGER["runtime.conv2d"](**values).contiguous(memory_format=torch.channels_last)
-
-
-PLAIN = {"runtime.linear": linear, "runtime.conv2d": conv2d}
-specialize.SHAPES.update(PLAIN)
-
-
-def all_convolutions(program: Program) -> Program:
-    """Every ``aten.conv2d`` as a ``runtime.conv2d``, so that each knows that its output is channels-last."""
-    names = ("input", "weight", "bias")
-    empty = {"residual": None, "activation": "none", "multiplier": None}
-    nodes = []
-    for node in program.nodes:
-        if node.op == "aten.conv2d.default":
-            head = {k: node.args[k] for k in names}
-            node = replace(node, op="runtime.conv2d", args={**head, **empty, **node.args})
-        nodes.append(node)
-    return replace(program, nodes=tuple(nodes))
 
 
 def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | None:
@@ -93,7 +70,9 @@ def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Ca
         return Call(_linear_call(activation, others), (args["input"], packed, args["bias"], *others), _NAMES)
     packed = _pack_conv(node, program, weights, shape)
     where = [list(args[k]) for k in ("padding", "stride", "dilation")]
-    return Call(_conv_call(activation, others, [*where, args["groups"]]), (args["input"], packed, args["bias"], *others), _NAMES)
+    return Call(
+        _conv_call(activation, others, [*where, args["groups"]]), (args["input"], packed, args["bias"], *others), _NAMES
+    )
 
 
 _NAMES = ("input", "weight", "bias", "residual", "multiplier")

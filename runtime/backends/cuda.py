@@ -1,0 +1,61 @@
+"""NVIDIA GPUs: our Triton kernels for fused ops, ATen for the rest, a CUDA graph for each set of shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusegen.runtime.backends import plain
+from fusegen.runtime.backends.base import Backend
+from fusegen.runtime.backends.binding import Binding, Call
+from fusegen.runtime.errors import RequestError
+from fusegen.runtime.program import Node, Program
+from fusegen.runtime.rewrite.epilogue import merge_linears
+from fusegen.runtime.specialize import propagate
+from fusegen.runtime.weights import Weights
+
+
+class Cuda(Backend):
+    """Weights are moved once, convolutions run channels-last, and a captured run is replayed as one graph."""
+
+    name = "cuda"
+    device = "cuda"
+    graph = True
+
+    def check(self) -> None:
+        """Raise :class:`RequestError` where there is no GPU."""
+        if not torch.cuda.is_available():
+            raise RequestError("there is no CUDA device here", mend="pass device='cpu'")
+
+    def lower(self, program: Program) -> Program:
+        """Merge products of one input; convolutions give channels-last."""
+        return propagate(plain.convolutions(merge_linears(program)))
+
+    def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
+        """ATen, and our form of convolutions."""
+        if node.op in plain.CALLS:
+            return self.hold(Binding("aten", node.op), node.op, metas, deterministic)
+        return super().bind(node, program, metas, deterministic)
+
+    def call(self, node: Node, binding: Binding, program: Program, weights: Weights) -> Call:
+        """The call of a bound node."""
+        return plain.call(node) if node.op in plain.CALLS else super().call(node, binding, program, weights)
+
+    def place(self, weight: Tensor) -> Tensor:
+        """The weight on the GPU; those of convolutions channels-last, as cuDNN wants them."""
+        moved = weight.to(self.device)
+        return moved.contiguous(memory_format=torch.channels_last) if moved.ndim == 4 else moved
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """A CUDA graph of ``run``, which has run before, so that every kernel is compiled and every library warm."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+
+BACKEND = Cuda()

@@ -75,7 +75,8 @@ class Program:
     ``inputs``: name -> spec, in call order.  ``outputs``: names of values, in return order.  ``weights``: name ->
     tensor (parameters, buffers and constants; possibly mapped from a file: never write to one).  ``symbols``: name of
     a dynamic size -> (smallest, largest allowed).  ``specs``: what is known of every other value's shape.
-    ``applied``: the rewrites behind it, in order.
+    ``applied``: the rewrites behind it, in order.  ``guards``: expressions of symbols that the exporter took to be
+    true (``"height % 8 == 0"``); for sizes that break one, the graph may mean something else.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Program:
     symbols: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     applied: tuple[Applied, ...] = ()
+    guards: tuple[str, ...] = ()
 
     def users(self) -> dict[str, list[Node]]:
         """Value name -> the nodes that use it (once each)."""

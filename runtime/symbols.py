@@ -1,8 +1,8 @@
 """Arithmetic on symbolic sizes.
 
 A dimension of a :class:`~fusegen.runtime.program.TensorSpec` is an integer, a symbol's name, or an integer expression
-of symbols such as ``"2*s0"`` or ``"(s0 + 1)//2"``: Python's ``+ - * // % **``, comparisons, and the functions ``max``
-and ``min``.  Expressions are parsed and walked here, never given to ``eval``.
+of symbols such as ``"2*s0"`` or ``"(s0 + 1)//2"``: Python's ``+ - * // % **``, comparisons, ``and``, ``or``, and the
+functions ``max`` and ``min``.  Expressions are parsed and walked here, never given to ``eval``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fusegen.runtime.errors import GraphError
@@ -33,6 +33,7 @@ _COMPARE: dict[type[ast.AST], Callable[[Any, Any], bool]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
 }
+_ALL: dict[type[ast.AST], Callable[[Iterable[int]], bool]] = {ast.And: all, ast.Or: any}
 _FUNCTIONS: dict[str, Callable[..., int]] = {"max": max, "min": min}
 
 
@@ -79,11 +80,51 @@ def _value(node: ast.expr, values: Mapping[str, int]) -> int:
             return int(_value(left, values) ** power)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return int(_BINARY[type(op)](_value(left, values), _value(right, values)))
+        case ast.BoolOp(op=op, values=parts):
+            return int(_ALL[type(op)](_value(p, values) for p in parts))
         case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _COMPARE:
             return int(_COMPARE[type(op)](_value(left, values), _value(right, values)))
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _FUNCTIONS and args:
             return _FUNCTIONS[name](*(_value(a, values) for a in args))
     raise GraphError("a size uses what is not integer arithmetic", where=ast.unparse(node)[:80])
+
+
+def from_guard(text: str, sizes: Mapping[str, tuple[int | str, ...]]) -> str | None:
+    """A guard that torch.export wrote about its inputs' ``sizes``, as an expression of symbols.
+
+    ``"L['x'].size()[2] % 8 == 0"`` becomes ``"height % 8 == 0"``.  None where it always holds, or speaks of anything
+    but sizes.
+    """
+    try:
+        tree = _Sizes(sizes).visit(parse(text))
+        if isinstance(tree, ast.Compare) and ast.dump(tree.left) == ast.dump(tree.comparators[0]):
+            return None
+        guard = ast.unparse(tree)
+        evaluate(guard, dict.fromkeys(symbols_of(guard), 2**20))  # is it arithmetic throughout?
+    except (GraphError, KeyError, IndexError, TypeError, RecursionError):
+        return None
+    return guard if symbols_of(guard) else None
+
+
+class _Sizes(ast.NodeTransformer):
+    """Replaces ``L['x'].size()[i]`` by the dimension it names; nested inputs are named by their path, joined by _."""
+
+    def __init__(self, sizes: Mapping[str, tuple[int | str, ...]]):
+        self.sizes = sizes
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        match node:
+            case ast.Subscript(ast.Call(ast.Attribute(value, "size"), [], []), ast.Constant(int() as index)):
+                return parse(str(self.sizes["_".join(self._path(value))][index]))
+        raise KeyError(ast.unparse(node))
+
+    def _path(self, node: ast.expr) -> list[str]:
+        match node:
+            case ast.Name("L"):
+                return []
+            case ast.Subscript(inner, ast.Constant(key)):
+                return [*self._path(inner), str(key)]
+        raise KeyError(ast.unparse(node))
 
 
 # sympy's spelling of an expression (``srepr``), as torch.export writes it -> ours.

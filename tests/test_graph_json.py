@@ -46,6 +46,7 @@ def every_value() -> Program:
         {"batch": (1, 2**63 - 1)},
         {"v": TensorSpec(("2*batch", 2), f32)},
         (Applied("drop_noops", 3, ("because",)),),
+        ("batch % 2 == 0 or batch > 3",),
     )
 
 
@@ -102,6 +103,7 @@ def set_at(*path: Any, value: Any) -> Callable[[Any], None]:
         (set_at("inputs", "x", value=["float32", ["other", 4]]), "size 'other'"),
         (set_at("inputs", "x", value=["float32", [-1, 4]]), "size -1"),
         (set_at("inputs", "x", value=["float32", [True, 4]]), "size True"),
+        (set_at("guards", value=["other == 1"]), "guard 'other == 1'"),
         (set_at("symbols", "batch", value=[3, 1]), "range of 'batch'"),
         (set_at("weights", "w", value=["float32", [2]]), "the weight is torch.int64"),
         (set_at("weights", "z", value=["float32", [2]]), "a weight is missing"),

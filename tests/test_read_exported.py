@@ -115,6 +115,18 @@ def test_faults(
     assert "toy" in str(error.value) and "\n" not in str(error.value)
 
 
+class Thirds(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] % 3 == 0 else x + 1
+
+
+def test_what_the_exporter_took_to_be_true_is_kept() -> None:
+    program = torch.export.export(Thirds(), (torch.randn(6),), dynamic_shapes={"x": {0: torch.export.Dim.AUTO}})
+    read = exported.program(capture.serialize(program), {}, "thirds")
+    (symbol,) = read.symbols
+    assert f"{symbol} % 3 == 0" in read.guards
+
+
 def test_weight_of_another_shape_is_named(toy: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
     with pytest.raises(GraphError, match=r"torch.float16 \(4,\).*conv.bias"):
         exported.program(toy[0], toy[1] | {"conv.bias": torch.ones(4, dtype=torch.float16)}, "toy")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusegen.runtime.errors import GraphError
-from fusegen.runtime.symbols import evaluate, from_sympy, symbols_of
+from fusegen.runtime.symbols import evaluate, from_guard, from_sympy, symbols_of
 
 A, B = sympy.Symbol("a", positive=True, integer=True), sympy.Symbol("b", positive=True, integer=True)
 SIZES = st.recursive(
@@ -40,6 +40,25 @@ def test_plain_spellings() -> None:
     assert evaluate("max(a, 3) % 2 + (a >= 5)", {"a": 5}) == 2
     assert evaluate(7, {}) == 7
     assert symbols_of("max(a, 2*b)") == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("(L['x'].size()[0] % 8) == 0", "a % 8 == 0"),
+        ("L['d']['k'].size()[1] == L['x'].size()[0] or L['x'].size()[0] == 1", "2 * b == a or a == 1"),
+        ("L['x'].size()[0] == L['y'].size()[0]", None),
+        ("L['y'].size()[1] == 3", None),
+        ("L['x'].stride()[0] == 3", None),
+        ("L['z'].size()[0] == 3", None),
+        ("L['x'].size()[9] == 3", None),
+        ("exit() == 3", None),
+        ("L[", None),
+    ],
+)
+def test_guards(text: str, expected: str | None) -> None:
+    sizes: dict[str, tuple[int | str, ...]] = {"x": ("a",), "y": ("a", 3), "d_k": (1, "2*b")}
+    assert from_guard(text, sizes) == expected
 
 
 @pytest.mark.parametrize("size", [sympy.sqrt(A), 1 / A, sympy.Rational(1, 2) * A, sympy.sin(A)])

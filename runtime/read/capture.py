@@ -152,4 +152,5 @@ def _renamed(program: Program, shapes: Any) -> Program:
         inputs={k: spec(v) for k, v in program.inputs.items()},
         specs={k: spec(v) for k, v in program.specs.items()},
         symbols={table.get(k, k): v for k, v in program.symbols.items()},
+        guards=tuple(str(size(g)) for g in program.guards),
     )

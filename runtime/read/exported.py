@@ -6,8 +6,8 @@ class of PyTorch's deserializer is used, so that a graph from a file can only na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -52,13 +52,14 @@ def program(document: Mapping[str, Any], weights: Mapping[str, Tensor], name: st
         reader.read_graph(document["graph_module"]["graph"], "", reader.renamed)
         outputs = reader.read_outputs()
         ranges = {k: _range(v) for k, v in document["range_constraints"].items()}
+        guards = _guards(document.get("guards_code", []), reader.inputs)
     except Error as error:
         raise type(error)(error.what, ", ".join(w for w in (name, error.where) if w), error.mend) from None
     except _MALFORMED as error:
         raise GraphError(
             "the graph is not as torch.export writes it", f"{name}: {type(error).__name__} {error}"
         ) from None
-    return check(_finish(name, reader, outputs, ranges))
+    return check(replace(_finish(name, reader, outputs, ranges), guards=guards))
 
 
 def _check_version(document: Mapping[str, Any], name: str) -> None:
@@ -75,6 +76,11 @@ def _check_version(document: Mapping[str, Any], name: str) -> None:
 def _range(constraint: Mapping[str, Any]) -> tuple[int, int]:
     low, high = constraint.get("min_val"), constraint.get("max_val")
     return int(low or 0), symbols.MAX_SIZE if high is None else int(high)
+
+
+def _guards(texts: Iterable[str], inputs: Mapping[str, TensorSpec]) -> tuple[str, ...]:
+    found = (symbols.from_guard(t, {k: v.shape for k, v in inputs.items()}) for t in texts)
+    return tuple(dict.fromkeys(g for g in found if g is not None))
 
 
 def _finish(name: str, reader: _Reader, outputs: tuple[str, ...], ranges: Mapping[str, tuple[int, int]]) -> Program:

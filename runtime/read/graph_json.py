@@ -21,7 +21,7 @@ from fusegen.runtime.program import Applied, Node, Program, Ref, TensorSpec, che
 from fusegen.runtime.read import json_text, operators, values
 
 FORMAT, VERSION = "fusegen.graph", 1
-_KEYS = ("format", "version", "name", "inputs", "outputs", "symbols", "weights", "nodes", "specs", "applied")
+_KEYS = ("format", "version", "name", "inputs", "outputs", "symbols", "weights", "nodes", "specs", "applied", "guards")
 _NODE_KEYS = ("name", "op", "args", "outputs", "source")
 _LAYOUTS = {"strided": torch.strided}
 _MEMORY = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
@@ -51,6 +51,7 @@ def dumps(program: Program) -> bytes:
         ],
         "specs": {k: spec_to_json(v) for k, v in program.specs.items()},
         "applied": [[a.rule, a.count, list(a.left)] for a in program.applied],
+        "guards": list(program.guards),
     }
     return json.dumps(document, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
 
@@ -212,8 +213,15 @@ def _program(document: dict[str, Any], weights: Mapping[str, Tensor]) -> Program
         symbols=sizes,
         specs={k: spec_from_json(v, known) for k, v in _object(found["specs"]).items()},
         applied=tuple(Applied(_text(rule), int(count), names(left)) for rule, count, left in found["applied"]),
+        guards=tuple(_guard(g, known) for g in names(found["guards"])),
     )
     return check(program)
+
+
+def _guard(text: str, known: frozenset[str]) -> str:
+    if not symbols.symbols_of(text) <= known:
+        raise ValueError(f"the guard {text!r}")
+    return text
 
 
 def _weight(name: str, spec: TensorSpec, weights: Mapping[str, Tensor]) -> Tensor:

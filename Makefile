@@ -62,8 +62,13 @@ bench: $(VENV)/bench.stamp
 gpu-check: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.bench.gpu_check
 
-sanitize:
-	bash kernels/cpu/sanitize.sh
+# GCC's sanitizers: their runtimes must be loaded before Python itself.
+sanitize: export CXX = g++
+sanitize: $(VENV)/test.stamp
+	$(BIN)/python setup.py -q build_kernels --sanitize
+	FUSEGEN_CPU_LIBRARY=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/test_ops.py -k every_level
 
 zoo: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.models.zoo.emoji.train --out build/emoji

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import fusegen
@@ -238,3 +239,46 @@ def test_doctor_says_what_is_there() -> None:
     assert done.stderr == ""
 
 
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_model_in_the_box_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = "generate -m emoji --steps 2 --dtype float32 --sampler euler_a --json -p".split()
+    assert main([*command, "pig face", "-n", "3", "--seed", "5", "-o", "%d.png"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["sampler"], made["steps"], made["dtype"], made["seeds"]) == ("euler_a", 2, "float32", [5, 6, 7])
+    assert any(name.startswith("kernel") for name in made["plan"]["denoiser"])
+    assert main([*command, "pig face", "--seed", "6", "-o", "alone.png"]) == 0
+    assert len({Image.open(f"{i}.png").tobytes() for i in range(3)}) == 3
+    assert Image.open("alone.png").size == (made["width"], made["height"])
+    capsys.readouterr()
+
+    assert main(["info", "emoji", "--verify", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["verified"] and said["family"] == "text-to-image" and set(said["components"]) == set(made["plan"])
+
+    assert main("plan emoji --component denoiser --batch 2 --fixed context --per-step t --json".split()) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["inputs"]["x"].endswith("[2, 3, 32, 32]")
+    assert {step["phase"] for step in plan["steps"]} == {"fixed", "per_step", "step"}
+
+
+def test_a_bare_graph_from_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    net = torch.nn.Sequential(torch.nn.GroupNorm(2, 4), torch.nn.SiLU())
+    batch = torch.export.Dim("batch", min=1, max=8)
+    graph = torch.export.export(net, (torch.randn(2, 4, 3, 3),), dynamic_shapes=({0: batch},))
+    torch.export.save(graph, "net.pt2")
+    assert main("export net.pt2 -o net.fg".split()) == 0
+    for name in ("net.pt2", "net.fg"):
+        assert main(["plan", name, "--batch", "5", "--profile", "--json"]) == 0
+        (plan,) = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert list(plan["inputs"].values()) == ["float32[5, 4, 3, 3]"]
+        assert sum(share["part"] for share in plan["profile"]) == pytest.approx(1)
+    assert main(["generate", "-m", "net.fg", "-p", "cat"]) == 2
+    assert "no family" in capsys.readouterr().err

@@ -12,9 +12,9 @@ template <class T>
 FG_INLINE void row(const T *x, T *out, int64_t width, const float *weight, const float *bias, double eps) {
   const Moments moments = moments_of(x, width);
   const float mean = static_cast<float>(moments.mean);
-  const double deviation = 1.0 / __builtin_sqrt(moments.m2 / static_cast<double>(width) + eps);
-  const vf m = set1(mean), k = set1(static_cast<float>(deviation));
-  const vf rest = set1(static_cast<float>((static_cast<double>(mean) - moments.mean) * deviation));
+  const float deviation = 1.0f / __builtin_sqrtf(static_cast<float>(moments.m2 / static_cast<double>(width) + eps));
+  const vf m = set1(mean), k = set1(deviation);
+  const vf rest = set1(static_cast<float>(static_cast<double>(mean) - moments.mean) * deviation);
   int64_t i = 0;
   for (; i + W <= width; i += W)
     store(out + i, fma(fma(sub(load(x + i), m), k, rest), load(weight + i), load(bias + i)));

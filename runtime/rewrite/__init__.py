@@ -6,7 +6,7 @@ dtypes of the export; then the dtype changes; then repeats and constants go, in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -52,24 +52,37 @@ def rewrite(program: Program, dtype: torch.dtype | None = None) -> Program:
     log = _Log()
     program = log.run("canonical views and casts", clean.canonical, program)
     hidden = casting.float_casts(program) if dtype is not None else {}
-    program = log.run("no-ops", lambda p: clean.without_no_ops(p, frozenset(hidden)), program)
-    program = log.run("dead code", without_dead, program)
-    hidden = casting.float_casts(program) if dtype is not None else {}
-    program, applied = match.replace_spellings(program, patterns.load(), hidden)
-    log.applied += applied
-    program = log.run("dead code", without_dead, program)
-    program = log.run("product with a weight is linear", linear.as_linear, program)
+    program = _spelled(program, log, hidden)
     if dtype is not None:
         program = log.run("compute dtype", lambda p: casting.cast(p, dtype), program)
-        program = log.run("no-ops", clean.without_no_ops, program)
-    program = log.run("rows viewed around linear", linear.without_row_views, program)
-    program = log.run("dead code", without_dead, program)
-    program = log.run("reshape of reshape", clean.merged_reshapes, program)
-    program = log.run("repeated calls", clean.without_repeats, program)
-    program = log.run("constants", clean.folded, program)
-    program = log.run("dead code", without_dead, program)
+    before = None
+    while before is not program:  # each step may make work for another; every one leaves fewer nodes, or fewer forms
+        before = program
+        for rule, step in _TIDY.items():
+            program = log.run(rule, step, program)
+        program = _spelled(program, log, {})
     news = tuple(a for a in log.merged() if a not in program.applied or a.count)
     return replace(program, applied=(*program.applied, *news))
+
+
+_TIDY: dict[str, Callable[[Program], tuple[Program, int]]] = {
+    "product with a weight is linear": linear.as_linear,
+    "rows viewed around linear": linear.without_row_views,
+    "reshape of reshape": clean.merged_reshapes,
+    "repeated calls": clean.without_repeats,
+    "constants": clean.folded,
+    "dead code": without_dead,
+}
+
+
+def _spelled(program: Program, log: _Log, hidden: Mapping[str, str]) -> Program:
+    """Drop no-ops, the casts in ``hidden`` excepted, and put fused ops in the place of their spellings."""
+    program = log.run("no-ops", lambda p: clean.without_no_ops(p, frozenset(hidden)), program)
+    program = log.run("dead code", without_dead, program)
+    hidden = casting.float_casts(program) if hidden else {}
+    program, applied = match.replace_spellings(program, patterns.load(), hidden)
+    log.applied += applied
+    return log.run("dead code", without_dead, program) if any(a.count for a in applied) else program
 
 
 class _Log:
@@ -90,5 +103,5 @@ class _Log:
         out: dict[str, Applied] = {}
         for a in self.applied:
             old = out.get(a.rule, Applied(a.rule, 0))
-            out[a.rule] = Applied(a.rule, old.count + a.count, (*old.left, *a.left))
+            out[a.rule] = Applied(a.rule, old.count + a.count, tuple(dict.fromkeys((*old.left, *a.left))))
         return tuple(out.values())

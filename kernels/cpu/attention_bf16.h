@@ -13,7 +13,7 @@ using pair_t = uint32_t;
 FG_INLINE int pad32(int n) { return (n + 31) / 32 * 32; }
 
 struct Bf16Pack {
-  static constexpr int NB = 256;                       // keys of a block
+  static constexpr int NB = 128;                       // keys of a block
   static constexpr int VS = NB / 2 + 16;               // pairs in a row of V: padded, so that rows fall in other cache sets
   static constexpr int64_t SCORES = static_cast<int64_t>(NB) * TQ;
   static int64_t q_size(int64_t dim) { return pad32(static_cast<int>(dim)) / 2 * TQ * 4; }

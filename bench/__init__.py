@@ -1,4 +1,4 @@
-"""Benchmarks: contenders interleaved, gated on correctness, set against the roofline measured in the same run."""
+"""Benchmarks: contenders interleaved, gated on correctness, set against the roofline measured in the same run.
 
-if __name__ != "fusegen.bench":
-    raise ImportError(f"import {__name__!r} as 'fusegen.bench'")
+Unlike the other layers this one may be imported as ``bench`` too: pytest does so when it collects ``bench/suite``.
+"""

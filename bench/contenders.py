@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fusegen.kernels import op as registry
 from fusegen.kernels.op import Op
-from torch import Tensor
 
 Call = Callable[[], Any]
 
@@ -21,7 +22,10 @@ Call = Callable[[], Any]
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, key_lengths: Any, causal: bool, scale: Any) -> Tensor:
     if key_lengths is not None:
         keep = torch.arange(k.shape[2], device=k.device)[None, None, None] < key_lengths[:, None, None, None]
-        mask = keep if mask is None else (mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf))
+        if mask is None:
+            mask = keep
+        else:
+            mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )

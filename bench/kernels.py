@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fusegen.bench import contenders, roofline, timing, verify
 from fusegen.bench.row import Row, versions
 from fusegen.kernels import op as registry
 from fusegen.kernels.op import Case, Op, Tolerance
-from torch import Tensor
 
 PEER_MARGIN = 4.0  # a peer's error may be this many times our bound: theirs is a different order of rounding
 
@@ -44,14 +45,15 @@ def jobs(names: Sequence[str] = (), cases: Sequence[str] = (), dtypes: Sequence[
 
 def reference(job: Job) -> tuple[Tensor, ...]:
     """The op's outputs in float64."""
-    return _tuple(job.op.reference(*(_double(a) for a in job.args())))
+    return outputs(job.op.reference(*(_double(a) for a in job.args())))
 
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _tuple(value: Any) -> tuple[Tensor, ...]:
+def outputs(value: Any) -> tuple[Tensor, ...]:
+    """An op's result as a tuple."""
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
@@ -82,18 +84,17 @@ def _gate(job: Job, name: str, expected: tuple[Tensor, ...], bound: Tolerance) -
         call = contenders.KERNELS[name](job.op, args)
         if call is None:
             return Row(**base, ok=False, note="no kernel serves these arguments"), None
-        verdict = verify.check(_tuple(call()), expected, bound)
+        verdict = verify.check(outputs(call()), expected, bound)
         call()
     except Exception as error:  # a peer that cannot build or run is a result, not the end of the run
         return Row(**base, ok=False, note=f"{type(error).__name__}: {error}".splitlines()[0][:300]), None
-    row = Row(**base, ok=verdict.ok, error_rms=verdict.rms, error_peak=verdict.peak, note="" if verdict.ok else "over its error bound")
+    note = "" if verdict.ok else "over its error bound"
+    row = Row(**base, ok=verdict.ok, error_rms=verdict.rms, error_peak=verdict.peak, note=note)
     return row, call if verdict.ok else None
 
 
 def _timed(job: Job, row: Row, t: timing.Timing) -> Row:
-    from dataclasses import replace
-
     cost = job.op.cost(*job.args())
     share = roofline.measure(job.device).seconds(cost, job.dtype) / t.median
-    times = dict(median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)
-    return replace(row, **times, gbps=cost.bytes / t.median / 1e9, gflops=cost.flops / t.median / 1e9, roofline_share=share)
+    rates = dict(gbps=cost.bytes / t.median / 1e9, gflops=cost.flops / t.median / 1e9, roofline_share=share)
+    return replace(row, median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio, **rates)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusegen.bench.row import Row
 from rich.console import Console
 from rich.table import Table
+
+from fusegen.bench.row import Row
 
 
 def _number(value: float | None, scale: float = 1.0, digits: int = 3) -> str:

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
 from fusegen.bench.timing import once
 from fusegen.kernels.op import Cost
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """``copy``: bytes a second, read plus written, far beyond the caches.  ``peak``: dtype name -> operations a second of
-    the fastest matrix product found (int8 may be missing)."""
+    """``copy``: bytes a second, read plus written, far beyond the caches.  ``peak``: dtype name -> operations a second
+    of the fastest matrix product found (int8 on CPUs only)."""
 
     copy: float
     peak: dict[str, float]
@@ -38,7 +39,7 @@ def _copy(device: str) -> float:
 
 
 def _matmul(dtype: torch.dtype, size: int, device: str) -> float:
-    """The faster of PyTorch's own product and, on a CPU, oneDNN's with a prepacked weight (PyTorch uses MKL in fp32)."""
+    """Operations a second of PyTorch's product or, on a CPU, of oneDNN's with a prepacked weight if that is faster."""
     a, b = torch.randn(size, size, device=device).to(dtype), torch.randn(size, size, device=device).to(dtype)
     times = [_best(lambda: F.linear(a, b), 7, device)]
     if device == "cpu":

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from fusegen.kernels.op import Tolerance
 from torch import Tensor
+
+from fusegen.kernels.op import Tolerance
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Verdict:
 
 
 def errors(out: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Root mean square and largest error of ``out``, relative to the reference's; infinite where NaN or shape differ."""
+    """Root mean square and largest error of ``out``, relative to the reference's; infinite for NaN or another shape."""
     if out.shape != reference.shape:
         return math.inf, math.inf
     if out.numel() == 0:

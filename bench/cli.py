@@ -1,0 +1,96 @@
+"""``fusegen bench kernels | models``: run, print the table, keep the rows and the plot."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+
+from fusegen.bench import contenders, report
+from fusegen.bench import row as rows_file
+from fusegen.bench.row import Row
+from fusegen.runtime.errors import RequestError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; ``fusegen bench --help`` shows it."""
+    p = argparse.ArgumentParser(prog="fusegen bench", description=__doc__)
+    sub = p.add_subparsers(dest="what", required=True)
+    kernels = sub.add_parser("kernels", help="every fused op against its eager form and torch.compile")
+    kernels.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
+    kernels.add_argument("--case", action="append", default=[], help="only this case (may be repeated)")
+    kernels.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    models = sub.add_parser("models", help="whole models against eager PyTorch and torch.compile")
+    models.add_argument("--model", action="append", default=[], help="only this model (may be repeated)")
+    for one in (kernels, models):
+        one.add_argument("--dtype", action="append", default=[], choices=sorted(DTYPES), help="only this dtype")
+        one.add_argument("--contender", action="append", default=[], help="only this contender (may be repeated)")
+        one.add_argument("--seconds", type=float, default=0.5, help="about how long each contender is timed, per case")
+        one.add_argument("--json", type=Path, help="append the rows to this file of JSON lines")
+        one.add_argument("--plot", type=Path, help="write a PNG of the ratios")
+    return p
+
+
+def chosen(wanted: Sequence[str], known: Iterable[str], kind: str) -> list[str]:
+    """``wanted``, or all of ``known`` when nothing is; an unknown name lists those there are."""
+    known = list(known)
+    for name in wanted:
+        if name not in known:
+            raise RequestError(f"no {kind} is called {name!r}", mend=f"there are {', '.join(known)}")
+    return list(wanted) or known
+
+
+def _kernels(args: argparse.Namespace) -> list[Row]:
+    from fusegen.bench import kernels
+    from fusegen.kernels import op as registry
+
+    names = chosen(args.op, sorted(registry.ops()), "op")
+    who = chosen(args.contender, contenders.KERNELS, "contender")
+    todo = list(kernels.jobs(names, args.case, [DTYPES[d] for d in args.dtype]))
+    if not todo:
+        raise RequestError("no benchmark case fits", mend="see the cases marked bench in kernels/<op>.py")
+    out: list[Row] = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("kernels", total=len(todo))
+        for job in todo:
+            progress.update(task, description=f"{job.op.name} {job.case.name}")
+            out += _kept(kernels.run(kernels.Job(job.op, job.case, job.dtype, args.device), who, args.seconds), args)
+            progress.advance(task)
+    return out
+
+
+def _models(args: argparse.Namespace) -> list[Row]:
+    from fusegen.bench import models
+
+    out: list[Row] = []
+    with Progress(transient=True) as progress:
+        todo = chosen(args.model, models.MODELS, "model")
+        task = progress.add_task("models", total=len(todo))
+        for name in todo:
+            progress.update(task, description=name)
+            out += _kept(models.MODELS[name](args.contender, args.dtype, args.seconds), args)
+            progress.advance(task)
+    return out
+
+
+def _kept(rows: list[Row], args: argparse.Namespace) -> list[Row]:
+    if args.json:
+        for row in rows:
+            rows_file.append(args.json, row)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks; 1 when any row failed its gate, else 0."""
+    args = parser().parse_args(argv)
+    rows = _kernels(args) if args.what == "kernels" else _models(args)
+    title = f"{args.what} on {rows_file.processor()}, {torch.get_num_threads()} threads"
+    report.show(rows, title)
+    if args.plot:
+        report.plot(rows, args.plot, title)
+    return 0 if all(r.ok for r in rows) else 1

@@ -25,8 +25,8 @@ PHASES = ("constant", "fixed", "per_step", "step")
 class Step:
     """One node of the plan.
 
-    ``phase``: ``"constant"`` (depends on weights alone: worked out once), ``"fixed"`` (on inputs that stay the same
-    over a trajectory: once for each), ``"per_step"`` (also on inputs known ahead for every step), ``"step"`` (the rest).
+    ``phase``: ``"constant"`` (depends on weights alone: worked out once), ``"fixed"`` (on inputs that
+    stay the same over a trajectory: once for each), ``"per_step"`` (also on inputs known ahead for every step), ``"step"`` (the rest).
     ``outputs``: the specs; ``bytes`` and ``flops``: the least it must do; ``depends``: the inputs it depends on.
     """
 
@@ -92,7 +92,7 @@ def plan(
 ) -> Plan:
     """Bind every node of ``program`` for inputs of the specs ``given``.
 
-    ``fixed`` and ``per_step`` name inputs of a trajectory.  Raises :class:`RequestError` where the inputs do not fit and
+    ``fixed`` and ``per_step`` name inputs of a trajectory.  Raises :class:`RequestError` if the inputs do not fit and
     :class:`GraphError` naming a node that cannot run, or cannot be made deterministic where that is asked.
     """
     static = backend.lower(specialize(program, given))

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
+from networks import plainly, relative, text_encoder, text_program, tokens, unet, unet_inputs, unet_program
 
 from fusegen.runtime import api, engine
 from fusegen.runtime.errors import Error, OutOfMemoryError, RequestError
-from networks import plainly, relative, text_encoder, text_program, tokens, unet, unet_inputs, unet_program
 
 EXACT, FP32 = 0.0, 1e-5
 

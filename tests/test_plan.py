@@ -7,13 +7,13 @@ import random
 
 import pytest
 import torch
+from networks import unet_inputs, unet_program
 from torch import nn
 
 from fusegen.kernels import op as registry
 from fusegen.runtime import api
 from fusegen.runtime.errors import GraphError
 from fusegen.runtime.memory import ALIGNMENT, Interval, lay_out
-from networks import unet_inputs, unet_program
 
 NAMES = ("x", "t", "context")
 

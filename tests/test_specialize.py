@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from networks import unet_inputs, unet_program
 from torch import nn
 
 from fusegen.runtime.api import capture
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import TensorSpec
 from fusegen.runtime.specialize import Strided, bind_symbols, specialize
-from networks import unet_inputs, unet_program
 
 
 def given(batch: int = 3, **changed: TensorSpec) -> dict[str, TensorSpec]:

@@ -59,7 +59,7 @@ def cut(op: str, metas: Mapping[str, Any]) -> tuple[str, ...] | None:
         first = metas["self"]
         dims = (dims,) if isinstance(dims, int) else dims
         keeps = first.ndim > 1 and dims and all(d % first.ndim != 0 for d in dims)
-        return ("self",) if keeps and first.shape[0] > 1 else None
+        return ("self",) if keeps else None
     pointwise = op.startswith("aten.") and torch.Tag.pointwise in overload(op).tags
     return () if pointwise else None
 
@@ -71,6 +71,7 @@ def _batched(base: str, metas: Mapping[str, Any]) -> tuple[str, ...] | None:
         return None if base == "matmul" else ()
     if base == "matmul" and tensors["other"].ndim == 2:
         return ("self",)
-    if base == "matmul" and (first.ndim != tensors["other"].ndim or 1 in (first.shape[0], tensors["other"].shape[0])):
+    if base == "matmul" and first.ndim != tensors["other"].ndim:
         return None
-    return tuple(k for k, v in tensors.items() if v.shape[0] == first.shape[0])
+    batch = max(v.shape[0] for v in tensors.values() if v.ndim == first.ndim)
+    return tuple(k for k, v in tensors.items() if (v.ndim == first.ndim or k == "key_lengths") and v.shape[0] == batch)

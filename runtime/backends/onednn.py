@@ -1,7 +1,7 @@
-"""Linear layers and convolutions through oneDNN as PyTorch ships it: weights prepacked once, epilogues in the kernel.
+"""Linear layers and convolutions through oneDNN as PyTorch ships it: weights prepacked, epilogues in the kernel.
 
-A ``runtime.linear`` or ``runtime.conv2d`` means ``activation(product + bias + residual) * multiplier``; oneDNN takes one
-of the three with the product, and what is left is done in place on its output.  Outputs of convolutions are channels-last.
+``runtime.linear`` and ``runtime.conv2d`` mean ``activation(product + bias + residual) * multiplier``; oneDNN takes one of
+the three with the product, and what is left is done in place on its output.  Convolutions give channels-last.
 """
 
 from __future__ import annotations

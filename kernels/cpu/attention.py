@@ -19,7 +19,7 @@ _INTEGERS = (
 )  # fmt: skip
 
 
-class Arguments(ctypes.Structure):
+class Args(ctypes.Structure):
     """fg_attention_args of abi.h."""
 
     _fields_ = (
@@ -49,7 +49,7 @@ def decline(
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> Launch:
     """Fill the struct from shapes and strides."""
     q, k, v, mask, key_lengths, causal, scale = args
-    struct = Arguments(out=outs[0].data_ptr(), dtype=DTYPES[q.dtype], causal=bool(causal))
+    struct = Args(out=outs[0].data_ptr(), dtype=DTYPES[q.dtype], causal=bool(causal))
     struct.scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     struct.batch, struct.heads, struct.queries, struct.dim = heads(q).shape
     _, struct.kv_heads, struct.keys, _ = heads(k).shape

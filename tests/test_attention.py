@@ -1,0 +1,176 @@
+"""Attention on CPUs, beyond the cases of the registry: what must not change a bit, and what must not be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusegen.kernels import op as registry
+from fusegen.kernels.cpu import library
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(not library.available(), reason=str(library.missing()))
+LEVELS = library.levels() if library.available() else ()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def attend(*args: object) -> Tensor:
+    """The C++ kernel's output; fails where it declines."""
+    op = registry.get("attention")
+    full = registry.complete(op, args)
+    picked = registry.pick(op, "cpu", full)
+    assert picked.kernel is not None, picked.declined
+    (out,) = op.allocate(*full)
+    out.fill_(torch.nan)
+    picked.kernel.bind((out,), full).run()
+    return out
+
+
+def tensors(*shape: int, keys: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """q, k and v, laid out (B, L, H, D)."""
+    g = torch.Generator().manual_seed(seed)
+    b, h, l, d = shape
+    return [torch.randn(b, n, h, d, generator=g).to(dtype).transpose(1, 2) for n in (l, keys or l, keys or l)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_bits_do_not_depend_on_threads(level: str, dtype: torch.dtype) -> None:
+    q, k, v = tensors(2, 3, 700, 40, keys=300, dtype=dtype)
+    before, outs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            with library.forced(level):
+                outs.append(attend(q, k, v))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_bits_do_not_depend_on_the_batch_or_the_slot(level: str, dtype: torch.dtype, causal: bool) -> None:
+    q, k, v = tensors(5, 2, 130, 40, keys=270, dtype=dtype)
+    with library.forced(level):
+        whole = attend(q, k, v, None, None, causal)
+        for slot in (0, 3, 4):
+            one = slice(slot, slot + 1)
+            assert torch.equal(attend(q[one], k[one], v[one], None, None, causal), whole[one])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_row_does_not_depend_on_the_other_queries(level: str, dtype: torch.dtype) -> None:
+    q, k, v = tensors(1, 1, 600, 40, keys=300, dtype=dtype)
+    with library.forced(level):
+        whole = attend(q, k, v)
+        for rows in (slice(0, 96), slice(500, 600)):
+            assert torch.equal(attend(q[:, :, rows], k, v), whole[:, :, rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_bits_do_not_depend_on_layout_or_alignment(level: str, dtype: torch.dtype) -> None:
+    q, k, v = tensors(2, 3, 37, 72, keys=77, dtype=dtype)
+    with library.forced(level):
+        want = attend(q, k, v)
+        assert torch.equal(attend(*(x.contiguous() for x in (q, k, v))), want)
+        shifted = [torch.cat([x.new_full((1,), torch.nan), x.flatten()])[1:].view(x.shape) for x in (q, k, v)]
+        assert torch.equal(attend(*shifted), want)
+        joined = torch.cat([x.transpose(1, 2).contiguous() for x in (k, v)], dim=-2)
+        assert torch.equal(attend(q, joined[:, :, :3].transpose(1, 2), joined[:, :, 3:].transpose(1, 2)), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("integer", [torch.int32, torch.int64])
+def test_keys_past_the_length_are_not_read(level: str, dtype: torch.dtype, integer: torch.dtype) -> None:
+    lengths = torch.tensor([0, 1, 33, 150], dtype=integer)
+    q, k, v = tensors(4, 2, 50, 40, keys=150, dtype=dtype)
+    for i, n in enumerate(lengths.tolist()):
+        k[i, :, n:] = v[i, :, n:] = torch.nan
+    with library.forced(level):
+        out = attend(q, k, v, None, lengths)
+        assert out.isfinite().all() and not out[0].any()
+        for i in (1, 2, 3):
+            n = int(lengths[i])
+            one = slice(i, i + 1)
+            assert torch.equal(out[one], attend(q[one], k[one, :, :n], v[one, :, :n]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_rows_with_nothing_to_attend_are_zeros(level: str, dtype: torch.dtype) -> None:
+    q, k, v = tensors(1, 2, 40, 64, keys=200, dtype=dtype)
+    mask = torch.ones(40, 200, dtype=torch.bool)
+    mask[3] = mask[39] = False
+    mask[5, :130] = False  # its first block of keys is closed, the next is open
+    added = torch.zeros(40, 200, dtype=dtype).masked_fill(~mask, -torch.inf)
+    with library.forced(level):
+        for form in (mask, added):
+            out = attend(q, k, v, form)
+            assert not out[:, :, [3, 39]].any() and out.isfinite().all()
+            late = attend(q[:, :, 5:6], k[:, :, 130:], v[:, :, 130:])
+            torch.testing.assert_close(out[:, :, 5:6], late, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_a_number_reaches_only_its_own_queries(level: str, dtype: torch.dtype) -> None:
+    q, k, v = tensors(1, 2, 40, 40, keys=90, dtype=dtype)
+    q[0, 1, 7, 3] = torch.nan
+    with library.forced(level):
+        bad = attend(q, k, v).isnan()
+    assert bad[0, 1, 7].all() and int(bad.sum()) == 40
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_output_joins_its_heads_for_free(level: str) -> None:
+    q, k, v = tensors(2, 3, 17, 40)
+    with library.forced(level):
+        out = attend(q, k, v)
+    assert out.transpose(1, 2).is_contiguous()
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v), rtol=1e-4, atol=1e-5)
+
+
+def test_a_moved_tensor_is_read_where_it_is_now() -> None:
+    op = registry.get("attention")
+    args = registry.complete(op, tuple(tensors(1, 2, 20, 40)))
+    (out,) = op.allocate(*args)
+    launch = op.kernels[0].bind((out,), args)
+    other = tensors(1, 2, 20, 40, seed=1)
+    for index, tensor in enumerate(other):
+        launch.move(index, tensor)
+    launch.run()
+    assert torch.equal(out, attend(*other))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: [x.double() for x in tensors(1, 1, 4, 8)], "float64"),
+        (lambda: tensors(1, 1, 4, 257), "over 256"),
+        (lambda: [x.transpose(2, 3).contiguous().transpose(2, 3) for x in tensors(1, 1, 4, 8)], "stride"),
+    ],
+)
+def test_what_it_declines_it_says(make, reason: str) -> None:
+    op = registry.get("attention")
+    picked = registry.pick(op, "cpu", registry.complete(op, tuple(make())))
+    assert picked.kernel is None and reason in picked.declined[0].reason
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ((torch.zeros(2, 3, 4, 8), torch.zeros(2, 2, 4, 8), torch.zeros(2, 2, 4, 8)), "multiple"),
+        ((torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, 9), torch.zeros(2, 3, 4, 9)), "head dimension"),
+        ((torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 4, 8)), "not all"),
+        ((torch.zeros(1, 1, 4, 8),) * 3 + (torch.zeros(3, 4),), "broadcast"),
+        ((torch.zeros(1, 1, 4, 8),) * 3 + (None, torch.zeros(1)), "key_lengths"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(args: tuple, word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        torch.ops.fusegen.attention(*args)

@@ -147,7 +147,7 @@ class TextToImage:
         self, sampler: str | None = None, steps: int | None = None, guidance: float | None = None
     ) -> dict[str, Any]:
         """``sampler``, ``steps`` and ``guidance`` with this model's own where None, checked."""
-        given = {"sampler": sampler, "steps": steps, "guidance": guidance}
+        given: dict[str, Any] = {"sampler": sampler, "steps": steps, "guidance": guidance}
         return asdict(replace(self.defaults, **{k: v for k, v in given.items() if v is not None}))
 
     def generate(

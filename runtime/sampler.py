@@ -176,7 +176,7 @@ def lcm(path: Path) -> list[Row]:
 
     The consistency function is c_skip x + c_out denoised, with sigma_data 0.5 and times scaled by 10 (its appendix).
     """
-    rows = []
+    rows: list[Row] = []
     for now, then in pairwise(path):
         scaled = now.t * 10
         skip, out = 0.25 / (scaled**2 + 0.25), scaled / math.sqrt(scaled**2 + 0.25)

@@ -147,7 +147,8 @@ def ratios(config: ScheduleConfig) -> Array:
     """Noise to signal of every training step, (train_steps,), rising."""
     bar = alphas_cumprod(config)
     with np.errstate(divide="ignore"):
-        return np.sqrt((1 - bar) / bar)
+        found: Array = np.sqrt((1 - bar) / bar).astype(np.float64)
+    return found
 
 
 def level_at(config: ScheduleConfig, t: float) -> Level:
@@ -185,9 +186,9 @@ def times(config: ScheduleConfig, steps: int, grid: str) -> Array:
         return np.round(n - np.arange(steps) * (n / steps)) - 1.0
     extra = 1 if grid == "open" else 0
     if config.spacing == "leading":
-        every = np.arange(steps + extra) * (n // (steps + extra)) + config.steps_offset
-        return every[::-1][:steps].astype(np.float64)
-    every = np.linspace(0, n - 1, steps + extra)[::-1][:steps] if steps + extra > 1 else np.array([n - 1.0])
+        leading = np.arange(steps + extra) * (n // (steps + extra)) + config.steps_offset
+        return leading[::-1][:steps].astype(np.float64)
+    every: Array = np.linspace(0, n - 1, steps + extra)[::-1][:steps] if steps + extra > 1 else np.array([n - 1.0])
     return every.copy() if grid == "continuous" else np.round(every)
 
 

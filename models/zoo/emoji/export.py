@@ -44,7 +44,8 @@ def modules(folder: Path) -> tuple[TextEncoder, UNet, dict[str, Any]]:
     config = json.loads((folder / "config.json").read_text())
     weights, facts = averages(folder / "checkpoint.safetensors")
     text = TextEncoder(TextEncoderConfig(**config["text_encoder"]))
-    unet = UNet(UNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["unet"].items()}))
+    sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["unet"].items()}
+    unet = UNet(UNetConfig(**sizes))
     text.load_state_dict(part(weights, "text_encoder."))
     unet.load_state_dict(part(weights, "unet."))
     return text.eval(), unet.eval(), config | {"steps": int(facts["step"]), "seconds": float(facts["seconds"])}

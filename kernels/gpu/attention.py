@@ -182,15 +182,17 @@ def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, limit: int =
     dim = q.shape[-1]
     split = dim > 64 and sum(widths(dim, True)) * 4 <= 3 * sum(widths(dim, False))
     wide = sum(widths(dim, split))
-    if q.dtype != torch.float32:
-        found = Config(128, 64, 4 if wide <= 64 else 8, 3 if wide <= 160 else 2, split)
-    elif wide <= 64:
-        found = Config(64, 32, 8, 1, split)
+    if q.dtype == torch.float32:
+        found = Config(64, 32, 8, 1, split) if wide <= 64 else Config(32 if wide <= 160 else 16, 16, 4, 1, split)
+        found = replace(found, num_warps=4 if 64 < wide <= 128 else 8)
+    elif limit < SHARED_BYTES and wide > 128:  # before sm_90 products read their operands from registers
+        found = Config(128 if wide <= 160 else 64, 32, 8, 2, split)
     else:
-        found = Config(32 if wide <= 160 else 16, 16, 8, 1, split)
+        roomy = wide <= 64 and mask is None
+        found = Config(128, 64, 4 if roomy else 8, 3 if wide <= 160 else 2, split)
     block_m = min(found.block_m, max(SMALLEST, power(q.shape[-2])))
     block_n = min(found.block_n, max(SMALLEST, power(k.shape[-2])))
-    warps = found.num_warps if q.dtype == torch.float32 else min(found.num_warps, block_m // 16)
+    warps = found.num_warps if block_m == found.block_m or q.dtype == torch.float32 else 4
     found = replace(found, block_m=block_m, block_n=block_n, num_warps=warps)
     while shared(found, q, mask) > limit and found.num_stages > 1:
         found = replace(found, num_stages=found.num_stages - 1)

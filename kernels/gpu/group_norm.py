@@ -165,7 +165,7 @@ def default(x: Tensor, groups: int, *rest: Any, limit: int = 0) -> Config:
     """One launch where the padded slab fits; else tiles of 4096 elements, 64 channels wide when those are innermost."""
     block_c, block_s = _tile(x, groups)
     if block_c * block_s <= SLAB:
-        return Config(True, block_c * block_s, block_c, max(1, min(16, block_c * block_s // 1024)))
+        return Config(True, block_c * block_s, block_c, max(1, min(16, block_c * block_s // 512)))
     block = 4096
     channels = min(64, power(x.shape[1])) if _last(x) else max(1, min(power(x.shape[1]), block // block_s))
     return Config(False, block, channels, 4)

@@ -160,11 +160,11 @@ class Capture:
     def _planned(self, name: str, spec: Strided) -> Tensor:
         at = self.plan.layout.offsets[name]
         flat = self.arena[at : at + spec.nbytes].view(spec.dtype)
-        return flat.as_strided(spec.shape, spec.strides)  # type: ignore[arg-type]
+        return flat.as_strided(spec.sizes, spec.strides)
 
     def _own(self, spec: Strided) -> Tensor:
         self.nbytes += spec.nbytes
-        return torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=self.backend.device)  # type: ignore[arg-type]
+        return spec.empty(self.backend.device)
 
     def _dying(self, step: Step) -> tuple[int, ...]:
         """The registers of this phase's own values that are last used here; the arena's stay."""

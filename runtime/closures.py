@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fusegen.kernels.op import Launch
@@ -131,7 +130,7 @@ def by_sample(call: Call, cut: Sequence[str], spec: Strided, device: str) -> Cal
     function = call.function
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
-        out = torch.empty_strided(spec.shape, spec.strides, dtype=spec.dtype, device=device)  # type: ignore[arg-type]
+        out = spec.empty(device)
         for sample in range(out.shape[0]):
             sliced = list(args)
             for at in positions:

@@ -25,8 +25,9 @@ PHASES = ("constant", "fixed", "per_step", "step")
 class Step:
     """One node of the plan.
 
-    ``phase``: ``"constant"`` (depends on weights alone: worked out once), ``"fixed"`` (on inputs that
-    stay the same over a trajectory: once for each), ``"per_step"`` (also on inputs known ahead for every step), ``"step"`` (the rest).
+    ``phase``: ``"constant"`` (depends on weights alone: worked out once), ``"fixed"`` (on inputs that stay the same
+    over a trajectory: once for each one), ``"per_step"`` (also on inputs known ahead for every step), ``"step"`` (the
+    rest).
     ``outputs``: the specs; ``bytes`` and ``flops``: the least it must do; ``depends``: the inputs it depends on.
     """
 
@@ -209,7 +210,9 @@ def _crossing(steps: Sequence[Step], program: Program) -> set[str]:
 
 
 def _intervals(steps: Sequence[Step], program: Program) -> list[Interval]:
-    root, last, start = roots(program), {}, {}
+    root = roots(program)
+    last: dict[str, int] = {}
+    start: dict[str, tuple[int, int]] = {}
     for index, step in enumerate(steps):
         for name in step.node.inputs():
             last[root[name]] = index

@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,13 +50,22 @@ class Strided(TensorSpec):
     alias: str | None = None
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The shape, which has no symbols."""
+        return cast(tuple[int, ...], self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its elements, without gaps."""
-        return math.prod(self.shape) * self.dtype.itemsize  # type: ignore[arg-type]
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+    def empty(self, device: str) -> Tensor:
+        """A new tensor of this spec, its elements not set."""
+        return torch.empty_strided(self.sizes, self.strides, dtype=self.dtype, device=device)
 
     def meta(self) -> Tensor:
         """A meta tensor of this spec."""
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")  # type: ignore[arg-type]
+        return self.empty("meta")
 
 
 def strided(x: Tensor, alias: str | None = None) -> Strided:
@@ -179,7 +188,8 @@ def _integer(node: Node, args: Mapping[str, Any], metas: Mapping[str, Tensor]) -
         if node.op in _SIZES:
             return _SIZES[node.op](*values)
         name = node.op.removeprefix(SYM)
-        return (_SYM.get(name) or getattr(operator, name))(*values)
+        function = _SYM[name] if name in _SYM else cast(Callable[..., Any], getattr(operator, name))
+        return function(*values)
     except Exception as error:
         raise GraphError(f"{node.op} on sizes failed: {error}", where=place(node)) from None
 

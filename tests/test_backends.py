@@ -1,4 +1,4 @@
-"""Backends on networks that nobody here wrote, the forms that oneDNN is given, and what keeps a sample's bits its own."""
+"""Backends on networks that nobody here wrote, the forms oneDNN is given, and what keeps a sample's bits its own."""
 
 from __future__ import annotations
 

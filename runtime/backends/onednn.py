@@ -1,7 +1,7 @@
 """Linear layers and convolutions through oneDNN as PyTorch ships it: weights prepacked, epilogues in the kernel.
 
-``runtime.linear`` and ``runtime.conv2d`` mean ``activation(product + bias + residual) * multiplier``; oneDNN takes one of
-the three with the product, and what is left is done in place on its output.  Convolutions give channels-last.
+``runtime.linear`` and ``runtime.conv2d`` mean ``activation(product + bias + residual) * multiplier``; oneDNN takes one
+of the three with the product, and what is left is done in place on its output.  Convolutions give channels-last.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Ca
     """The call of a node that :func:`bind` bound, its weight prepacked."""
     args = node.args
     spec = specialize.spec_of(program, args["input"].name)
-    shape = (1, *spec.shape[1:]) if binding.by_sample else spec.shape  # packed for the product that will be made
-    others = tuple(args.get(k) for k in ("residual", "multiplier"))
+    shape = (1, *spec.sizes[1:]) if binding.by_sample else spec.sizes  # packed for the product that will be made
+    others = args.get("residual"), args.get("multiplier")
     activation = args.get("activation", "none")
     if node.op in LINEAR:
         packed = _pack_linear(args["weight"].name, program, weights, math.prod(shape[:-1]))
@@ -94,7 +94,7 @@ def _pack_conv(node: Node, program: Program, weights: Weights, shape: tuple[int,
     where = [list(node.args[k]) for k in ("padding", "stride", "dilation")]
 
     def pack() -> tuple[Tensor, bytes]:
-        reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         made = reorder(weight.to_mkldnn(), *where, node.args["groups"], list(shape))
         return made, _layout(made)
 

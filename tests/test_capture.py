@@ -232,6 +232,16 @@ def test_what_cannot_be_captured(module: nn.Module, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_serializer_of_pytorch_2_11(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes the same graph, and cannot leave out the weights."""
+    from torch._export.serde.serialize import ExportedProgramSerializer
+
+    newer = ExportedProgramSerializer.serialize
+    monkeypatch.setattr(ExportedProgramSerializer, "serialize", lambda self, program: newer(self, program))
+    module = nn.Linear(3, 2)
+    same(capture(module, (torch.ones(1, 3),)), module, torch.ones(1, 3))
+
+
 @pytest.mark.parametrize(
     ("dynamic", "message"),
     [

@@ -62,11 +62,11 @@ def serialize(program: torch.export.ExportedProgram) -> dict[str, Any]:
         ) from None
     if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in program.graph.nodes):
         program = program.run_decompositions({})  # decomposes nothing, but turns writes into new values
-    options = {"serialize_state_dict": False, "serialize_constants": False, "serialize_example_inputs": False}
-    try:
-        artifact = ExportedProgramSerializer().serialize(program, **options)
-    except TypeError:
-        raise GraphError(f"the serializer of PyTorch {torch.__version__} is not one that is known") from None
+    serializer = ExportedProgramSerializer()
+    # The weights are not wanted here.  PyTorch 2.11 has no options to leave them out, and pickles them in vain.
+    unwanted = ("serialize_state_dict", "serialize_constants", "serialize_example_inputs")
+    options = dict.fromkeys(set(unwanted) & inspect.signature(serializer.serialize).parameters.keys(), False)
+    artifact = serializer.serialize(program, **options)
     document: dict[str, Any] = json.loads(_to_json_bytes(artifact.exported_program))
     return document
 

@@ -24,7 +24,7 @@ from fusegen.runtime.program import Program
 BATCH = 128
 CARD = Path(__file__).with_name("card.md")
 SCHEDULE = {"betas": "cosine", "prediction": "v_prediction", "spacing": "trailing", "clip": 1.0}
-SAMPLER = {"sampler": "dpmpp_2m", "steps": 20, "guidance": 3.0}
+SAMPLER = {"sampler": "euler_a", "steps": 25, "guidance": 3.0}
 
 
 def averages(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -61,15 +61,20 @@ def first(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def last(module: nn.Module) -> nn.Module:
+    """The module with channels-last weights."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
 def eager(module: nn.Module, inputs: tuple[Tensor, ...], subject: Subject) -> Callable[[], Tensor]:
     """Eager PyTorch, channels-last."""
-    net = module.to(memory_format=torch.channels_last)
+    net = last(module)
     return lambda: first(net(*inputs))
 
 
 def compiled(module: nn.Module, inputs: tuple[Tensor, ...], subject: Subject) -> Callable[[], Tensor]:
     """``torch.compile`` with static shapes, channels-last; max-autotune would take minutes of the check's eight."""
-    net = torch.compile(module.to(memory_format=torch.channels_last), dynamic=False)
+    net = torch.compile(last(module), dynamic=False)
     net(*inputs)
     return lambda: first(net(*inputs))
 
@@ -134,6 +139,6 @@ def _dtype(setting: Setting, base: Row, subject: Subject, want: Tensor, dtype: t
             rows[who] = replace(base, contender=who, note=reason(error))
     if calls:
         for who, t in timing.interleave(calls, next(iter(calls)), seconds=0.5, device="cuda").items():
-            times = dict(median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)
+            times: dict[str, Any] = dict(median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)
             rows[who] = replace(rows[who], **times)
     yield from rows.values()

@@ -135,6 +135,8 @@ def _copy(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def timed(base: Row, found: timing.Timing, sets: int, floor: float, cost: Any) -> Row:
     """``base`` with the times of one call of a graph of ``sets`` calls."""
     median = found.median / sets
-    times = dict(median_s=median, p20_s=found.p20 / sets, p80_s=found.p80 / sets, ratio=found.ratio)
-    rates = dict(gbps=cost.bytes / median / 1e9, gflops=cost.flops / median / 1e9, roofline_share=floor / median)
-    return replace(base, **times, **rates, extra={"sets": float(sets)})
+    found = replace(found, median=median, p20=found.p20 / sets, p80=found.p80 / sets)
+    base = replace(base, median_s=median, p20_s=found.p20, p80_s=found.p80, ratio=found.ratio, extra={"sets": sets})
+    return replace(
+        base, gbps=cost.bytes / median / 1e9, gflops=cost.flops / median / 1e9, roofline_share=floor / median
+    )

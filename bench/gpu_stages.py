@@ -97,8 +97,8 @@ def reason(error: BaseException) -> str:
 def judged(base: Row, outs: tuple[Tensor, ...], want: tuple[Tensor, ...], limit: Tolerance) -> Row:
     """``base`` with the errors of ``outs``; a NaN on both sides (history nobody read) is no error."""
     both = [torch.isnan(o) & torch.isnan(w) for o, w in zip(outs, want, strict=True)]
-    clean = [[t.masked_fill(b, 0.0) for t, b in zip(side, both, strict=True)] for side in (outs, want)]
-    found = verify.check(*clean, limit)
+    got, wanted = ([t.masked_fill(b, 0.0) for t, b in zip(side, both, strict=True)] for side in (outs, want))
+    found = verify.check(got, wanted, limit)
     note = base.note if found.ok else "over its error bound"
     return replace(base, ok=found.ok, error_rms=found.rms, error_peak=found.peak, note=note)
 

@@ -189,9 +189,11 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     """The launches for ``config``; the scratch of partial statistics is theirs."""
     x, groups, weight, bias, eps, activation = args
     (y,) = outs
-    (b, channels), (pixels, x_s), (_, y_s) = x.shape[:2], spatial(x), spatial(y)
+    source, target = spatial(x), spatial(y)
     if not x.numel():
         return ()
+    assert source is not None and target is not None
+    (b, channels), (pixels, x_s), (_, y_s) = x.shape[:2], source, target
     per_group = channels // groups
     flags = {"WEIGHT": weight is not None, "BIAS": bias is not None, "SILU": activation == "silu"}
     tensors = {"x": Use(X), "weight": Use(WEIGHT) if flags["WEIGHT"] else Use(X), "y": y}

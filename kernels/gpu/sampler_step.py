@@ -149,7 +149,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]
     grid, rescaled = (blocks(count, BLOCK), batch), twice and rescale != 0.0
     span = BLOCK * blocks(count, BLOCK * PARTIALS)
     spans = blocks(count, span)
-    values = use | dict(zip(("following", "scaled", "denoised"), outs, strict=True))
+    values: dict[str, Any] = use | dict(zip(("following", "scaled", "denoised"), outs, strict=True))
     values |= {"table": table(x.device), "count": count, "batch": batch, "span": span, "spans": spans}
     partial = torch.empty((batch, spans, 4), dtype=torch.float32, device=x.device) if rescaled else Use(0)
     values |= {"partial": partial, "rescale": float(rescale), "TWICE": twice, "RESCALE": rescaled}

@@ -101,7 +101,8 @@ def _device(index: int) -> tuple[str, str]:
 @functools.cache
 def shared_limit(index: int) -> int:
     """The most shared memory (bytes) a block can have on that GPU."""
-    return int(torch.cuda.get_device_properties(index).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(index)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -60,7 +60,8 @@ def rewrite(program: Program, dtype: torch.dtype | None = None) -> Program:
         before = program
         for rule, step in _TIDY.items():
             program = log.run(rule, step, program)
-        program = _spelled(program, log, {})
+        if before is not program:
+            program = _spelled(program, log, {})
     news = tuple(a for a in log.merged() if a not in program.applied or a.count)
     return replace(program, applied=(*program.applied, *news))
 

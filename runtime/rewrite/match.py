@@ -170,7 +170,7 @@ def replace_spellings(
     taken: set[str] = set()
     new: dict[str, Node] = {}
     rules: dict[str, tuple[int, list[str]]] = {}
-    for pattern in patterns:
+    for pattern in (p for p in patterns if all(n.op in roots for n in p.nodes)):
         ending = next(n for n in pattern.nodes if pattern.output in n.outputs)
         for root in roots.get(ending.op, ()):
             state = matcher.match(pattern, root)

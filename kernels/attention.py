@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.op import FLOATS, Case, Cost, Op, Spelling, Tolerance, register
 
 SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? key_lengths=None, bool causal=False, float? scale=None)"
@@ -55,10 +55,7 @@ def allocate(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, key_lengths: Tensor | None = None,
     causal: bool = False, scale: float | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The uninitialised output: of q's shape, laid out (B, Lq, Hq, D) so that joining the heads is free.
-
-    Raises ValueError where the arguments do not fit together.
-    """
+    """The uninitialised output: q's shape, laid out (B, Lq, Hq, D) so that joining the heads is free.  Raises ValueError."""
     _check(q, k, v, mask, key_lengths)
     if q.dim() == 3:
         return (torch.empty(q.shape, dtype=q.dtype, device=q.device),)
@@ -123,7 +120,7 @@ def cost(
 def _case(
     name: str, q: tuple[int, ...], keys: int | None = None, *, kv_heads: int | None = None, layout: str = "BLHD",
     mask: str = "", lengths: tuple[int, ...] = (), causal: bool = False, scale: float | None = None,
-    size: float = 1.0, bench: bool = False, small: bool = False,
+    size: float = 1.0, dtypes: tuple[torch.dtype, ...] = FLOATS, bench: bool = False, small: bool = False,
 ) -> Case:  # fmt: skip
     """``q`` (B, Hq, Lq, D) or (N, L, D); ``layout``: BLHD as a linear layer leaves it, BHLD, packed (q, k, v from one
     projection), unaligned.  ``mask``: "bool", "float", "row" (float, (B, 1, 1, Lk)), "head" (bool, (Hq, Lq, Lk)),
@@ -139,7 +136,7 @@ def _case(
         at = torch.tensor(lengths) if lengths else None
         return (*moved, _mask(mask, (*q[:-1], length), g, dtype), at, causal, scale)
 
-    return Case(name, build, bench=bench, small=small)
+    return Case(name, build, dtypes, bench, small)
 
 
 def _lay(x: Tensor, layout: str) -> Tensor:
@@ -175,11 +172,9 @@ def _mask(kind: str, shape: tuple[int, ...], g: Generator, dtype: torch.dtype) -
 
 
 CASES = [
-    *(_case(f"head dim {d}", (1, 2, 33, d), 65, small=d in (40, 64)) for d in (1, 7, 40, 64, 72, 80)),
-    *(_case(f"head dim {d}", (1, 2, 33, d), 65) for d in (96, 128, 160, 256)),
-    _case("no queries", (1, 2, 0, 40), 5),
+    *(_case(f"head dim {d}", (1, 2, 33, d), 65, small=d == 40) for d in (1, 7, 40, 64, 72, 80, 96, 128, 160, 256)),
+    *(_case(f"no {n}", q, keys) for n, q, keys in (("queries", (1, 2, 0, 40), 5), ("batch", (0, 2, 3, 40), 5))),
     _case("no keys", (1, 2, 3, 40), 0),
-    _case("no batch", (0, 2, 3, 40), 5),
     _case("one query", (2, 3, 1, 64), 131, small=True),
     _case("one key", (2, 3, 5, 64), 1),
     _case("odd", (1, 3, 17, 40), 31, small=True),
@@ -195,14 +190,15 @@ CASES = [
     _case("mask of keys", (2, 4, 33, 64), 77, mask="row"),
     _case("mask of heads", (2, 4, 33, 64), 77, mask="head"),
     _case("closed rows", (2, 2, 35, 40), 45, mask="closed", small=True),
-    _case("lowest rows", (2, 2, 35, 40), 45, mask="lowest"),
+    # Not in float16: 65504 is too small to drown the scores, and large enough to cost them half their bits in float32.
+    _case("lowest rows", (2, 2, 35, 40), 45, mask="lowest", dtypes=(torch.float32, torch.bfloat16)),
+    _case("few queries, mask", (2, 4, 3, 72), 700, kv_heads=2, mask="closed"),
+    _case("few queries, lengths", (3, 2, 2, 40), 600, lengths=(600, 0, 513), causal=True),
     _case("causal and mask", (1, 2, 40, 64), mask="bool", causal=True),
     _case("key lengths", (4, 2, 21, 40), 300, lengths=(300, 0, 1, 259), small=True),
     _case("lengths and causal", (2, 2, 60, 80), lengths=(60, 13), causal=True),
     _case("large logits", (1, 2, 40, 64), 300, size=60.0),
-    _case("scale", (1, 2, 20, 40), 33, scale=0.5),
-    _case("negative scale", (1, 2, 20, 40), 33, scale=-0.7),
-    _case("scale 0", (1, 2, 20, 40), 33, scale=0.0),
+    *(_case(f"scale {scale}", (1, 2, 20, 40), 33, scale=scale) for scale in (0.5, -0.7, 0.0)),
     _case("rank 3", (6, 33, 40), 50),
     _case("rank 3, mask", (6, 33, 40), 50, mask="bool"),
     _case("contiguous heads", (2, 3, 33, 40), 65, layout="BHLD"),

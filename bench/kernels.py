@@ -77,8 +77,9 @@ def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.
 
 def _gate(job: Job, name: str, expected: tuple[Tensor, ...], bound: Tolerance) -> tuple[Row, Callable[[], Any] | None]:
     args = job.args()
-    base = dict(what=job.op.name, case=job.case.name, contender=name, dtype=str(job.dtype).removeprefix("torch."))
-    base |= dict(device=job.device, threads=torch.get_num_threads(), versions=versions())
+    base: dict[str, Any] = dict(what=job.op.name, case=job.case.name, contender=name)
+    base |= dict(dtype=str(job.dtype).removeprefix("torch."), device=job.device)
+    base |= dict(threads=torch.get_num_threads(), versions=versions())
     base |= dict(shapes=tuple(tuple(a.shape) for a in args if isinstance(a, Tensor)))
     try:
         call = contenders.KERNELS[name](job.op, args)

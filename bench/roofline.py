@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Roofline:
         return max(cost.bytes / self.copy, cost.flops / self.peak.get(name, self.peak["float32"]))
 
 
-def _best(call, repeats: int, device: str) -> float:
+def _best(call: Callable[[], object], repeats: int, device: str) -> float:
     call()
     return min(once(call, 1, device) for _ in range(repeats))
 

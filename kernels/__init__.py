@@ -5,4 +5,4 @@ versions stand under ``cpu/`` (C++) and ``gpu/`` (Triton) in files of the same s
 """
 
 if __name__ != "fusegen.kernels":
-    raise ImportError(f"import {__name__!r} as 'fusegen.kernels': a second copy of the registry would be made otherwise")
+    raise ImportError(f"import {__name__!r} as 'fusegen.kernels': this would make a second copy of the registry")

@@ -74,7 +74,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         source = x if context is None else context
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (self.q(x), self.k(source), self.v(source)))
+        projected = self.q(x), self.k(source), self.v(source)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in projected)
         y = F.scaled_dot_product_attention(q, k, v)
         return self.out(y.transpose(1, 2).flatten(2))
 
@@ -140,7 +141,8 @@ class UNet(nn.Module):
         super().__init__()
         self.cfg = cfg
         widths, levels = cfg.widths, len(cfg.widths)
-        self.time = nn.Sequential(nn.Linear(widths[0], cfg.time_width), nn.SiLU(), nn.Linear(cfg.time_width, cfg.time_width))
+        hidden = cfg.time_width
+        self.time = nn.Sequential(nn.Linear(widths[0], hidden), nn.SiLU(), nn.Linear(hidden, hidden))
         self.pooled = nn.Linear(cfg.context_width, cfg.time_width)
         self.conv_in = nn.Conv2d(cfg.in_channels, widths[0], 3, padding=1)
         self.down, self.shrink, skips, width = nn.ModuleList(), nn.ModuleList(), [widths[0]], widths[0]

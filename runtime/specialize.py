@@ -107,7 +107,17 @@ def bind_symbols(program: Program, given: Mapping[str, TensorSpec]) -> dict[str,
         _require(
             fits, program, name, program.inputs[name], given[name], f"dimension {dim} must be {want} where {known}"
         )
+    _check_guards(program, values)
     return values
+
+
+def _check_guards(program: Program, values: Mapping[str, int]) -> None:
+    """What the exporter took to be true of the sizes must be: elsewhere the graph may mean something else."""
+    for guard in program.guards:
+        if symbols_of(guard) <= values.keys() and not evaluate(guard, values):
+            known = ", ".join(f"{k}={v}" for k, v in sorted(values.items()))
+            where = f"{program.name}, {known}"
+            raise RequestError(f"the graph was exported for sizes with {guard}", where, "export it for these")
 
 
 def _check_input(program: Program, name: str, spec: TensorSpec, got: TensorSpec) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -62,8 +63,10 @@ def words_dropped(captions: list[str], rng: np.random.Generator) -> list[str]:
     return out
 
 
-def batch(step: int, size: int, emoji: data.Emoji, tok, alphas: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The noisy pictures, their time steps, tokens and velocities of one training step, from the step's number alone."""
+def batch(
+    step: int, size: int, emoji: data.Emoji, tok: Tokenizer, alphas: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The noisy pictures, time steps, tokens and velocities of one training step, from the step's number alone."""
     rng, gen = np.random.default_rng(step), torch.Generator().manual_seed(step)
     index = rng.integers(0, len(emoji.captions), size)
     tokens = torch.tensor([e.ids for e in tok.encode_batch(words_dropped([emoji.captions[i] for i in index], rng))])
@@ -113,7 +116,7 @@ class Run:
         self.model.load_state_dict({k[6:]: v for k, v in state.items() if k.startswith("model.")})
         self.average = {k[8:]: v for k, v in state.items() if k.startswith("average.")}
         for name, p in self.model.named_parameters():
-            moments = {k: state[f"{k}.{name}"].clone(memory_format=torch.preserve_format) for k in ("exp_avg", "exp_avg_sq")}
+            moments = {k: state[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
 
     def advance(self, inputs: tuple[Tensor, Tensor, Tensor, Tensor], rate: float) -> float:
@@ -138,8 +141,11 @@ class Run:
         return float(loss.detach())
 
 
-def train(folder: Path, steps: int, size: int, batch_size: int, peak: float) -> Run:
-    """Train to ``steps`` (from the folder's checkpoint, if there is one), logging one JSON line in fifty steps."""
+def train(folder: Path, steps: int, size: int, batch_size: int, peak: float, until: int | None = None) -> Run:
+    """Train for ``steps`` (from the folder's checkpoint, if there is one), logging one JSON line in fifty steps.
+
+    ``until`` stops before the end; a later call goes on from there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     emoji = data.load(size)
     tok = data.tokenizer(emoji.captions)
@@ -147,17 +153,17 @@ def train(folder: Path, steps: int, size: int, batch_size: int, peak: float) -> 
     run, alphas, smooth = Run(tok.get_vocab_size(), folder), alphas_cumprod(), None
     configs = {"unet": asdict(run.model.unet.cfg), "text_encoder": asdict(run.model.text_encoder.cfg), "size": size}
     (folder / "config.json").write_text(json.dumps(configs, indent=1))
-    columns = (TextColumn("emoji"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    loss_text = TextColumn("loss {task.fields[loss]:.4f}")
+    with Progress(TextColumn("emoji"), BarColumn(), MofNCompleteColumn(), loss_text, TimeRemainingColumn()) as progress:
         task = progress.add_task("train", total=steps, completed=run.step, loss=math.nan)
-        while run.step < steps:
+        while run.step < (until or steps):
             loss = run.advance(batch(run.step, batch_size, emoji, tok, alphas), learning_rate(run.step, steps, peak))
             smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
             progress.update(task, completed=run.step, loss=smooth)
             if run.step % 50 == 0:
                 with open(folder / "log.jsonl", "a") as log:
                     log.write(json.dumps({"step": run.step, "loss": smooth, "seconds": round(run.seconds, 1)}) + "\n")
-            if run.step % 250 == 0 or run.step == steps:
+            if run.step % 250 == 0 or run.step in (steps, until):
                 run.save()
     return run
 
@@ -165,7 +171,7 @@ def train(folder: Path, steps: int, size: int, batch_size: int, peak: float) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=8e-4)

@@ -1,0 +1,60 @@
+"""The emoji training: a step depends on its number alone, and a run that was stopped goes on with the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fusegen.models.unet import UNetConfig
+from fusegen.models.zoo.emoji import data, train
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four made-up pictures and a network that trains in a moment."""
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 3, 8, 8)).astype(np.float32)
+    captions = ["red circle", "blue heart", "pig face", "slice of pizza"]
+    monkeypatch.setattr(data, "load", lambda size: data.Emoji(captions, images))
+    monkeypatch.setattr(train, "UNetConfig", lambda: UNetConfig(widths=(32, 32), attention=(False, True), head_dim=16))
+
+
+def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    train.train(tmp_path / "whole", steps=6, size=8, batch_size=4, peak=1e-3)
+    first = train.train(tmp_path / "stopped", steps=6, size=8, batch_size=4, peak=1e-3, until=3)
+    assert first.step == 3
+    second = train.train(tmp_path / "stopped", steps=6, size=8, batch_size=4, peak=1e-3)
+    assert second.step == 6
+    whole, stopped = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "stopped"))
+    assert whole.keys() == stopped.keys()
+    for name, value in whole.items():
+        assert torch.equal(value, stopped[name]), name
+    weights = [k for k in whole if k.startswith("model.unet") and k.endswith("weight")]
+    start = train.Run(data.tokenizer(data.load(8).captions).get_vocab_size(), tmp_path / "fresh").model.state_dict()
+    assert any(not torch.equal(whole[k], start[k.removeprefix("model.")]) for k in weights)
+
+
+def test_a_batch_depends_on_its_number() -> None:
+    emoji = data.load(8)
+    tok, alphas = data.tokenizer(emoji.captions), train.alphas_cumprod()
+    once, again, other = (train.batch(step, 4, emoji, tok, alphas) for step in (7, 7, 8))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert not torch.equal(once[0], other[0])
+
+
+def test_the_schedule_is_that_of_the_manifest() -> None:
+    from fusegen.models.zoo.emoji.export import SCHEDULE
+    from fusegen.runtime.schedule import ScheduleConfig, alphas_cumprod
+
+    theirs = alphas_cumprod(ScheduleConfig.of(SCHEDULE))
+    np.testing.assert_allclose(train.alphas_cumprod().numpy(), theirs, rtol=1e-12)
+
+
+def test_words_make_tokens_and_unknown_words_fall_apart() -> None:
+    tok = data.tokenizer(["pig face", "red circle"])
+    assert tok.encode("Pig FACE").tokens[:3] == ["[cls]", "pig", "face"]
+    assert tok.encode("gif").tokens[:4] == ["[cls]", "g", "##i", "##f"]
+    assert len(tok.encode("red " * 40).ids) == data.LENGTH

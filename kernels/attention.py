@@ -55,7 +55,7 @@ def allocate(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, key_lengths: Tensor | None = None,
     causal: bool = False, scale: float | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The uninitialised output: q's shape, laid out (B, Lq, Hq, D) so that joining the heads is free.  Raises ValueError."""
+    """The uninitialised output: q's shape, laid out (B, Lq, Hq, D): joining the heads is free.  Raises ValueError."""
     _check(q, k, v, mask, key_lengths)
     if q.dim() == 3:
         return (torch.empty(q.shape, dtype=q.dtype, device=q.device),)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
-from torch import Tensor
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=str(library.missing()))
 LEVELS = library.levels() if library.available() else ()

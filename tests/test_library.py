@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+from torch import Tensor
+
 from fusegen.kernels.attention import heads, spread_mask
 from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.op import FLOATS, Kernel, Launch
-from torch import Tensor
 
 _POINTERS = ("q", "k", "v", "mask", "key_lengths", "out")
 _INTEGERS = (

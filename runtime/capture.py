@@ -20,9 +20,10 @@ from fusegen.runtime.backends import aten
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Call
 from fusegen.runtime.closures import At, Run
+from fusegen.runtime.errors import GraphError
 from fusegen.runtime.plan import PHASES, Plan, Step
 from fusegen.runtime.program import Ref, substitute
-from fusegen.runtime.specialize import Strided
+from fusegen.runtime.specialize import Strided, place, strided
 from fusegen.runtime.weights import Weights
 
 
@@ -128,10 +129,22 @@ class Capture:
             several = len(step.node.outputs) > 1
             run = closures.returning(call.function, get, call.kwargs, self.registers, slots, dead, several)
         run()
+        self._check(step)
         if step.binding.how == "view" and self.stable.issuperset(step.node.inputs()):
             self.stable.update(step.node.outputs)
             return None
         return run
+
+    def _check(self, step: Step) -> None:
+        """What a routine returned must be laid out as planned: the kernels that read it go by the plan."""
+        for name, spec in zip(step.node.outputs, step.outputs, strict=True):
+            found = self.registers[self.index[name]]
+            if isinstance(found, Tensor) and strided(found).dense() != spec.dense():
+                raise GraphError(
+                    f"{step.binding.name} returned {tuple(found.shape)} strides {found.stride()} {found.dtype}",
+                    place(step.node),
+                    f"the plan says {spec.sizes} strides {spec.strides} {spec.dtype}; this is a fault in fusegen",
+                )
 
     def _launch(self, step: Step) -> Run:
         """The closure of one of our kernels, bound to the memory its outputs have."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusegen.runtime.errors import Error, GraphError, RequestError
+from fusegen.runtime.no_dynamo import no_dynamo
 from fusegen.runtime.program import Node, Program, TensorSpec, substitute
 from fusegen.runtime.read.values import SYM
 from fusegen.runtime.rewrite.graph import overload
@@ -58,6 +59,11 @@ class Strided(TensorSpec):
     def nbytes(self) -> int:
         """Bytes of its elements, without gaps."""
         return math.prod(self.sizes) * self.dtype.itemsize
+
+    def dense(self) -> tuple[Any, ...]:
+        """Shape, dtype, and the strides of the dimensions longer than one: the others' mean nothing."""
+        strides = tuple(st for s, st in zip(self.sizes, self.strides, strict=True) if s > 1)
+        return self.sizes, self.dtype, strides if math.prod(self.sizes) else ()
 
     def empty(self, device: str) -> Tensor:
         """A new tensor of this spec, its elements not set."""
@@ -179,16 +185,17 @@ def propagate(program: Program) -> Program:
     folded: dict[str, Any] = {}
     memo: dict[Any, list[tuple[Strided, str | None]]] = {}
     nodes = []
-    for node in program.nodes:
-        args = {k: substitute(v, folded) for k, v in node.args.items()} if folded else node.args
-        if node.op.startswith(SYM) or node.op in _SIZES:
-            folded[node.outputs[0]] = _integer(node, args, metas)
-            continue
-        node = replace(node, args=args) if args is not node.args else node
-        for name, (spec, argument) in zip(node.outputs, _infer(node, metas, memo), strict=False):
-            metas[name] = spec.meta()
-            specs[name] = replace(spec, alias=args[argument].name) if argument else spec
-        nodes.append(node)
+    with no_dynamo():
+        for node in program.nodes:
+            args = {k: substitute(v, folded) for k, v in node.args.items()} if folded else node.args
+            if node.op.startswith(SYM) or node.op in _SIZES:
+                folded[node.outputs[0]] = _integer(node, args, metas)
+                continue
+            node = replace(node, args=args) if args is not node.args else node
+            for name, (spec, argument) in zip(node.outputs, _infer(node, metas, memo), strict=False):
+                metas[name] = spec.meta()
+                specs[name] = replace(spec, alias=args[argument].name) if argument else spec
+            nodes.append(node)
     return replace(program, nodes=tuple(nodes), specs=specs)
 
 

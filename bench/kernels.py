@@ -97,5 +97,5 @@ def _gate(job: Job, name: str, expected: tuple[Tensor, ...], bound: Tolerance) -
 def _timed(job: Job, row: Row, t: timing.Timing) -> Row:
     cost = job.op.cost(*job.args())
     share = roofline.measure(job.device).seconds(cost, job.dtype) / t.median
-    rates = dict(gbps=cost.bytes / t.median / 1e9, gflops=cost.flops / t.median / 1e9, roofline_share=share)
-    return replace(row, median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio, **rates)
+    row = replace(row, gbps=cost.bytes / t.median / 1e9, gflops=cost.flops / t.median / 1e9, roofline_share=share)
+    return replace(row, median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)

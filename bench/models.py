@@ -82,7 +82,7 @@ def _steady(made: Sequence[Contender], batch: int, expected: torch.Tensor, secon
 def _row(what: str, case: str, c: Contender, verdict: verify.Verdict) -> Row:
     note = "" if verdict.ok else f"over its error bound: rms {verdict.rms:.2g}, peak {verdict.peak:.2g}"
     facts: dict[str, Any] = dict(threads=torch.get_num_threads(), versions=versions(), note=note)
-    errors = dict(error_rms=verdict.rms, error_peak=verdict.peak)
+    errors: dict[str, Any] = dict(error_rms=verdict.rms, error_peak=verdict.peak)
     return Row(what, case, c.name, c.dtype, "cpu", verdict.ok, **errors, **facts)
 
 
@@ -102,7 +102,7 @@ def _cold(who: Iterable[str], rounds: int = 3) -> list[Row]:
     rows = []
     for name, taken in times.items():
         middle = statistics.median(taken)
-        span: dict[str, float] = dict(median_s=middle, p20_s=min(taken), p80_s=max(taken), ratio=base / middle)
+        span: dict[str, Any] = dict(median_s=middle, p20_s=min(taken), p80_s=max(taken), ratio=base / middle)
         extra = {"rounds": float(len(taken))}
         rows.append(Row("emoji", "first picture of a process", name, "float32", "cpu", True, **span, extra=extra))
     return [replace(r, threads=torch.get_num_threads(), versions=versions()) for r in rows]

@@ -51,7 +51,8 @@ def interleave(
     for name, call in contenders.items():
         length = min(once(call, 1, device) for _ in range(2))
         repeats[name] = max(1, round(sample / max(length, 1e-7)))
-    names, samples, spent, rounds = list(contenders), {name: [] for name in contenders}, 0.0, 0
+    names, spent, rounds = list(contenders), 0.0, 0
+    samples: dict[str, list[float]] = {name: [] for name in names}
     while rounds < min_rounds or spent < seconds * len(names):
         for name in names:
             t = once(contenders[name], repeats[name], device)

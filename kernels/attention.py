@@ -289,8 +289,8 @@ OP = register(
         reference=reference,
         allocate=allocate,
         cost=cost,
-        tolerance={
-            torch.float32: Tolerance(rms=1e-5, peak=3e-5),
+        tolerance={  # at "large logits" the reference itself, run in float32, is off by rms 3.7e-6, peak 1.4e-5
+            torch.float32: Tolerance(rms=8e-6, peak=3e-5),
             torch.bfloat16: Tolerance(rms=4e-3, peak=8e-3),
             torch.float16: Tolerance(rms=5e-4, peak=1e-3),
         },

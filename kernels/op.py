@@ -187,7 +187,7 @@ def get(name: str) -> Op:
 
 def pick(op: Op, device: str, args: tuple[Any, ...]) -> Picked:
     """The best kernel of ``op`` for these arguments (in schema order, a full list) on ``"cpu"`` or ``"cuda"``."""
-    declined = []
+    declined: list[Declined] = []
     for kernel in sorted((k for k in op.kernels if k.device == device), key=lambda k: -k.rank):
         reason = kernel.decline(*args)
         if reason is None:

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,7 +135,7 @@ def alphas_cumprod(config: ScheduleConfig) -> Array:
         betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
     else:
         raise RequestError("a flow-matching schedule has no betas", "schedule", "its levels are t / train_steps")
-    products = np.cumprod(1 - betas)
+    products = cast(Array, np.cumprod(1 - betas))
     if config.zero_snr:
         roots = np.sqrt(products)
         products = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2

@@ -26,7 +26,10 @@ from fusegen.runtime.symbols import MAX_SIZE, evaluate, symbols_of
 # takes the node's arguments as meta tensors and returns the outputs.
 SHAPES: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {}
 
-_SIZES = {"aten.sym_size.int": lambda x, dim: x.shape[dim], "aten.sym_numel.default": lambda x: x.numel()}
+_SIZES: dict[str, Callable[..., Any]] = {
+    "aten.sym_size.int": lambda x, dim: x.shape[dim],
+    "aten.sym_numel.default": lambda x: x.numel(),
+}
 _SYM: dict[str, Callable[..., Any]] = {
     "not": operator.not_,
     "truediv": operator.truediv,

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,7 +165,17 @@ def test_minus_one_draws_a_seed(model: FakeModel) -> None:
     assert len(drawn) == 3
 
 
-def test_ctrl_c_stops_within_a_step_and_leaves_no_file(model: FakeModel, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a terminal has it; a shell starts its background jobs with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_within_a_step_and_leaves_no_file(
+    interruptible: None, model: FakeModel, capsys: pytest.CaptureFixture[str]
+) -> None:
     model.interrupt_after = 2
     assert main("generate -m emoji -p cat -o out.png".split()) == 130
     assert model.done == 2

@@ -160,7 +160,7 @@ def _first(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
 
 def _attention(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
     q, k, v, mask, lengths, *rest = args
-    if mask is not None and mask.dim() == 4 and mask.shape[0] > 1:
+    if mask is not None and mask.dim() == q.dim() and mask.shape[0] > 1:
         mask = mask[b : b + 1]
     lengths = None if lengths is None else lengths[b : b + 1]
     return (q[b : b + 1], k[b : b + 1], v[b : b + 1], mask, lengths, *rest)

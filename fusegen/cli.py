@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception, verbose: bool) -> int:
     """Say what went wrong; the exit code."""
+    from fusegen.kernels.cpu.library import LevelError
     from fusegen.runtime.errors import Cancelled, Error
 
     if verbose:
@@ -67,7 +68,7 @@ def _failed(error: Exception, verbose: bool) -> int:
     if isinstance(error, Cancelled):
         print("fusegen: cancelled", file=sys.stderr)
         return 130
-    if isinstance(error, (Error, OSError)):
+    if isinstance(error, (Error, LevelError, OSError)):
         print("fusegen: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     hint = "" if verbose else " (-v shows where; please report it)"

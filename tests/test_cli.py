@@ -165,6 +165,13 @@ def test_minus_one_draws_a_seed(model: FakeModel) -> None:
     assert len(drawn) == 3
 
 
+def test_a_level_that_does_not_exist_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fusegen", "generate", "-m", "emoji", "-p", "cat", "-o", str(tmp_path / "cat.png")]
+    done = subprocess.run(command, env=os.environ | {"FUSEGEN_CPU": "sse9"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"fusegen: error: .*sse9.*scalar.*\n", done.stderr)
+
+
 @pytest.fixture
 def interruptible() -> Iterator[None]:
     """SIGINT as a terminal has it; a shell starts its background jobs with the signal ignored."""

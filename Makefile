@@ -68,7 +68,7 @@ sanitize: $(VENV)/test.stamp
 	$(BIN)/python setup.py -q build_kernels --sanitize
 	FUSEGEN_CPU_LIBRARY=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/test_ops.py -k every_level
+	  $(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/test_ops.py tests/test_attention.py -k "every_level or attention"
 
 zoo: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.models.zoo.emoji.train --out build/emoji

@@ -257,8 +257,6 @@ def test_doctor_says_what_is_there() -> None:
     assert done.stderr == ""
 
 
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_the_model_in_the_box_from_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

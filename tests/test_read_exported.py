@@ -52,7 +52,8 @@ def test_arguments_stand_by_name_with_their_defaults(toy: tuple[dict[str, Any], 
 
 def test_enumerations_are_pytorch_s_own() -> None:
     """Every dtype, memory format and layout that this PyTorch's serializer numbers, but those that are not read."""
-    ours = {schema.ScalarType(k): v for k, v in values.DTYPES.items()}
+    known = {int(s) for s in schema.ScalarType}  # an older PyTorch numbers fewer
+    ours = {schema.ScalarType(k): v for k, v in values.DTYPES.items() if k in known}
     for number, dtype in serialize._SERIALIZE_TO_TORCH_DTYPE.items():
         assert ours.get(number) is dtype or dtype is torch.float8_e8m0fnu
     for form, number in serialize._TORCH_TO_SERIALIZE_MEMORY_FORMAT.items():

@@ -171,7 +171,7 @@ def train(folder: Path, steps: int, size: int, batch_size: int, peak: float, unt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/emoji"))
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=8e-4)

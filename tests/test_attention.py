@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import assert_all_close, truth
 from torch import Tensor
 
 from fusegen.kernels import op as registry
@@ -99,6 +100,38 @@ def test_keys_past_the_length_are_not_read(level: str, dtype: torch.dtype, integ
             n = int(lengths[i])
             one = slice(i, i + 1)
             assert torch.equal(out[one], attend(q[one], k[one, :, :n], v[one, :, :n]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_few_queries_over_shared_keys(level: str, dtype: torch.dtype) -> None:
+    """Decoding takes queries together and splits the keys: no bit may show which, nor what lies past the lengths."""
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, h, n, 72, generator=g).to(dtype) for h, n in ((22, 3), (2, 1100), (2, 1100)))
+    lengths = torch.tensor([1100, 530])
+    k[1, :, 530:] = v[1, :, 530:] = torch.nan
+    mask = torch.rand(2, 22, 3, 1100, generator=g) > 0.3
+    mask[0, 4, 1] = mask[0, 5, 2, :600] = False
+    before, outs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 7):
+            torch.set_num_threads(count)
+            with library.forced(level):
+                outs.append(attend(q, k, v, mask, lengths))
+    finally:
+        torch.set_num_threads(before)
+    whole = outs[0]
+    assert torch.equal(whole, outs[1]) and torch.equal(whole, outs[2])
+    assert whole.isfinite().all() and not whole[0, 4, 1].any()
+    op = registry.get("attention")
+    want = truth(op, registry.complete(op, (q, k, v, mask, lengths)))
+    assert_all_close(op, "few queries", {"output 0": whole}, want)
+    with library.forced(level):
+        for b, head, row in ((0, 0, 0), (0, 10, 2), (1, 11, 1), (1, 21, 2)):
+            n, kv = int(lengths[b]), slice(head // 11, head // 11 + 1)
+            at = (slice(b, b + 1), slice(head, head + 1), slice(row, row + 1))
+            alone = attend(q[at], k[b : b + 1, kv, :n], v[b : b + 1, kv, :n], mask[at][..., :n])
+            assert torch.equal(alone, whole[at])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

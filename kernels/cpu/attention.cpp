@@ -3,8 +3,9 @@
 // Gimelshein 2018; Dao et al. 2022).
 //
 // The work is split over batch x heads x chunks of queries.  A chunk packs each block of NB keys once and takes all its
-// tiles of TQ queries over it; a few queries alone go another way (attention_few.h).  bfloat16 input runs on the CPU's bfloat16 products where the level has them, else in
-// float32 (attention_float.h); float16 input always in float32, whose weights keep float16's eleven bits.
+// tiles of TQ queries over it; a few queries alone go another way (attention_few.h).  bfloat16 input runs on the CPU's
+// bfloat16 products where the level has them, else in float32 (attention_float.h); float16 input always in float32,
+// whose weights keep float16's eleven bits.
 #include "attention_few.h"
 #include "attention_float.h"
 #include "threads.h"
@@ -114,7 +115,7 @@ int chunk(const Head &h, int64_t first, int64_t last, const Layout<E> &at) {
 
 // How many queries one item takes: enough to pay for packing the keys, few enough that every thread has some.
 int64_t chunk_size(const fg_attention_args *a) {
-  int64_t most = a->dim <= 64 ? 512 : a->dim <= 128 ? 256 : 128;
+  int64_t most = a->dim <= 64 ? 512 : 256;
   int64_t size = round_up(a->queries < most ? a->queries : most, TQ);
   int64_t wanted = 4 * fg_threads();
   while (size > 128 && a->batch * a->heads * round_up(a->queries, size) / size < wanted) size = round_up(size / 2, TQ);
@@ -123,13 +124,8 @@ int64_t chunk_size(const fg_attention_args *a) {
 
 template <class E, class T>
 int attention(const fg_attention_args *a) {
-  if (a->queries <= FEW) {
-    return parallel_for(a->batch * a->heads * a->queries, 1 + 100000 / (a->keys * a->dim + 1), [&](int64_t item) -> int {
-      int64_t pair = item / a->queries;
-      one_query<T>(head_at<T>(a, pair / a->heads, pair % a->heads), item % a->queries);
-      return FG_OK;
-    });
-  }
+  if (a->queries <= FEW)
+    return few<T>(a, [a](int64_t batch, int64_t head) { return head_at<T>(a, batch, head); });
   int64_t size = chunk_size(a), chunks = round_up(a->queries, size) / size;
   Layout<E> at(size / TQ, a->dim);
   int64_t work = size * (a->keys + 16) * a->dim;  // a thread is worth waking for 400,000 multiplications

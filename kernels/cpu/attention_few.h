@@ -1,100 +1,209 @@
-// Attention of a few queries, as in decoding: nothing is packed, vectors run along the head dimension, and every key and
-// value is read once a query.
+// Attention of a few queries, as in decoding, which is bound by reading the keys and values: nothing is packed, vectors
+// run along the head dimension, and the queries that share a key head are taken together, so that it is read once.
+//
+// The keys are split into pieces of PIECE.  An item is up to ROWS queries over one piece: it leaves their maxima, sums
+// and weighted values, which are then put together in the order of the pieces.  What is added to what depends on the
+// number of keys alone: not on threads, the batch, or which queries were taken together.
 #pragma once
 #include "attention_tile.h"
 #include "threads.h"
 
 namespace {
 
-constexpr int64_t FEW = 4;       // queries up to which this is the faster way
-constexpr int FEW_BLOCK = 512;   // keys whose scores are held at a time
+constexpr int64_t FEW = 4;   // queries up to which this is the faster way
+constexpr int PIECE = 512;   // keys of a piece
+constexpr int ROWS = 8;      // queries of an item
+constexpr int WIDE = 256 + W;  // room for a row along the head dimension
+constexpr int AHEAD = 16;    // keys between the one in use and the one prefetched
 
-// q . k for R keys at once.
-template <int R, class T>
+// to[m * PIECE + r] = q[m] . k[r] for M queries, R keys.
+template <int M, int R, class T>
 FG_INLINE void dots(const float *q, const T *k, int64_t stride, int dim, float *to) {
-  vf sum[R];
+  vf sum[M][R];
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) sum[r] = set1(0.0f);
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sum[m][r] = set1(0.0f);
   int d = 0;
   for (; d + W <= dim; d += W) {
-    vf x = load(q + d);
+    vf x[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) sum[r] = fma(x, load(k + r * stride + d), sum[r]);
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(k + (r + AHEAD) * stride + d);
+      x[r] = load(k + r * stride + d);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sum[m][r] = fma(load(q + m * WIDE + d), x[r], sum[m][r]);
   }
   if (d < dim) {
-    vf x = load(q + d);
-    for (int r = 0; r < R; ++r) sum[r] = fma(x, load_n(k + r * stride + d, dim - d), sum[r]);
-  }
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) to[r] = hsum(sum[r]);
-}
-
-// o = alpha o + sum over r of p[r] v[r], for n keys, W dims (the first `lanes` of them) at a time.
-template <class T>
-FG_INLINE void blend(const float *p, const T *v, int64_t stride, int n, int dim, float alpha, float *o) {
-  for (int d = 0; d < dim; d += W) {
-    int lanes = dim - d < W ? dim - d : W;
-    vf sum[4] = {mul(load(o + d), set1(alpha)), set1(0.0f), set1(0.0f), set1(0.0f)};
-    int r = 0;
-    if (lanes == W) {
-      for (; r + 4 <= n; r += 4)
+    for (int r = 0; r < R; ++r) {
+      vf x = load_n(k + r * stride + d, dim - d);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) sum[j] = fma(set1(p[r + j]), load(v + (r + j) * stride + d), sum[j]);
+      for (int m = 0; m < M; ++m) sum[m][r] = fma(load(q + m * WIDE + d), x, sum[m][r]);
     }
-    for (; r < n; ++r) sum[0] = fma(set1(p[r]), load_n(v + r * stride + d, lanes), sum[0]);
-    store(o + d, add(add(sum[0], sum[1]), add(sum[2], sum[3])));
   }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) to[m * PIECE + r] = hsum(sum[m][r]);
 }
 
-// One query.
-template <class T>
-void one_query(const Head &h, int64_t row) {
+// o[m] += sum over n keys r of p[m][r] v[r], for M queries, C vectors of dims (or the first `lanes` of one).
+template <int M, int C, class T>
+FG_INLINE void blend(const float *p, const T *v, int64_t stride, int n, int lanes, float *o) {
+  vf sum[M][C];
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sum[m][c] = load(o + m * WIDE + c * W);
+  for (int r = 0; r < n; ++r) {
+    vf x[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      __builtin_prefetch(v + (r + AHEAD) * stride + c * W);
+      x[c] = C == 1 ? load_n(v + r * stride, lanes) : load(v + r * stride + c * W);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      vf one = set1(p[m * PIECE + r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[m][c] = fma(one, x[c], sum[m][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) store(o + m * WIDE + c * W, sum[m][c]);
+}
+
+template <int M, class T>
+FG_INLINE void all_dots(const float *q, const T *k, int64_t stride, int n, int dim, float *s) {
+  if (n == 4)
+    dots<M, 4>(q, k, stride, dim, s);
+  else
+    for (int r = 0; r < n; ++r) dots<M, 1>(q, k + r * stride, stride, dim, s + r);
+}
+
+template <int M, class T>
+FG_INLINE void all_blends(const float *p, const T *v, int64_t stride, int n, int dim, float *o) {
+  int d = 0;
+  for (; d + 4 * W <= dim; d += 4 * W) blend<M, 4>(p, v + d, stride, n, W, o + d);
+  for (; d < dim; d += W) blend<M, 1>(p, v + d, stride, n, dim - d < W ? dim - d : W, o + d);
+}
+
+// What an item leaves of a query: its maximum (in units of log 2), its sum, and from PART_HEAD on its weighted values.
+constexpr int64_t PART_HEAD = 16;
+FG_INLINE int64_t part_size(int64_t dim) { return PART_HEAD + (dim + W - 1) / W * W; }
+
+// The scores s[n] of a query become its weights exp2(score - maximum); the maximum and their sum go to `part`.
+inline void weigh_row(const Head &h, int64_t head, int64_t row, int64_t k0, int n, float *s, float *part) {
   const fg_attention_args *a = h.a;
-  int dim = static_cast<int>(a->dim);
-  const T *k = reinterpret_cast<const T *>(h.k), *v = reinterpret_cast<const T *>(h.v);
-  const T *from = reinterpret_cast<const T *>(h.q) + row * a->q_row;
-  alignas(64) float q[256 + W] = {}, o[256 + W] = {}, s[FEW_BLOCK + W];
-  for (int d = 0; d < dim; d += W) store(q + d, load_n(from + d, dim - d < W ? dim - d : W));
-  float rate = static_cast<float>(a->scale) * LOG2E, most = -infinity(), total = 0.0f;
-  int64_t keys = a->causal && row + 1 < h.keys ? row + 1 : h.keys;
-  int64_t mask = h.batch * a->mask_batch + h.head * a->mask_head + row * a->mask_row;
-  for (int64_t k0 = 0; k0 < keys; k0 += FEW_BLOCK) {
-    int n = static_cast<int>(keys - k0 < FEW_BLOCK ? keys - k0 : FEW_BLOCK), r = 0;
-    for (; r + 4 <= n; r += 4) dots<4>(q, k + (k0 + r) * a->k_row, a->k_row, dim, s + r);
-    for (; r < n; ++r) dots<1>(q, k + (k0 + r) * a->k_row, a->k_row, dim, s + r);
-    for (r = n; r < n + W; ++r) s[r] = 0.0f;
-    vf highest = set1(-infinity());
-    for (r = 0; r < n; r += W) {
-      vf x = mul(load(s + r), set1(rate));
-      if (a->mask) {
-        float added[W];
-        for (int j = 0; j < W; ++j) added[j] = r + j < n ? LOG2E * mask_at(a, mask + (k0 + r + j) * a->mask_key) : 0.0f;
-        x = add(x, load(added));
-      }
-      store(s + r, x);
-      if (r + W > n)
-        for (int j = n - r; j < W; ++j) s[r + j] = -infinity();
-      highest = max(load(s + r), highest);
+  float rate = static_cast<float>(a->scale) * LOG2E;
+  int64_t mask = h.batch * a->mask_batch + head * a->mask_head + row * a->mask_row;
+  int64_t open = a->causal && row + 1 - k0 < n ? row + 1 - k0 : n;
+  vf highest = set1(-infinity()), sum = set1(0.0f);
+  for (int r = 0; r < n; r += W) {
+    vf x = mul(load(s + r), set1(rate));
+    if (a->mask) {
+      float added[W];
+      for (int j = 0; j < W; ++j) added[j] = r + j < n ? LOG2E * mask_at(a, mask + (k0 + r + j) * a->mask_key) : 0.0f;
+      x = add(x, load(added));
     }
-    float now = hmax(highest);
-    now = now > most ? now : most;
-    float shift = now < LOWEST ? 0.0f : now;  // all closed so far: any finite shift gives exp2(-inf)
-    alignas(64) float alpha[W];
-    store(alpha, exp2_falling<5>(set1(now > most ? most - shift : 0.0f)));
-    float factor = now > most ? alpha[0] : 1.0f;
-    vf sum = set1(0.0f);
-    for (r = 0; r < n; r += W) {
-      vf p = exp2_falling<5>(sub(load(s + r), set1(shift)));
-      store(s + r, p);
-      sum = add(sum, p);
+    store(s + r, x);
+    for (int j = W; j > 0 && r + j > open; --j) s[r + j - 1] = -infinity();
+    highest = max(load(s + r), highest);
+  }
+  float most = hmax(highest), shift = most < LOWEST ? 0.0f : most;  // all closed: any finite shift gives exp2(-inf)
+  for (int r = 0; r < n; r += W) {
+    vf p = exp2_falling<5>(sub(load(s + r), set1(shift)));
+    store(s + r, p);
+    sum = add(sum, p);
+  }
+  part[0] = most;
+  part[1] = hsum(sum);
+}
+
+// Queries [first, last) of those over one key head, h's first: query i is row i % queries of head i / queries.  Over the
+// n keys from k0 on.  The parts they leave are `size` floats each.
+template <class T>
+void few_piece(const Head &h, int64_t first, int64_t last, int64_t k0, int n, float *parts, int64_t size) {
+  const fg_attention_args *a = h.a;
+  int dim = static_cast<int>(a->dim), rows = static_cast<int>(last - first);
+  const T *k = reinterpret_cast<const T *>(h.k) + k0 * a->k_row, *v = reinterpret_cast<const T *>(h.v) + k0 * a->v_row;
+  alignas(64) float q[ROWS * WIDE], o[ROWS * WIDE], s[ROWS * PIECE];
+  for (int m = 0; m < rows; ++m) {
+    int64_t head = (first + m) / a->queries, row = (first + m) % a->queries;
+    const T *from = reinterpret_cast<const T *>(h.q) + head * a->q_head + row * a->q_row;
+    for (int d = 0; d < dim; d += W) {
+      store(q + m * WIDE + d, load_n(from + d, dim - d < W ? dim - d : W));
+      store(o + m * WIDE + d, set1(0.0f));
     }
-    total = total * factor + hsum(sum);
-    most = now;
-    blend(s, v + k0 * a->v_row, a->v_row, n, dim, factor, o);
+  }
+  for (int r = 0; r < n; r += 4) {
+    int count = n - r < 4 ? n - r : 4, m = 0;
+    const T *from = k + r * a->k_row;
+    for (; m + 4 <= rows; m += 4) all_dots<4>(q + m * WIDE, from, a->k_row, count, dim, s + m * PIECE + r);
+    for (; m < rows; ++m) all_dots<1>(q + m * WIDE, from, a->k_row, count, dim, s + m * PIECE + r);
+  }
+  for (int m = 0; m < rows; ++m)
+    weigh_row(h, h.head + (first + m) / a->queries, (first + m) % a->queries, k0, n, s + m * PIECE, parts + m * size);
+  for (int r = 0; r < n; r += 16) {
+    int count = n - r < 16 ? n - r : 16, m = 0;
+    const T *from = v + r * a->v_row;
+    for (; m + 4 <= rows; m += 4) all_blends<4>(s + m * PIECE + r, from, a->v_row, count, dim, o + m * WIDE);
+    for (; m < rows; ++m) all_blends<1>(s + m * PIECE + r, from, a->v_row, count, dim, o + m * WIDE);
+  }
+  for (int m = 0; m < rows; ++m)
+    for (int d = 0; d < dim; d += W) store(parts + m * size + PART_HEAD + d, load(o + m * WIDE + d));
+}
+
+// One query's output from its parts, `apart` floats from one piece's to the next.
+template <class T>
+void few_join(const float *parts, int64_t apart, int64_t pieces, int dim, T *out) {
+  alignas(64) float o[WIDE] = {}, factor[W];
+  float most = -infinity(), total = 0.0f;
+  for (int64_t i = 0; i < pieces; ++i) most = parts[i * apart] > most ? parts[i * apart] : most;
+  float shift = most < LOWEST ? 0.0f : most;
+  for (int64_t i = 0; i < pieces; ++i) {
+    const float *part = parts + i * apart;
+    store(factor, exp2_falling<5>(set1(part[0] - shift)));
+    total += factor[0] * part[1];
+    for (int d = 0; d < dim; d += W) store(o + d, fma(set1(factor[0]), load(part + PART_HEAD + d), load(o + d)));
   }
   float inverse = total == 0.0f ? 0.0f : 1.0f / total;
-  T *out = reinterpret_cast<T *>(h.out) + row * a->out_row;
   for (int d = 0; d < dim; d += W) store_n(out + d, mul(load(o + d), set1(inverse)), dim - d < W ? dim - d : W);
+}
+
+// All of a problem; `head_at(batch, head)` gives a Head.
+template <class T, class F>
+int few(const fg_attention_args *a, const F &head_at) {
+  int64_t shared = a->heads / a->kv_heads, rows = shared * a->queries, blocks = (rows + ROWS - 1) / ROWS;
+  int64_t most = a->causal && a->queries < a->keys ? a->queries : a->keys, pieces = (most + PIECE - 1) / PIECE;
+  int64_t size = part_size(a->dim), apart = a->batch * a->kv_heads * rows * size;
+  float *parts = static_cast<float *>(fg_scratch(static_cast<size_t>(apart * pieces * 4)));
+  if (!parts && pieces) return FG_NO_MEMORY;
+  auto keys_of = [most](const Head &h) { return h.keys < most ? h.keys : most; };
+  auto piece = [&](int64_t item) -> int {  // all heads of a piece in turn: their rows often lie side by side
+    int64_t block = item % blocks, kv = item / blocks % a->kv_heads, i = item / (blocks * a->kv_heads) % pieces;
+    int64_t batch = item / (blocks * a->kv_heads * pieces);
+    Head h = head_at(batch, kv * shared);
+    int64_t first = block * ROWS, last = first + ROWS < rows ? first + ROWS : rows, n = keys_of(h) - i * PIECE;
+    float *to = parts + i * apart + ((batch * a->kv_heads + kv) * rows + first) * size;
+    if (n > 0) few_piece<T>(h, first, last, i * PIECE, static_cast<int>(n < PIECE ? n : PIECE), to, size);
+    return FG_OK;
+  };
+  int64_t work = (most < PIECE ? most : PIECE) * a->dim * (rows < ROWS ? rows : ROWS);
+  parallel_for(a->batch * a->kv_heads * blocks * pieces, 1 + 100000 / (work + 1), piece);
+  return parallel_for(a->batch * a->heads * a->queries, 1 + 100000 / (pieces * a->dim + 1), [&](int64_t item) -> int {
+    int64_t pair = item / a->queries, row = item % a->queries;
+    Head h = head_at(pair / a->heads, pair % a->heads);
+    few_join(parts + item * size, apart, (keys_of(h) + PIECE - 1) / PIECE, static_cast<int>(a->dim),
+             reinterpret_cast<T *>(h.out) + row * a->out_row);
+    return FG_OK;
+  });
 }
 
 }  // namespace

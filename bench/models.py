@@ -61,7 +61,8 @@ def emoji(who: Sequence[str], dtypes: Sequence[str], seconds: float) -> list[Row
     for batch in BATCHES:
         expected = _pixels(_emoji("eager", "float32").make(batch)())
         rows += _steady(made, batch, expected, seconds)
-    return rows + _cold([c.name for c in made if c.dtype == "float32"])
+    last = made[-1].dtype
+    return rows + _cold([c.name for c in made if c.dtype == last], last)
 
 
 def _steady(made: Sequence[Contender], batch: int, expected: torch.Tensor, seconds: float) -> list[Row]:
@@ -91,32 +92,31 @@ def _with(row: Row, t: timing.Timing, batch: int) -> Row:
     return replace(row, median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio, extra=extra)
 
 
-def _cold(who: Iterable[str], rounds: int = 3) -> list[Row]:
+def _cold(who: Iterable[str], dtype: str, rounds: int = 3) -> list[Row]:
     """From starting Python to the first picture, each in a process of its own, in turn; compile caches start empty."""
     times: dict[str, list[float]] = {name: [] for name in who}
     for index in range(rounds):
         for name in times:
             if name != "compile" or index == 0:  # it takes minutes, and once tells enough
-                times[name].append(_first(name))
+                times[name].append(_first(name, dtype))
     base = statistics.median(times.get("eager") or next(iter(times.values())))
     rows = []
     for name, taken in times.items():
         middle = statistics.median(taken)
         span: dict[str, Any] = dict(median_s=middle, p20_s=min(taken), p80_s=max(taken), ratio=base / middle)
         extra = {"rounds": float(len(taken))}
-        rows.append(Row("emoji", "first picture of a process", name, "float32", "cpu", True, **span, extra=extra))
+        rows.append(Row("emoji", "first picture of a process", name, dtype, "cpu", True, **span, extra=extra))
     return [replace(r, threads=torch.get_num_threads(), versions=versions()) for r in rows]
 
 
-def _first(name: str) -> float:
+def _first(name: str, dtype: str) -> float:
     import time
 
     with tempfile.TemporaryDirectory() as empty:
         cold = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-m", "fusegen.bench.models", name], env=os.environ | cold, capture_output=True, text=True
-        )
+        command = [sys.executable, "-m", "fusegen.bench.models", name, dtype]
+        done = subprocess.run(command, env=os.environ | cold, capture_output=True, text=True)
         taken = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"the process of {name} failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -127,4 +127,4 @@ def _first(name: str) -> float:
 MODELS: Mapping[str, Callable[[Sequence[str], Sequence[str], float], list[Row]]] = {"emoji": emoji}
 
 if __name__ == "__main__":
-    print(json.dumps({"pixels": float(_pixels(_emoji(sys.argv[1], "float32").make(1)()).mean())}))
+    print(json.dumps({"pixels": float(_pixels(_emoji(*sys.argv[1:]).make(1)()).mean())}))

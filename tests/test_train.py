@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from fusegen.models.unet import UNetConfig
-from fusegen.models.zoo.emoji import data, train
+from fusegen.models.zoo.emoji import data, export, train
+from fusegen.runtime.bundle import Bundle, Manifest
+from fusegen.runtime.schedule import ScheduleConfig, alphas_cumprod
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,17 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     assert any(not torch.equal(whole[k], start[k.removeprefix("model.")]) for k in weights)
 
 
+def test_a_run_begins_with_the_weights_of_a_bundle(tmp_path: Path) -> None:
+    first = train.train(tmp_path / "first", steps=2, size=8, batch_size=4, peak=1e-3)
+    programs = export.programs(first.model.text_encoder.eval(), first.model.unet.eval(), 8)
+    Bundle.write(tmp_path / "first.fg", Manifest(name="first"), programs, {})
+    second = train.train(tmp_path / "second", 2, 8, 4, 1e-3, until=0, start=tmp_path / "first.fg")
+    assert second.step == 0
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(second.model.state_dict()[name], value), name
+        assert torch.equal(second.average[name], value), name
+
+
 def test_a_batch_depends_on_its_number() -> None:
     emoji = data.load(8)
     tok, alphas = data.tokenizer(emoji.captions), train.alphas_cumprod()
@@ -46,10 +59,7 @@ def test_a_batch_depends_on_its_number() -> None:
 
 
 def test_the_schedule_is_that_of_the_manifest() -> None:
-    from fusegen.models.zoo.emoji.export import SCHEDULE
-    from fusegen.runtime.schedule import ScheduleConfig, alphas_cumprod
-
-    theirs = alphas_cumprod(ScheduleConfig.of(SCHEDULE))
+    theirs = alphas_cumprod(ScheduleConfig.of(export.SCHEDULE))
     np.testing.assert_allclose(train.alphas_cumprod().numpy(), theirs, rtol=1e-12)
 
 

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fusegen.models.text_encoder import TextEncoder, TextEncoderConfig
 from fusegen.models.unet import UNet, UNetConfig
 from fusegen.models.zoo.emoji import data
+from fusegen.runtime.bundle import Bundle
 
 TRAIN_STEPS = 1000  # the schedule's time steps
 
@@ -119,6 +120,14 @@ class Run:
             moments = {k: state[f"{k}.{name}"] for k in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
 
+    def begin(self, bundle: Path) -> None:
+        """Take the weights of a bundle that an earlier training was exported to."""
+        opened = Bundle.open(bundle)
+        parts = {"unet": opened.program("denoiser"), "text_encoder": opened.program("text_encoder")}
+        weights = {f"{part}.{k}": v for part, program in parts.items() for k, v in program.weights.items()}
+        self.model.load_state_dict({k: weights[k] for k in self.model.state_dict()})
+        self.average = {k: weights[k].detach().clone() for k in self.average}
+
     def advance(self, inputs: tuple[Tensor, Tensor, Tensor, Tensor], rate: float) -> float:
         """One optimizer step; returns the loss."""
         start = time.monotonic()
@@ -141,22 +150,33 @@ class Run:
         return float(loss.detach())
 
 
-def train(folder: Path, steps: int, size: int, batch_size: int, peak: float, until: int | None = None) -> Run:
+def train(
+    folder: Path,
+    steps: int,
+    size: int,
+    batch_size: int,
+    peak: float,
+    until: int | None = None,
+    start: Path | None = None,
+) -> Run:
     """Train for ``steps`` (from the folder's checkpoint, if there is one), logging one JSON line in fifty steps.
 
-    ``until`` stops before the end; a later call goes on from there.
+    ``until`` stops before the end; a later call goes on from there.  ``start`` is a bundle whose weights a new run
+    begins with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     emoji = data.load(size)
     tok = data.tokenizer(emoji.captions)
     tok.save(str(folder / "tokenizer.json"))
     run, alphas, smooth = Run(tok.get_vocab_size(), folder), alphas_cumprod(), None
+    if start is not None and run.step == 0:
+        run.begin(start)
     configs = {"unet": asdict(run.model.unet.cfg), "text_encoder": asdict(run.model.text_encoder.cfg), "size": size}
     (folder / "config.json").write_text(json.dumps(configs, indent=1))
     loss_text = TextColumn("loss {task.fields[loss]:.4f}")
     with Progress(TextColumn("emoji"), BarColumn(), MofNCompleteColumn(), loss_text, TimeRemainingColumn()) as progress:
         task = progress.add_task("train", total=steps, completed=run.step, loss=math.nan)
-        while run.step < (until or steps):
+        while run.step < (steps if until is None else until):
             loss = run.advance(batch(run.step, batch_size, emoji, tok, alphas), learning_rate(run.step, steps, peak))
             smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
             progress.update(task, completed=run.step, loss=smooth)
@@ -175,8 +195,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=32, help="pixels a side")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=8e-4)
+    parser.add_argument("--start", type=Path, help="a bundle whose weights a new run begins with")
     args = parser.parse_args()
-    train(args.out, args.steps, args.size, args.batch, args.lr)
+    train(args.out, args.steps, args.size, args.batch, args.lr, start=args.start)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512 avx512_bf16
+// levels: scalar avx2 avx512 avx512_bf16 neon
 // Group normalization (+ SiLU), contiguous and channels-last.
 //
 // A group's statistics are taken chunk by chunk and merged in the chunks' order; the chunks depend on the sizes of one

@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512 avx512_bf16
+// levels: scalar avx2 avx512 avx512_bf16 neon
 // Layer normalization of rows: a row stays in the first-level cache between its passes.
 #include "abi.h"
 #include "moments.h"

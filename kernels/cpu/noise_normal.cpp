@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512
+// levels: scalar avx2 avx512 neon
 // Normal noise of each sample, in chunks that any thread may make: every number stands for itself.
 #include "abi.h"
 #include "normal.h"

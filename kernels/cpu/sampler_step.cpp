@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512 avx512_bf16
+// levels: scalar avx2 avx512 avx512_bf16 neon
 // One sampler step; kernels/sampler_step.py says what a row means.
 //
 // The arithmetic goes term by term over chunks that stay in the first-level cache.  The statistics of the rescale are

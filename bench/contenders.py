@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fusegen.kernels import op as registry
@@ -19,42 +18,9 @@ from fusegen.kernels.op import Op
 Call = Callable[[], Any]
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Any, key_lengths: Any, causal: bool, scale: Any) -> Tensor:
-    if key_lengths is not None:
-        keep = torch.arange(k.shape[2], device=k.device)[None, None, None] < key_lengths[:, None, None, None]
-        if mask is None:
-            mask = keep
-        else:
-            mask = mask & keep if mask.dtype == torch.bool else mask.masked_fill(~keep, -torch.inf)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-def _group_norm(x: Tensor, groups: int, weight: Any, bias: Any, eps: float, activation: str) -> Tensor:
-    y = F.group_norm(x, groups, weight, bias, eps)
-    return F.silu(y) if activation == "silu" else y
-
-
-def _layer_norm(x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def _own_reference(name: str) -> Callable[..., Any]:
-    """For an op that eager PyTorch has no spelling of, its reference is the eager form."""
-    return lambda *args: registry.get(name).reference(*args)
-
-
-EAGER: Mapping[str, Callable[..., Any]] = {
-    "attention": _attention,
-    "group_norm": _group_norm,
-    "layer_norm": _layer_norm,
-}
-
-
 def eager_form(op: Op) -> Callable[..., Any]:
-    """The op as a user of eager PyTorch would write it."""
-    return EAGER.get(op.name) or _own_reference(op.name)
+    """The op as a user of eager PyTorch would write it; where there is no such form, its reference."""
+    return op.eager or op.reference
 
 
 def eager(op: Op, args: tuple[Any, ...]) -> Call:

@@ -11,6 +11,7 @@ rows are appended to a file of JSON lines as they come, so that a run that dies 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
@@ -23,29 +24,32 @@ from typing import TYPE_CHECKING
 from fusegen.bench import report
 from fusegen.bench import row as rows_file
 from fusegen.bench.row import Row
+from fusegen.kernels import catalogue
 
 if TYPE_CHECKING:
     from fusegen.bench.gpu_stages import Setting
 
-OPS = ("attention", "group_norm", "layer_norm", "noise_normal", "sampler_step")
-TUNED = ("attention", "group_norm", "layer_norm")
-# Groups run one after another; what only checks results runs together, what is timed runs alone.  Each with the share
-# of the whole time that it may have used up when it ends.
-GROUPS: tuple[tuple[float, tuple[str, ...]], ...] = (
-    (0.25, (*(f"correct:{op}" for op in OPS), "noise", "batch", "graphs")),
-    (0.28, ("roofline",)),
-    (0.45, ("tune:attention",)),
-    (0.50, ("tune:group_norm",)),
-    (0.53, ("tune:layer_norm",)),
-    (0.62, ("race:attention",)),
-    (0.75, ("race:group_norm",)),
-    (0.80, ("race:layer_norm",)),
-    (0.82, ("race:noise_normal",)),
-    (0.84, ("race:sampler_step",)),
-    (0.90, ("model:emoji",)),
-    (1.00, ("model:sd15",)),
-)
-STAGES = tuple(stage for _, group in GROUPS for stage in group)
+# What a stage weighs beside the others in the time they share; 1 where nothing is said.
+WEIGHTS = {"tune:attention": 8.0, "race:attention": 5.0, "race:group_norm": 5.0, "tune:group_norm": 3.0,
+           "model:emoji": 3.0, "model:sd15": 5.0}  # fmt: skip
+TOGETHER = 12  # processes at once where results are only checked
+
+
+def groups() -> list[tuple[float, tuple[str, ...]]]:
+    """Groups of stages that run one after another, each with the share of the time that it may have used up by its end.
+
+    What only checks results runs together; what is timed runs alone.
+    """
+    ops = catalogue.triton_names()
+    checks = [*(f"correct:{op}" for op in ops), "noise", "batch", "graphs"]
+    tuned = [op for op in ops if "TUNABLE = " in (catalogue.GPU / f"{op}.py").read_text()]
+    alone = ["roofline", *(f"tune:{op}" for op in tuned), *(f"race:{op}" for op in ops), "model:emoji", "model:sd15"]
+    found = [tuple(checks[i : i + TOGETHER]) for i in range(0, len(checks), TOGETHER)] + [(stage,) for stage in alone]
+    weights = [4.0 if len(group) > 1 else WEIGHTS.get(group[0], 1.0) for group in found]
+    ends = itertools.accumulate(weights)
+    return [(end / sum(weights), group) for end, group in zip(ends, found, strict=True)]
+
+
 INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -111,7 +115,7 @@ def run(stages: Sequence[str], path: Path, seconds: float, rehearse: bool) -> li
     console, began, seen = Console(stderr=True), time.time(), len(rows_file.read(path)) if path.exists() else 0
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as cache:
-        for share, group in GROUPS:
+        for share, group in groups():
             until = began + share * seconds
             chosen = [stage for stage in group if stage in stages]
             for together in [[stage] for stage in chosen] if rehearse else [chosen]:
@@ -130,12 +134,13 @@ def run(stages: Sequence[str], path: Path, seconds: float, rehearse: bool) -> li
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 1 where any row is not ok."""
+    stages = [stage for _, group in groups() for stage in group]
     parser = argparse.ArgumentParser(prog="python -m fusegen.bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the file of rows; a dated one under bench/results/ by default")
     parser.add_argument("--seconds", type=float, default=460.0, help="the time for all stages together")
-    parser.add_argument("--only", action="append", choices=STAGES, help="only this stage (may be repeated)")
+    parser.add_argument("--only", action="append", choices=stages, help="only this stage (may be repeated)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes under Triton's interpreter, no times")
-    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=stages, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.stage:
@@ -148,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dated = Path(__file__).parent / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     with tempfile.TemporaryDirectory() as spare:
         path = args.out or (Path(spare) / "rehearsal.jsonl" if args.rehearse else dated)
-        rows = run(args.only or STAGES, path, args.seconds, args.rehearse)
+        rows = run(args.only or stages, path, args.seconds, args.rehearse)
     report.show(rows, "gpu-check" + (", rehearsed on the CPU" if args.rehearse else ""))
     bad = [r for r in rows if not r.ok]
     print(f"{len(rows)} rows in {path}; {len(bad)} not ok")

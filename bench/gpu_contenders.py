@@ -50,13 +50,13 @@ def forced(backend: SDPBackend) -> Build:
 
 def of(op: Op, dtype: torch.dtype, setting: Setting) -> Mapping[str, Build]:
     """The contenders of an op, the baseline first.  ``torch.compile`` leaves SDPA as it is, so attention has none."""
-    if setting.rehearse and op.name in contenders.EAGER:
+    if setting.rehearse and op.eager:
         return {"eager": contenders.eager, "fusegen": fusegen}
     if op.name == "attention":
         peers = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
         if dtype == torch.float32:
             peers = {"sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
         return {"eager": contenders.eager, **{who: forced(b) for who, b in peers.items()}, "fusegen": fusegen}
-    if op.name in contenders.EAGER:
+    if op.eager:
         return {"eager": contenders.eager, "compile": compiled, "fusegen": fusegen}
     return {"fusegen": fusegen}  # eager PyTorch has no form of it that draws the same noise on a GPU

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fusegen.bench import verify
 from fusegen.bench.row import Row, versions
+from fusegen.kernels import catalogue
 from fusegen.kernels import op as registry
 from fusegen.kernels.op import Case, Launch, Op, Tolerance
 
-OPS = ("attention", "group_norm", "layer_norm", "noise_normal", "sampler_step")
 Call = Callable[[], Any]
 
 
@@ -39,7 +39,7 @@ class Setting:
 def load(setting: Setting) -> Mapping[str, Op]:
     """The registry; in a rehearsal with the GPU kernels too, which it leaves out where there is no GPU."""
     found = registry.ops()
-    for name in OPS if setting.rehearse else ():
+    for name in catalogue.triton_names() if setting.rehearse else ():
         if not any(k.device == "cuda" for k in found[name].kernels):
             found[name].kernels.extend(importlib.import_module(f"fusegen.kernels.gpu.{name}").KERNELS)
     return found

@@ -1,7 +1,7 @@
 """Loads every op, then the kernels this machine can run.
 
-An op is any ``kernels/<op>.py``; its kernels are the files of the same stem in ``cpu/`` and ``gpu/``, each with one
-``KERNELS`` list.  Nothing needs to be listed by hand.
+An op is any ``kernels/<op>.py`` (a long list of cases may stand in ``<op>_cases.py`` beside it); its kernels are the
+files of the same stem in ``cpu/`` and ``gpu/``, each with one ``KERNELS`` list.  Nothing needs to be listed by hand.
 """
 
 from __future__ import annotations
@@ -14,12 +14,19 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
+GPU = _HERE / "gpu"
 _NOT_OPS = {"__init__", "op", "catalogue"}
 
 
 def names() -> tuple[str, ...]:
     """The stems of the op files, sorted."""
-    return tuple(sorted(p.stem for p in _HERE.glob("*.py") if p.stem not in _NOT_OPS))
+    stems = (p.stem for p in _HERE.glob("*.py"))
+    return tuple(sorted(s for s in stems if s not in _NOT_OPS and not s.endswith("_cases")))
+
+
+def triton_names() -> tuple[str, ...]:
+    """The ops that have a Triton kernel, whether or not this machine can run it."""
+    return tuple(name for name in names() if (GPU / f"{name}.py").exists())
 
 
 @functools.cache

@@ -221,6 +221,12 @@ SPELLINGS = [
     Spelling("group_norm without affine", _plain, lambda: _small(_PLAIN_INPUT), _with("none")),
 ]
 
+
+def _eager(x: Tensor, groups: int, weight: Any, bias: Any, eps: float, activation: str) -> Tensor:
+    y = F.group_norm(x, groups, weight, bias, eps)
+    return F.silu(y) if activation == "silu" else y
+
+
 OP = register(
     Op(
         name="group_norm",
@@ -235,5 +241,6 @@ OP = register(
         },
         cases=CASES,
         spellings=SPELLINGS,
+        eager=_eager,
     )
 )

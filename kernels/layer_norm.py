@@ -148,6 +148,11 @@ SPELLINGS = [
     Spelling("mean and mean square", _mean_square, _inputs, _call),
 ]
 
+
+def _eager(x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
 OP = register(
     Op(
         name="layer_norm",
@@ -162,5 +167,6 @@ OP = register(
         },
         cases=CASES,
         spellings=SPELLINGS,
+        eager=_eager,
     )
 )

@@ -118,13 +118,21 @@ class Picked:
     declined: tuple[Declined, ...]
 
 
+def first_sample(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
+    """Sample ``b`` alone where only the first argument has a batch."""
+    return (args[0][b : b + 1], *args[1:])
+
+
 @dataclass(frozen=True)
 class Op:
     """A fused operation; see the module's text and ``docs/map.md`` for how to add one.
 
     ``reference(*args)`` is the ground truth, in eager PyTorch, for every dtype and layout: it computes in float32 or
     wider and returns the dtype and strides of ``allocate(*args)``, which makes the uninitialised outputs (on the
-    device of the arguments, meta included).  ``mutates`` names the arguments written in place.
+    device of the arguments, meta included).  ``mutates`` names the arguments written in place.  ``eager(*args)`` is the
+    op as a user of eager PyTorch would write it, with PyTorch's own fast routines, for benchmarks; None where no such
+    form has the same meaning.  ``alone(args, b)``: the arguments of sample ``b`` by itself, whose result must have the
+    bits it has in the batch.
     """
 
     name: str
@@ -136,6 +144,8 @@ class Op:
     cases: Sequence[Case]
     spellings: Sequence[Spelling] = ()
     mutates: tuple[str, ...] = ()
+    eager: Callable[..., Any] | None = None
+    alone: Callable[[tuple[Any, ...], int], tuple[Any, ...]] = first_sample
     kernels: list[Kernel] = field(default_factory=list)
 
     def case(self, name: str) -> Case:

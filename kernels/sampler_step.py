@@ -186,6 +186,13 @@ CASES = [
     _case("4x4x128x128 ancestral", (4, 4, 128, 128), _ANCESTRAL, bench=True, small=False),
 ]
 
+
+def _alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
+    x, out, row, history, seeds, guidance, rescale = args
+    own = out[b :: x.shape[0]].contiguous()  # the unconditional and the conditional prediction of sample b
+    return (x[b : b + 1], own, row, history[:, b : b + 1].contiguous(), seeds[b : b + 1], guidance[b : b + 1], rescale)
+
+
 OP = register(
     Op(
         name="sampler_step",
@@ -200,5 +207,6 @@ OP = register(
         },
         cases=CASES,
         mutates=("history",),
+        alone=_alone,
     )
 )

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from fusegen.kernels import catalogue
 from fusegen.kernels import op as registry
 from fusegen.kernels.gpu import compile as compiler
 from fusegen.kernels.gpu import tune
@@ -28,6 +29,11 @@ SUBSET = (
     ("layer_norm", "bf16 1280", 80),
     ("noise_normal", "4x64x64", 90),
     ("sampler_step", "bf16 rescale 0.7", 90),
+)
+SUBSET += tuple(  # and one of every other op
+    (op, next(iter(compiler.specimens([op]))).name, 90)
+    for op in catalogue.triton_names()
+    if op not in {name for name, _, _ in SUBSET}
 )
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-OPS = ("attention", "group_norm", "layer_norm", "noise_normal", "sampler_step")
+from fusegen.kernels import catalogue
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", catalogue.triton_names())
 def test_kernels_match_the_reference(name: str) -> None:
     done = subprocess.run(
         [sys.executable, __file__, name],
@@ -36,21 +36,14 @@ def test_kernels_match_the_reference(name: str) -> None:
     assert [r for r in results if not r["ok"]] == []
 
 
-def configurations(name: str, module: Any, args: tuple[Any, ...]) -> Iterator[Any]:
+def configurations(module: Any, args: tuple[Any, ...]) -> Iterator[Any]:
     """The rule's configuration, and small tiles that lead small cases down the paths of large ones."""
     yield module.TUNABLE.default(*args)
-    if str(args[0].dtype) == "torch.bfloat16":
-        return  # one dtype fewer keeps this test short; float16 takes the same paths
-    if name == "attention":
-        yield module.Config(16, 16, 4, 1, split=True)
-    elif name == "group_norm":
-        small = str(args[0].dtype) == "torch.float16"
-        yield module.Config(False, 256, 16, 4) if small else module.Config(False, 128, 4, 4)
-    elif name == "layer_norm":
-        yield module.Config(4, 4)
+    if str(args[0].dtype) != "torch.bfloat16":  # one dtype fewer keeps this test short; float16 takes the same paths
+        yield from module.TUNABLE.small(*args)
 
 
-def bindings(name: str, module: Any, op: Any, made: list[tuple[Any, ...]]) -> Iterator[tuple[str, Any, Any, Any]]:
+def bindings(module: Any, op: Any, made: list[tuple[Any, ...]]) -> Iterator[tuple[str, Any, Any, Any]]:
     """(label, outputs, arguments, launch) of every way to run the case; each takes one of ``made``."""
     if not hasattr(module, "TUNABLE"):
         args = made.pop()
@@ -59,7 +52,7 @@ def bindings(name: str, module: Any, op: Any, made: list[tuple[Any, ...]]) -> It
         return
     from fusegen.kernels.gpu.launch import TritonLaunch
 
-    for config in configurations(name, module, made[0]):
+    for config in configurations(module, made[0]):
         args = made.pop()
         outs = op.allocate(*args)
         yield str(config), outs, args, TritonLaunch(args, module.TUNABLE.stages(outs, args, config))
@@ -132,7 +125,7 @@ def check(name: str) -> Iterator[dict[str, Any]]:
             expected = op.reference(*wide)
             expected = (*(expected if isinstance(expected, tuple) else (expected,)), *(wide[i] for i in written))
             bound = op.tolerance[dtype]
-            for label, outs, args, launch in bindings(name, module, op, made):
+            for label, outs, args, launch in bindings(module, op, made):
                 launch.run()
                 pairs = zip((*outs, *(args[i] for i in written)), expected, strict=True)
                 found = [errors(o, e) for o, e in pairs]

@@ -73,6 +73,14 @@ struct fg_sampler_step_args {
   double rescale;
 };
 
+// Every op with a struct above; pool.cpp gives their sizes out.
+#define FG_OPS(X) \
+  X(attention)    \
+  X(group_norm)   \
+  X(layer_norm)   \
+  X(noise_normal) \
+  X(sampler_step)
+
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {
   int (*function)(const void *);

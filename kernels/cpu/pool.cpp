@@ -121,11 +121,9 @@ FG_API int64_t fg_sizeof(const char *op) {
     int64_t size;
   };
   static const Row rows[] = {
-      {"attention", sizeof(fg_attention_args)},
-      {"sampler_step", sizeof(fg_sampler_step_args)},
-      {"noise_normal", sizeof(fg_noise_normal_args)},
-      {"layer_norm", sizeof(fg_layer_norm_args)},
-      {"group_norm", sizeof(fg_group_norm_args)},
+#define FG_ROW(op) {#op, sizeof(fg_##op##_args)},
+      FG_OPS(FG_ROW)
+#undef FG_ROW
   };
   for (const Row &row : rows) {
     const char *a = row.op, *b = op;

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusegen.kernels.attention import heads, spread_mask
-from fusegen.kernels.gpu.launch import Stage, Use, blocks, power, unit
+from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power, unit
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
 from fusegen.kernels.op import FLOATS, Kernel
 
@@ -270,5 +270,28 @@ def decline(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) ->
     return None
 
 
-TUNABLE = Tunable("attention", Config, key, default, space, stages, Path(__file__))
+def small(q: Tensor, *rest: Any) -> Iterator[Config]:
+    yield Config(16, 16, 4, 1, split=True)
+
+
+def specimens() -> Iterator[Named]:
+    """Head dimensions by dtype, then masks, lengths and few keys in bfloat16."""
+    for dtype, kind in SHORT.items():
+        for dim in (40, 64, 72, 80, 96, 128, 160, 256) if dtype != torch.float16 else (64, 128):
+            yield _specimen(f"{kind} d{dim}", dtype, dim)
+    bf16, mask = torch.bfloat16, meta(2, 8, 1024, 1024, dtype=torch.bool)
+    yield _specimen("bf16 d64 causal", bf16, 64, causal=True)
+    yield _specimen("bf16 d40 on 77 keys", bf16, 40, keys=77)
+    yield _specimen("bf16 d64 boolean mask", bf16, 64, mask=mask)
+    yield _specimen("bf16 d64 added mask", bf16, 64, mask=mask.to(bf16))
+    yield _specimen("bf16 d64 key lengths", bf16, 64, lengths=meta(2, dtype=torch.int64))
+
+
+def _specimen(name: str, dtype: torch.dtype, dim: int, keys: int = 1024, mask: Tensor | None = None,
+              lengths: Tensor | None = None, causal: bool = False) -> Named:  # fmt: skip
+    q, k = (meta(2, n, 8, dim, dtype=dtype).transpose(1, 2) for n in (1024, keys))
+    return name, lambda: (q, k, torch.empty_like(k), mask, lengths, causal, None)
+
+
+TUNABLE = Tunable("attention", Config, key, default, space, stages, Path(__file__), small)
 KERNELS = [Kernel("attention.triton", "cuda", decline, TUNABLE.bind)]

@@ -27,14 +27,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fusegen.kernels import catalogue
 from fusegen.kernels import op as registry
 from fusegen.kernels.gpu.launch import ALIGNMENT, Stage
 from fusegen.kernels.gpu.tune import SHARED_BYTES
 
 ARCHITECTURES = {80: 163 * 1024, 90: SHARED_BYTES, 100: SHARED_BYTES}  # sm -> shared memory of a block
-OPS = ("attention", "group_norm", "layer_norm", "noise_normal", "sampler_step")
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-_TYPES = {FP32: "fp32", BF16: "bf16", FP16: "fp16", torch.int64: "i64", torch.int32: "i32", torch.bool: "i1"}
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1",
+    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+}  # fmt: skip
 _INSTRUCTION = re.compile(r"^\s+(?:/\*.*?\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)
 _COLUMNS = (
     "op",
@@ -92,58 +94,11 @@ class Usage:
     triton: str = triton.__version__
 
 
-def _meta(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _attention(dtype: torch.dtype, dim: int, keys: int, **more: Any) -> tuple[Any, ...]:
-    q, k = _meta(2, 1024, 8, dim, dtype=dtype), _meta(2, keys, 8, dim, dtype=dtype)
-    given = {"mask": None, "lengths": None, "causal": False} | more
-    heads = (x.transpose(1, 2) for x in (q, k, torch.empty_like(k)))
-    return (*heads, given["mask"], given["lengths"], given["causal"], None)
-
-
-def _group_norm(dtype: torch.dtype, shape: tuple[int, ...], last: bool) -> tuple[Any, ...]:
-    layout = torch.channels_last if last else torch.contiguous_format
-    x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
-    return (x, 32, _meta(shape[1], dtype=dtype), _meta(shape[1], dtype=dtype), 1e-5, "silu")
-
-
-def _sampler(dtype: torch.dtype, rescale: float) -> tuple[Any, ...]:
-    x = _meta(2, 4, 64, 64)
-    seeds = _meta(2, dtype=torch.int64)
-    return (x, _meta(4, 4, 64, 64, dtype=dtype), _meta(18), _meta(8, 2, 4, 64, 64), seeds, _meta(2), rescale)
-
-
-def specimens(ops: Sequence[str] = OPS) -> Iterator[Specimen]:
-    """Each op over dtypes, head dimensions, layouts and paths."""
-
-    def one(op: str, name: str, build: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[Specimen]:
-        if op in ops:
-            yield Specimen(op, name, lambda: build(*args, **kwargs))
-
-    for dtype in (BF16, FP16, FP32):
-        kind = _TYPES[dtype]
-        for dim in (40, 64, 72, 80, 96, 128, 160, 256) if dtype != FP16 else (64, 128):
-            yield from one("attention", f"{kind} d{dim}", _attention, dtype, dim, 1024)
-        for last in (False, True):
-            where = "channels-last" if last else "contiguous"
-            for shape in ((2, 320, 64, 64), (2, 1280, 8, 8)):
-                name = f"{kind} {shape[1]}x{shape[2]}x{shape[3]} {where}"
-                yield from one("group_norm", name, _group_norm, dtype, shape, last)
-        for width in (160, 1280, 5120):
-            build = lambda d, w: (_meta(4096, w, dtype=d), _meta(w, dtype=d), _meta(w, dtype=d), 1e-5)  # noqa: E731
-            yield from one("layer_norm", f"{kind} {width}", build, dtype, width)
-        for rescale in (0.0, 0.7):
-            yield from one("sampler_step", f"{kind} rescale {rescale}", _sampler, dtype, rescale)
-    mask = _meta(2, 8, 1024, 1024, dtype=torch.bool)
-    yield from one("attention", "bf16 d64 causal", _attention, BF16, 64, 1024, causal=True)
-    yield from one("attention", "bf16 d40 on 77 keys", _attention, BF16, 40, 77)
-    yield from one("attention", "bf16 d64 boolean mask", _attention, BF16, 64, 1024, mask=mask)
-    yield from one("attention", "bf16 d64 added mask", _attention, BF16, 64, 1024, mask=mask.to(BF16))
-    lengths = _meta(2, dtype=torch.int64)
-    yield from one("attention", "bf16 d64 key lengths", _attention, BF16, 64, 1024, lengths=lengths)
-    yield from one("noise_normal", "4x64x64", lambda: (_meta(2, dtype=torch.int64), [4, 64, 64], 7, 0))
+def specimens(ops: Sequence[str] = ()) -> Iterator[Specimen]:
+    """What each op's file names in ``specimens()``: dtypes, sizes, layouts and paths; every op where none is named."""
+    for op in ops or catalogue.triton_names():
+        module = importlib.import_module(f"fusegen.kernels.gpu.{op}")
+        yield from (Specimen(op, name, build) for name, build in module.specimens())
 
 
 def source(stage: Stage, args: Sequence[Any]) -> ASTSource:
@@ -243,11 +198,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--arch", type=int, action="append", choices=tuple(ARCHITECTURES), help="only this one (80, 90, 100)"
     )
-    parser.add_argument("--op", action="append", choices=OPS, help="only this op (may be repeated)")
+    parser.add_argument(
+        "--op", action="append", choices=catalogue.triton_names(), help="only this op (may be repeated)"
+    )
     parser.add_argument("--json", type=Path, help="write the table to this file as well")
     args = parser.parse_args(argv)
     registry.ops()
-    usages = run(args.op or OPS, args.arch or tuple(ARCHITECTURES))
+    usages = run(args.op or (), args.arch or tuple(ARCHITECTURES))
     show(usages)
     if args.json:
         args.json.write_text("[\n" + ",\n".join(json.dumps(asdict(u)) for u in usages) + "\n]\n")

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusegen.kernels.gpu.launch import Stage, Use, blocks, power
+from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
 
@@ -232,5 +232,19 @@ def decline(x: Tensor, *rest: Any) -> str | None:
     return None
 
 
-TUNABLE = Tunable("group_norm", Config, key, default, space, stages, Path(__file__))
+def small(x: Tensor, *rest: Any) -> Iterator[Config]:
+    yield Config(False, 256, 16, 4) if x.dtype == torch.float16 else Config(False, 128, 4, 4)
+
+
+def specimens() -> Iterator[Named]:
+    for dtype, kind in SHORT.items():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for shape in ((2, 320, 64, 64), (2, 1280, 8, 8)):
+                x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+                args = (x, 32, meta(shape[1], dtype=dtype), meta(shape[1], dtype=dtype), 1e-5, "silu")
+                where = "contiguous" if layout == torch.contiguous_format else "channels-last"
+                yield f"{kind} {shape[1]}x{shape[2]}x{shape[3]} {where}", lambda args=args: args  # type: ignore[misc]
+
+
+TUNABLE = Tunable("group_norm", Config, key, default, space, stages, Path(__file__), small)
 KERNELS = [Kernel("group_norm.triton", "cuda", decline, TUNABLE.bind)]

@@ -6,7 +6,7 @@ run on a GPU, run under Triton's interpreter, and are compiled for a GPU that is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,10 @@ from triton.runtime.jit import JITFunction
 from fusegen.kernels.op import Launch
 
 ALIGNMENT = 16  # bytes; what Triton specialises pointers on, and the widest load a thread can do
+
+
+# (name, arguments as meta tensors in schema order): what a kernel's ``specimens()`` yields, see compile.py.
+Named = tuple[str, Callable[[], tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,14 @@ def unit(dtype_bytes: int, *strides: int) -> int:
     while size > 1 and any(s % size for s in strides):
         size //= 2
     return size
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without data, for specimens to be compiled."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # dtypes as specimens' names have them
 
 
 def power(n: int) -> int:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusegen.kernels.gpu.launch import Stage, Use, blocks, power
+from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
 
@@ -122,5 +122,17 @@ def decline(x: Tensor, *rest: Any) -> str | None:
     return None
 
 
-TUNABLE = Tunable("layer_norm", Config, key, default, space, stages, Path(__file__))
+def small(*args: Any) -> Iterator[Config]:
+    yield Config(4, 4)
+
+
+def specimens() -> Iterator[Named]:
+    for dtype, kind in SHORT.items():
+        for width in (160, 1280, 5120):
+            parameter = meta(width, dtype=dtype)
+            args = (meta(4096, width, dtype=dtype), parameter, parameter, 1e-5)
+            yield f"{kind} {width}", lambda args=args: args  # type: ignore[misc]
+
+
+TUNABLE = Tunable("layer_norm", Config, key, default, space, stages, Path(__file__), small)
 KERNELS = [Kernel("layer_norm.triton", "cuda", decline, TUNABLE.bind)]

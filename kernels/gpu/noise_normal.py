@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusegen.kernels import noise_normal as spec
-from fusegen.kernels.gpu.launch import Stage, TritonLaunch, Use, blocks
+from fusegen.kernels.gpu.launch import Named, Stage, TritonLaunch, Use, blocks, meta
 from fusegen.kernels.op import Kernel
 
 SEEDS = 0  # position in the schema
@@ -100,6 +100,10 @@ def decline(seeds: Tensor, shape: Sequence[int], step: int, sample: int = 0) -> 
     if seeds.shape[0] > 65535:
         return f"a batch of {seeds.shape[0]} is beyond the grid's second dimension (65535)"
     return None if seeds.is_contiguous() else f"seeds of stride {seeds.stride(0)} are not next to each other"
+
+
+def specimens() -> Iterator[Named]:
+    yield "4x64x64", lambda: (meta(2, dtype=torch.int64), [4, 64, 64], 7, 0)
 
 
 KERNELS = [Kernel("noise_normal.triton", "cuda", decline, bind)]

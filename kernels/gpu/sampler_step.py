@@ -5,6 +5,7 @@ The row of coefficients is read in the kernel, so that a captured graph serves e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusegen.kernels import sampler_step as spec
-from fusegen.kernels.gpu.launch import Stage, TritonLaunch, Use, blocks
+from fusegen.kernels.gpu.launch import SHORT, Named, Stage, TritonLaunch, Use, blocks, meta
 from fusegen.kernels.gpu.noise_normal import EXACT, normals, table
 from fusegen.kernels.op import Kernel
 
@@ -177,6 +178,14 @@ def decline(
         if name not in ("out", "seeds") and tensor.dtype != torch.float32:
             return f"{name} is {tensor.dtype}, not float32"
     return f"a batch of {x.shape[0]} is beyond the grid's second dimension (65535)" if x.shape[0] > 65535 else None
+
+
+def specimens() -> Iterator[Named]:
+    x, seeds = meta(2, 4, 64, 64), meta(2, dtype=torch.int64)
+    for dtype, kind in SHORT.items():
+        for rescale in (0.0, 0.7):
+            args = (x, meta(4, 4, 64, 64, dtype=dtype), meta(18), meta(8, 2, 4, 64, 64), seeds, meta(2), rescale)
+            yield f"{kind} rescale {rescale}", lambda args=args: args  # type: ignore[misc]
 
 
 KERNELS = [Kernel("sampler_step.triton", "cuda", decline, bind)]

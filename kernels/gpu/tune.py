@@ -36,7 +36,8 @@ class Tunable:
     ``config``: its frozen dataclass.  ``key(*args)``: what the best choice depends on, never the batch, so that results
     do not depend on it either.  ``default(*args, limit)``: the rule, for ``limit`` bytes of shared memory a block.
     ``space(*args)``: candidates, already pruned.  ``stages(outs, args, config)``: the launches.  ``source``: the file
-    whose change makes measurements stale.
+    whose change makes measurements stale.  ``small(*args)``: for tests, tiles that lead small cases down the paths of
+    large ones.
     """
 
     op: str
@@ -46,6 +47,7 @@ class Tunable:
     space: Callable[..., Iterable[Any]]
     stages: Callable[[tuple[Tensor, ...], tuple[Any, ...], Any], tuple[Stage, ...]]
     source: Path
+    small: Callable[..., Iterable[Any]] = lambda *args: ()
 
     def bind(self, outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> TritonLaunch:
         """The launch with the configuration :func:`choose` finds."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusegen.kernels.attention_cases import CASES
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, register
 
 SCHEMA = (
@@ -201,6 +202,20 @@ SPELLINGS = [
     *(_baddbmm(masked) for masked in _BOTH),
 ]
 
+
+def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    batch, kv_heads, repeats = draw.integer(1, 2), draw.integer(1, 2), draw.integer(1, 3)
+    queries, keys, dim = draw.integer(0, 70), draw.integer(0, 90), draw.integer(1, 130)
+    layouts = ("contiguous", "unaligned", "padded", "strided", "transposed")
+    q = draw.tensor((batch, queries, kv_heads * repeats, dim), dtype, layouts=layouts).transpose(1, 2)
+    k, v = (draw.tensor((batch, kv_heads, keys, dim), dtype, layouts=layouts) for _ in range(2))
+    kind = draw.choice(("none", "bool", "float"))
+    mask = None if kind == "none" else draw.dense((batch, 1, queries, keys), draw.choice((dtype, torch.float32)))
+    mask = mask > -0.5 if mask is not None and kind == "bool" else mask
+    lengths = torch.tensor(draw.shape(*[keys] * batch)) if draw.flag() else None
+    return (q, k, v, mask, lengths, draw.flag(), None)
+
+
 OP = register(
     Op(
         name="attention",
@@ -217,5 +232,8 @@ OP = register(
         spellings=SPELLINGS,
         eager=_eager,
         alone=_alone,
+        draw=_draw,
+        formula="softmax(scale q k^T + mask) v",
+        source="Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1",
     )
 )

@@ -15,7 +15,7 @@ import torch
 
 _HERE = Path(__file__).parent
 GPU = _HERE / "gpu"
-_NOT_OPS = {"__init__", "op", "catalogue"}
+_NOT_OPS = {"__init__", "op", "catalogue", "draw"}
 
 
 def names() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, register
 
 ACTIVATIONS = ("none", "silu")
@@ -227,6 +228,14 @@ def _eager(x: Tensor, groups: int, weight: Any, bias: Any, eps: float, activatio
     return F.silu(y) if activation == "silu" else y
 
 
+def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    groups, width, own = draw.integer(1, 9), draw.integer(1, 40), (dtype, torch.float32)
+    shape = (draw.integer(0, 3), groups * width, *draw.shape(*[23] * draw.integer(0, 3)))
+    x = draw.tensor(shape, dtype, mean=draw.choice((0.0, 8.0)))
+    weight, bias = draw.maybe(shape[1:2], own), draw.maybe(shape[1:2], own)
+    return (x, groups, weight, bias, draw.choice((1e-5, 1e-6)), draw.choice(("none", "silu")))
+
+
 OP = register(
     Op(
         name="group_norm",
@@ -242,5 +251,8 @@ OP = register(
         cases=CASES,
         spellings=SPELLINGS,
         eager=_eager,
+        draw=_draw,
+        formula="(x - mean) / sqrt(variance + eps) * weight + bias over each group of channels, then SiLU if asked",
+        source="Wu & He 2018, arXiv:1803.08494",
     )
 )

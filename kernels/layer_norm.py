@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, register
 
 SCHEMA = "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor"
@@ -153,6 +154,12 @@ def _eager(x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    width, own = draw.integer(0, 700), (dtype, torch.float32)
+    x = draw.tensor((*draw.shape(5, *[5] * draw.integer(0, 2)), width), dtype, mean=draw.choice((0.0, 8.0)))
+    return (x, draw.maybe((width,), own), draw.maybe((width,), own), 1e-5)
+
+
 OP = register(
     Op(
         name="layer_norm",
@@ -168,5 +175,8 @@ OP = register(
         cases=CASES,
         spellings=SPELLINGS,
         eager=_eager,
+        draw=_draw,
+        formula="(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension",
+        source="Ba, Kiros & Hinton 2016, arXiv:1607.06450",
     )
 )

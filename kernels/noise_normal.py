@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Generator, Tensor
 
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Case, Cost, Op, Tolerance, register
 
 SCHEMA = "(Tensor seeds, int[] shape, int step, int sample=0) -> Tensor"
@@ -169,6 +170,13 @@ CASES = [
     _case("1x4x128x128", 1, (4, 128, 128), step=19, bench=True, small=False),
 ]
 
+
+def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    seeds = [draw.integer(-(2**63), 2**63 - 1) for _ in range(draw.integer(0, 4))]
+    shape = list(draw.shape(*[70] * draw.integer(0, 2)))
+    return (torch.tensor(seeds, dtype=torch.int64), shape, *draw.shape(2**32 - 1, 2**32 - 1))
+
+
 OP = register(
     Op(
         name="noise_normal",
@@ -178,5 +186,8 @@ OP = register(
         cost=cost,
         tolerance={torch.float32: Tolerance(rms=0.0, peak=0.0)},
         cases=CASES,
+        draw=_draw,
+        formula="the inverse normal distribution at Philox-4x32-10(seed, sample, step, element)",
+        source="Salmon et al. 2011, doi:10.1145/2063384.2063405",
     )
 )

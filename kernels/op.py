@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusegen.kernels.draw import Draw
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 LIBRARY = torch.library.Library("fusegen", "FRAGMENT")
 
@@ -132,7 +134,10 @@ class Op:
     device of the arguments, meta included).  ``mutates`` names the arguments written in place.  ``eager(*args)`` is the
     op as a user of eager PyTorch would write it, with PyTorch's own fast routines, for benchmarks; None where no such
     form has the same meaning.  ``alone(args, b)``: the arguments of sample ``b`` by itself, whose result must have the
-    bits it has in the batch.
+    bits it has in the batch.  ``draw(draw, dtype)``: valid arguments that nobody chose, a full list in schema order,
+    for the tests (``draw.py``): some ten thousand elements at most, sizes 0 and 1 and every layout that is allowed
+    among them; ``dtype`` is a key of ``tolerance``.  ``formula`` and ``source`` (a paper or a routine)
+    are one line each.
     """
 
     name: str
@@ -146,6 +151,9 @@ class Op:
     mutates: tuple[str, ...] = ()
     eager: Callable[..., Any] | None = None
     alone: Callable[[tuple[Any, ...], int], tuple[Any, ...]] = first_sample
+    draw: Callable[[Draw, torch.dtype], tuple[Any, ...]] | None = None
+    formula: str = ""
+    source: str = ""
     kernels: list[Kernel] = field(default_factory=list)
 
     def case(self, name: str) -> Case:

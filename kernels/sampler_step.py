@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.noise_normal import normal_numpy
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
 
@@ -193,6 +194,19 @@ def _alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
     return (x[b : b + 1], own, row, history[:, b : b + 1].contiguous(), seeds[b : b + 1], guidance[b : b + 1], rescale)
 
 
+def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    batch, inner = draw.integer(0, 3), draw.shape(*[60] * draw.integer(1, 2))
+    coefficients, whole = (0.0, 1.0, -0.5, 0.125), ("CLIP", "STEP", "STORE_X", "STORE_D")
+    row = {name: draw.choice(coefficients) for name in NAMES if name not in whole}
+    row |= {"STEP": draw.integer(0, 2**24), "CLIP": draw.choice((1.0, float("inf")))}
+    row |= {name: draw.integer(-1, SLOTS - 1) for name in ("STORE_X", "STORE_D")}
+    x = draw.dense((batch, *inner), torch.float32)
+    out = draw.dense((batch * draw.integer(1, 2), *inner), dtype)
+    history = draw.dense((2 * SLOTS, batch, *inner), torch.float32)
+    seeds, guidance = torch.arange(batch) * 3 - 1, draw.dense((batch,), torch.float32, mean=2.0)
+    return (x, out, torch.tensor(make_row(**row)), history, seeds, guidance, draw.choice((0.0, 0.5)))
+
+
 OP = register(
     Op(
         name="sampler_step",
@@ -208,5 +222,8 @@ OP = register(
         cases=CASES,
         mutates=("history",),
         alone=_alone,
+        draw=_draw,
+        formula="next x: a linear combination of x, earlier x's, guided denoised predictions and noise",
+        source="Karras et al. 2022, arXiv:2206.00364; Ho & Salimans 2022, arXiv:2207.12598",
     )
 )

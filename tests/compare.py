@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusegen.kernels.op import Op, Tolerance
+from fusegen.kernels.op import Kernel, Op, Tolerance
 
 OUTSIDE = 0x5A  # the byte around an output; an overrun would have to write just this
 
@@ -99,3 +99,28 @@ def fenced(tensor: Tensor, fill: Tensor | None = None, margin: int = 61) -> tupl
         assert torch.equal(after.view(torch.uint8), before.view(torch.uint8)), f"{name}: memory beside it was written"
 
     return copy, check
+
+
+def run_fenced(op: Op, kernel: Kernel, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    """One run inside fences: arguments unharmed, nothing written beside a buffer, all of every output written."""
+    fences = {i: fenced(a) for i, a in enumerate(args) if isinstance(a, Tensor)}
+    inner = tuple(fences[i][0] if i in fences else a for i, a in enumerate(args))
+    nan = torch.tensor(float("nan"))
+    outs = [fenced(out, fill=nan.to(out.dtype)) for out in op.allocate(*args)]
+    kernel.bind(tuple(copy for copy, _ in outs), inner).run()
+    for i, (_, check) in enumerate(outs):
+        check(f"{op.name} output {i}")
+    written = mutated(op, inner)
+    for i, (copy, check) in fences.items():
+        check(f"{op.name} argument {i}")
+        if not any(copy is tensor for tensor in written.values()):
+            assert same_bits(copy, args[i]), f"{op.name} changed its argument {i}"
+    return {f"output {i}": copy for i, (copy, _) in enumerate(outs)} | written
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether the two are equal bit by bit: dtype, shape and every element, NaNs too."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    dense = (t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(*dense)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_all_close, cloned, fenced, mutated, truth, tuples
+from compare import assert_all_close, cloned, mutated, run_fenced, same_bits, truth, tuples
 from torch import Tensor
 
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
-from fusegen.kernels.op import Case, Kernel, Op, pick
+from fusegen.kernels.op import Case, Op, pick
 
 OPS = registry.ops()
 CPU_KERNELS = [op for op in OPS.values() if any(k.device == "cpu" for k in op.kernels)]
@@ -38,29 +38,6 @@ def _levels(op: Op) -> list[str]:
     return [level for level, code in row.items() if code == level]
 
 
-def _run_fenced(op: Op, kernel: Kernel, args: tuple[Any, ...]) -> dict[str, Tensor]:
-    """One run inside fences: arguments unharmed, nothing written beside a buffer, all of every output written."""
-    fences = {i: fenced(a) for i, a in enumerate(args) if isinstance(a, Tensor)}
-    inner = tuple(fences[i][0] if i in fences else a for i, a in enumerate(args))
-    nan = torch.tensor(float("nan"))
-    outs = [fenced(out, fill=nan.to(out.dtype)) for out in op.allocate(*args)]
-    kernel.bind(tuple(copy for copy, _ in outs), inner).run()
-    for i, (_, check) in enumerate(outs):
-        check(f"{op.name} output {i}")
-    written = mutated(op, inner)
-    for i, (copy, check) in fences.items():
-        check(f"{op.name} argument {i}")
-        if not any(copy is tensor for tensor in written.values()):
-            assert _same_bits(copy, args[i]), f"{op.name} changed its argument {i}"
-    return {f"output {i}": copy for i, (copy, _) in enumerate(outs)} | written
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)) if a.dim() else bool(a == b)
-
-
 @needs_library
 @pytest.mark.parametrize(("op", "case", "dtype"), EVERY, ids=_name)
 def test_kernels_agree_with_the_reference_at_every_level(op: Op, case: Case, dtype: torch.dtype) -> None:
@@ -71,7 +48,7 @@ def test_kernels_agree_with_the_reference_at_every_level(op: Op, case: Case, dty
         with library.forced(level):
             for kernel in kernels:
                 label = f"{case.name} / {dtype} / {kernel.name} at {level}"
-                assert_all_close(op, label, _run_fenced(op, kernel, args), want)
+                assert_all_close(op, label, run_fenced(op, kernel, args), want)
 
 
 @needs_library
@@ -82,7 +59,7 @@ def test_large_cases_are_served_by_a_kernel(op: Op, case: Case, dtype: torch.dty
     assert kernel is not None, pick(op, "cpu", args).declined
     if op.cost(*args).flops > 2**32:
         pytest.skip("the float64 reference takes too long")
-    assert_all_close(op, f"{case.name} / {dtype} / {kernel.name}", _run_fenced(op, kernel, args), truth(op, args))
+    assert_all_close(op, f"{case.name} / {dtype} / {kernel.name}", run_fenced(op, kernel, args), truth(op, args))
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), EVERY, ids=_name)
@@ -138,7 +115,7 @@ def test_threads_do_not_change_a_bit(op: Op) -> None:
                 results.append(_run(op, args))
             for other in results[1:]:
                 for name, tensor in results[0].items():
-                    assert _same_bits(tensor, other[name]), f"{op.name} / {case.name} / {name}"
+                    assert same_bits(tensor, other[name]), f"{op.name} / {case.name} / {name}"
     finally:
         torch.set_num_threads(before)
 
@@ -155,7 +132,7 @@ def _run(op: Op, args: tuple[Any, ...]) -> dict[str, Tensor]:
 
 @needs_library
 @pytest.mark.parametrize("op", CPU_KERNELS, ids=_name)
-def test_a_sample_has_the_same_bits_alone_and_in_a_batch(op: Op) -> None:
+def test_a_sample_has_thesame_bits_alone_and_in_a_batch(op: Op) -> None:
     for case in op.cases:
         args = _build(case, case.dtypes[0])
         batch = args[0].shape[0]
@@ -164,7 +141,7 @@ def test_a_sample_has_the_same_bits_alone_and_in_a_batch(op: Op) -> None:
         whole = _run(op, args)["output 0"]
         for b in {0, batch // 2, batch - 1}:
             own = _run(op, op.alone(args, b))["output 0"]
-            assert _same_bits(whole[b : b + 1], own), f"{op.name} / {case.name}: sample {b} differs alone"
+            assert same_bits(whole[b : b + 1], own), f"{op.name} / {case.name}: sample {b} differs alone"
 
 
 @needs_library

@@ -21,8 +21,8 @@ FOLD = (((1.0, 0.0, 0.0), (0.0, 1.0, 1.0)), ((1.0, 1.0, 0.0), (0.0, 0.0, 1.0)))
 
 
 def allocate(weight: Tensor) -> tuple[Tensor, ...]:
-    """The uninitialised filters (2, 2, 2, 2, I, O) of weight (O, I, 3, 3), contiguous: phase row, phase column, tap row,
-    tap column, input channel, output channel.  Raises ValueError for another shape.
+    """The uninitialised filters (2, 2, 2, 2, I, O) of weight (O, I, 3, 3), contiguous: phase row, phase column, tap
+    row, tap column, input channel, output channel.  Raises ValueError for another shape.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"upsample2x_filters: weight has shape {tuple(weight.shape)}, not (O, I, 3, 3)")

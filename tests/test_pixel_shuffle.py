@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from compare import same_bits
 
-from fusegen.kernels import op as registry  # noqa: F401  (registers the operators)
+from fusegen.kernels import op as registry
 from fusegen.kernels.draw import LAYOUTS, laid_out
 
+registry.ops()
 shuffle = torch.ops.fusegen.pixel_shuffle
 
 

@@ -11,6 +11,7 @@ from fusegen.kernels import op as registry
 from fusegen.kernels import upsample2x_filters
 from fusegen.kernels.op import Tolerance
 
+registry.ops()
 EXACT = Tolerance(rms=1e-14, peak=1e-14)
 
 

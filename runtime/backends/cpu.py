@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusegen.runtime.backends import onednn, plain
+from fusegen.runtime.backends import onednn, plain, upsample
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.backends.lower import gates_first
@@ -24,7 +24,8 @@ class Cpu(Backend):
 
     def lower(self, program: Program) -> Program:
         """Fuse and merge, then find the strides that the bound forms give."""
-        return propagate(plain.convolutions(merge_linears(gates_first(fuse_epilogues(program)))))
+        lowered = propagate(plain.convolutions(merge_linears(gates_first(fuse_epilogues(program)))))
+        return upsample.folded(lowered, self.device)
 
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """oneDNN where it serves, else ATen."""

@@ -125,6 +125,11 @@ def first_sample(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
     return (args[0][b : b + 1], *args[1:])
 
 
+def by_pixel(x: Tensor) -> bool:
+    """Whether x (N, C, H, W) is channels-last and not also contiguous."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Op:
     """A fused operation; see the module's text and ``docs/map.md`` for how to add one.

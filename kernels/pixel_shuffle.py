@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fusegen.kernels.draw import Draw, laid_out
-from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, by_pixel, register
 
 SCHEMA = "(Tensor x, int factor, bool down=False) -> Tensor"
 
@@ -33,11 +33,6 @@ def allocate(x: Tensor, factor: int, down: bool = False) -> tuple[Tensor, ...]:
         shape = (*x.shape[:-3], channels // factor**2, height * factor, width * factor)
     layout = torch.channels_last if by_pixel(x) else torch.contiguous_format
     return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),)
-
-
-def by_pixel(x: Tensor) -> bool:
-    """Whether x (N, C, H, W) is channels-last and not also contiguous."""
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def reference(x: Tensor, factor: int, down: bool = False) -> Tensor:

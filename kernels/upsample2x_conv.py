@@ -16,8 +16,7 @@ from torch import Generator, Tensor
 
 from fusegen.kernels import upsample2x_filters
 from fusegen.kernels.draw import Draw, laid_out
-from fusegen.kernels.op import Case, Cost, Op, Tolerance, register
-from fusegen.kernels.pixel_shuffle import by_pixel
+from fusegen.kernels.op import Case, Cost, Op, Tolerance, by_pixel, register
 
 SCHEMA = "(Tensor x, Tensor filters, Tensor? bias=None) -> Tensor"
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, power
 from fusegen.kernels.gpu.tune import Tunable
-from fusegen.kernels.op import Kernel
-from fusegen.kernels.pixel_shuffle import by_pixel
+from fusegen.kernels.op import Kernel, by_pixel
 
 X = 0  # its position in the schema
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
-from fusegen.kernels.op import FLOATS, Kernel
-from fusegen.kernels.pixel_shuffle import by_pixel
+from fusegen.kernels.op import FLOATS, Kernel, by_pixel
 
 X, FILTERS, BIAS = range(3)  # positions of the tensors in the schema
 SMALLEST = 16  # tl.dot's least extent

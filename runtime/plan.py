@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
+from fusegen.runtime import upsample
 from fusegen.runtime.backends.base import Backend, Binding
 from fusegen.runtime.cost import cost
 from fusegen.runtime.errors import GraphError
@@ -97,6 +98,8 @@ def plan(
     :class:`GraphError` naming a node that cannot run, or cannot be made deterministic where that is asked.
     """
     static = backend.lower(specialize(program, given))
+    if backend.fuses:
+        static = upsample.folded(static, lambda op, args: _declined(op, backend, args))
     metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}
     metas |= {
         k: torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device="meta") for k, w in static.weights.items()
@@ -172,6 +175,12 @@ def _pick(op: registry.Op, node: Node, values: Mapping[str, Any], backend: Backe
     if picked.kernel is not None:
         return Binding("kernel", picked.kernel.name, picked.declined, planned=backend.plans)
     return backend.hold(Binding("reference", f"{op.name} reference", picked.declined), node.op, values, deterministic)
+
+
+def _declined(op: registry.Op, backend: Backend, args: tuple[Any, ...]) -> str | None:
+    """Why no kernel takes the op on these arguments, or None where one does."""
+    picked = registry.pick(op, backend.device, args)
+    return None if picked.kernel else "; ".join(f"{d.kernel}: {d.reason}" for d in picked.declined) or "no kernel"
 
 
 def _refuse_random(node: Node) -> None:

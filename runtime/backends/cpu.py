@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusegen.runtime.backends import onednn, plain, upsample
+from fusegen.runtime.backends import onednn, plain
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.backends.lower import gates_first
@@ -24,8 +24,7 @@ class Cpu(Backend):
 
     def lower(self, program: Program) -> Program:
         """Fuse and merge, then find the strides that the bound forms give."""
-        lowered = propagate(plain.convolutions(merge_linears(gates_first(fuse_epilogues(program)))))
-        return upsample.folded(lowered, self.device)
+        return propagate(plain.convolutions(merge_linears(gates_first(fuse_epilogues(program)))))
 
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """oneDNN where it serves, else ATen."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusegen.runtime.backends import plain, upsample
+from fusegen.runtime.backends import plain
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.errors import RequestError
@@ -32,7 +32,7 @@ class Cuda(Backend):
 
     def lower(self, program: Program) -> Program:
         """Merge products of one input; convolutions give channels-last."""
-        return upsample.folded(propagate(plain.convolutions(merge_linears(program))), self.device)
+        return propagate(plain.convolutions(merge_linears(program)))
 
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """ATen, and our form of convolutions."""

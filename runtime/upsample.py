@@ -6,9 +6,12 @@ nodes stay the library's.  The filters depend on the weight alone, so a session 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from fusegen.kernels import op as registry
+from fusegen.kernels.op import Op
 from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, without_dead
 from fusegen.runtime.specialize import propagate, spec_of
@@ -20,8 +23,10 @@ _PLAIN = {
 }  # fmt: skip
 
 
-def folded(program: Program, device: str) -> Program:
-    """The static ``program``, strides known, with ``upsample2x_conv`` where a kernel for ``device`` takes it."""
+def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None]) -> Program:
+    """The static ``program``, lowered and its strides known, with ``upsample2x_conv`` in the place of the two nodes
+    where a kernel takes it.  ``declined(op, args)``: why none does, or None.
+    """
     made = {o: n for n in program.nodes for o in n.outputs}
     users, names = program.users(), Names.of(program)
     nodes: list[Node] = []
@@ -31,7 +36,7 @@ def folded(program: Program, device: str) -> Program:
         if before is None or not _fits(node, before, program) or len(users[before.outputs[0]]) != 1:
             nodes.append(node)
             continue
-        reason = _declined(node, before, program, device)
+        reason = _declined(node, before, program, declined)
         if reason is not None:
             left.append(f"{node.name}: {reason}")
             nodes.append(node)
@@ -62,13 +67,11 @@ def _fits(conv: Node, before: Node, program: Program) -> bool:
     )
 
 
-def _declined(conv: Node, before: Node, program: Program, device: str) -> str | None:
-    """Why no kernel takes the two, or None where one does."""
+def _declined(conv: Node, before: Node, program: Program, declined: Callable[..., str | None]) -> str | None:
     given = (before.args["input"], conv.args["weight"], conv.args["bias"])
     x, weight, bias = (None if v is None else spec_of(program, v.name).meta() for v in given)
     assert x is not None and weight is not None
     (filters,) = registry.get("upsample2x_filters").allocate(weight)
     if x.dtype != weight.dtype:
         return f"x is {x.dtype} and the weight {weight.dtype}"
-    picked = registry.pick(registry.get("upsample2x_conv"), device, (x, filters, bias))
-    return None if picked.kernel else "; ".join(f"{d.kernel}: {d.reason}" for d in picked.declined) or "no kernel"
+    return declined(registry.get("upsample2x_conv"), (x, filters, bias))

@@ -75,17 +75,22 @@ def assert_all_close(op: Op, label: str, got: Mapping[str, Tensor], want: Mappin
         assert_close(f"{op.name} / {label} / {name}", tensor, want[name], op.tolerance[tensor.dtype])
 
 
+def _odd(dtype: torch.dtype) -> int:
+    """A value that no test's tensor of that integer dtype is likely to hold."""
+    return max(-(2**15), torch.iinfo(dtype).min) or torch.iinfo(dtype).max
+
+
 def fenced(tensor: Tensor, fill: Tensor | None = None, margin: int = 61) -> tuple[Tensor, Callable[[str], None]]:
     """A copy of ``tensor`` with its strides, inside a larger buffer; and a check that nothing beside it was written.
 
-    The memory around and between its elements is NaN (integers: the largest), so that a read of it shows in the
+    The memory around and between its elements is NaN (integers: far from theirs), so that a read of it shows in the
     result.  ``fill``: what the copy holds instead of the tensor's own values.  ``margin`` elements lie on either side,
     an odd number: the copy is not aligned.
     """
     if tensor.numel() == 0:
         return tensor.clone(), lambda name: None
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    nothing = float("nan") if tensor.is_floating_point() else True if tensor.dtype == torch.bool else -(2**15)
+    nothing = float("nan") if tensor.is_floating_point() else True if tensor.dtype == torch.bool else _odd(tensor.dtype)
     buffer = torch.full((span + 2 * margin,), nothing, dtype=tensor.dtype)
     once = tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())
     inside = torch.zeros_like(buffer, dtype=torch.bool)

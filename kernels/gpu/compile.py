@@ -51,6 +51,7 @@ _COLUMNS = (
     "matrix",
     "16-byte loads",
 )
+_MATRIX = ("HGMMA", "HMMA", "IGMMA", "IMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -139,7 +140,7 @@ def compile_for(specimen: Specimen, arch: int) -> Iterator[Usage]:
             )
         find = lambda field: int(re.search(rf"{field}:(\d+)", usage)[1])  # type: ignore[index]  # noqa: B023, E731
         count = lambda *starts: sum(n for name, n in code.items() if name.startswith(starts))  # noqa: B023, E731
-        matrix = [f"{n} {name}" for name in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA") if (n := count(name))]
+        matrix = [f"{n} {name}" for name in _MATRIX if (n := count(name))]
         yield Usage(
             op=specimen.op,
             specimen=specimen.name,

@@ -1,0 +1,224 @@
+"""The 4-bit linear layer on NVIDIA GPUs: weights are unpacked in registers, on their way into the matrix units.
+
+The weight is the left operand, so that few rows of x still fill a matrix instruction.  K is cut into steps and splits
+by the weight's shape alone (:func:`plan_k`).  Few rows of x have a program for each split and a launch that adds their
+sums in order; many take the splits one after another and add the same sums in the same order.  Where ``inputs`` is
+"int8", a group's sum is an exact integer, so a row's bits depend neither on the configuration nor on other rows; where
+it is "float", they are those of the matrix units' sum over a step, which no choice here reorders.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
+from fusegen.kernels.gpu.layer_norm import lead
+from fusegen.kernels.gpu.quantized import finished, quantize_stage, scratch, tail, unserved
+from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
+from fusegen.kernels.linear_int4 import ROWS, WORD, group_of
+from fusegen.kernels.op import Kernel
+
+WEIGHT, SCALES, ZEROS, BIAS, RESIDUAL = 1, 2, 4, 5, 6  # positions of the tensors in the schema
+FILL = 528  # programs that keep a GPU's memory busy: four for each of 132 multiprocessors
+TILE_N = 64  # rows of the weight that a program takes when K's splits are counted
+
+
+@triton.jit
+def product_kernel(
+    x, scale_x, weight, scales, zeros, bias, residual, out, sums,
+    rows, n, width, padded, share, splits, inner, x_outer, x_inner, x_d,
+    ZEROS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INT8: tl.constexpr,
+    PARTIAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A (BLOCK_N, BLOCK_M) tile of the output transposed or, where PARTIAL, of the sums (splits, rows, n) of one split.
+    x is codes (rows, padded) with scale_x (rows, groups) where INT8; else its rows have two strides.  16 and 8 are the
+    rows of a panel and the columns of a word."""
+    tiles_m, groups = tl.cdiv(rows, BLOCK_M), padded // GROUP
+    m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    wide = m.to(tl.int64)
+    x_at = x + (wide // inner) * x_outer + (wide % inner) * x_inner
+    panel, near = (c // 16).to(tl.int64), c % 16
+    w_at = weight + panel * (padded // 8) * 16 + near
+    g_at = panel * groups * 16 + near
+    word, d, nibble = tl.arange(0, BLOCK_K // 8), tl.arange(0, BLOCK_K), tl.arange(0, 8)
+    shifts = tl.reshape((nibble % 4) * 8 + (nibble // 4) * 4, (1, 1, 8))
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    first = tl.program_id(1) if PARTIAL else 0
+    for split in range(first, first + 1 if PARTIAL else splits):
+        part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for start in range(split * share, tl.minimum(split * share + share, padded), BLOCK_K):
+            g = start // GROUP
+            words = tl.load(w_at[:, None] + (start // 8 + word)[None, :] * 16, mask=(c < n)[:, None], other=0)
+            code = tl.reshape((tl.expand_dims(words, 2) >> shifts) & 15, (BLOCK_N, BLOCK_K))
+            if ZEROS:
+                code -= tl.load(zeros + g_at + g * 16, mask=c < n, other=0).to(tl.int32)[:, None]
+            else:
+                code -= 8
+            scale = tl.load(scales + g_at + g * 16, mask=c < n, other=0.0).to(tl.float32)
+            inside = (m < rows)[:, None] & (start + d < width)[None, :]
+            tile = tl.load(x_at[:, None] + (start + d).to(tl.int64)[None, :] * x_d, mask=inside, other=0)
+            if INT8:
+                exact = tl.dot(code.to(tl.int8), tl.trans(tile), out_dtype=tl.int32)
+                by = tl.load(scale_x + wide * groups + g, mask=m < rows, other=0.0)
+                part += exact.to(tl.float32) * (scale[:, None] * by[None, :])
+            else:
+                left = (code.to(tl.float32) * scale[:, None]).to(tile.dtype)
+                part = tl.dot(left, tl.trans(tile), part, input_precision="ieee")
+        total += part
+    keep, at = (c < n)[:, None] & (m < rows)[None, :], wide[None, :] * n + c[:, None]
+    if PARTIAL:
+        tl.store(sums + first.to(tl.int64) * rows * n + at, total, mask=keep)
+    else:
+        y = finished(total, bias, residual, at, c[:, None], keep, BIAS, RESIDUAL, ACTIVATION)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def finish_kernel(
+    sums, bias, residual, out, rows, n, splits,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of one row of the output: its sums added in order."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep, at = c < n, row * n + c
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in range(splits):
+        total += tl.load(sums + tl.cast(rows, tl.int64) * s * n + at, mask=keep, other=0.0)
+    y = finished(total, bias, residual, at, c, keep, BIAS, RESIDUAL, ACTIVATION)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
+
+
+@dataclass(frozen=True)
+class Config:
+    """``block_n`` rows of the weight by ``block_m`` of x."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def plan_k(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, *rest: Any) -> tuple[int, int, int]:
+    """(columns a step, columns a split, splits): by the weight's shape and dtypes, never by the rows of x."""
+    padded, group = weight.shape[1] * WORD, group_of(weight, scales)
+    step = 32 if x.dtype == torch.float32 and rest[-1] == "float" else group
+    most = max(1, min(FILL // max(1, blocks(out_features, TILE_N)), padded // (2 * group)))
+    share = blocks(blocks(padded, group), most) * group
+    return step, max(share, group), blocks(padded, max(share, group))
+
+
+def key(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, *rest: Any) -> str:
+    """Rows to the next power of two, which move tiles alone, the weight's shape, its groups, and x's dtype."""
+    kind = "int8" if rest[-1] == "int8" else str(x.dtype).removeprefix("torch.")
+    return f"{power(math.prod(x.shape[:-1]))} {out_features}x{weight.shape[1] * WORD} {group_of(weight, scales)} {kind}"
+
+
+def default(x: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
+    """As many rows of x as there are, up to 64."""
+    rows = math.prod(x.shape[:-1])
+    if x.dtype == torch.float32 and rest[-1] == "float":  # without matrix units, operands lie in registers
+        return Config(16, TILE_N, 8, 2)
+    return Config(max(16, min(64, power(rows))), TILE_N, 4, 4 if limit >= SHARED_BYTES else 3)
+
+
+def space(x: Tensor, *rest: Any) -> Iterator[Config]:
+    """16 to 128 rows of x by 64 or 128 of the weight."""
+    rows, exact = math.prod(x.shape[:-1]), x.dtype == torch.float32 and rest[-1] == "float"
+    heights = [h for h in (16, 32, 64, 128) if h <= 2 * power(rows) or h == 16]
+    for block_m, block_n, warps, depth in itertools.product(heights, (64, 128), (4, 8), (2, 3, 4, 5)):
+        if exact and (block_m > 32 or depth > 3):
+            continue
+        if block_m * block_n <= 64 * 32 * warps:
+            yield Config(block_m, block_n, warps, depth)
+
+
+def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
+    """Codes of x where they are wanted, products, and the sum of the splits where they are apart."""
+    x, weight, scales, n, zeros, bias, residual, activation, inputs = args
+    rows, padded, group = math.prod(x.shape[:-1]), weight.shape[1] * WORD, group_of(weight, scales)
+    if not outs[0].numel():
+        return ()
+    step, share, splits = plan_k(*args)
+    tiles = blocks(rows, config.block_m) * blocks(n, config.block_n)
+    apart = splits > 1 and tiles < FILL
+    sums = scratch(x, splits, rows, n, dtype=torch.float32) if apart else outs[0]
+    common = tail(bias, residual, activation, (BIAS, RESIDUAL)) | {"out": outs[0], "sums": sums, "rows": rows, "n": n}
+    values = common | {"weight": Use(WEIGHT), "scales": Use(SCALES), "zeros": Use(SCALES if zeros is None else ZEROS)}
+    values |= {"padded": padded, "share": share, "splits": splits, "ZEROS": zeros is not None, "INT8": inputs == "int8"}
+    values |= {"PARTIAL": apart, "GROUP": group, "BLOCK_K": step}
+    values |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    before, given = _inputs(x, padded, group, inputs)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    made = [*before, Stage(product_kernel, (tiles, splits if apart else 1), values | given, options)]
+    if apart:
+        block = min(1024, power(n))
+        last = common | {"splits": splits, "BLOCK": block}
+        made.append(Stage(finish_kernel, (rows, blocks(n, block)), last, {"num_warps": 4}))
+    return tuple(made)
+
+
+def _inputs(x: Tensor, padded: int, group: int, inputs: str) -> tuple[list[Stage], dict[str, Any]]:
+    """What comes before the product, and the product's parameters that say where its x lies."""
+    rows = math.prod(x.shape[:-1])
+    if inputs == "int8":
+        codes = scratch(x, rows, padded, dtype=torch.int8)
+        scale = scratch(x, rows, padded // group, dtype=torch.float32)
+        before = [quantize_stage(x, codes, scale, group)] if padded else []
+        where = (rows, 0, padded, 1)
+        return before, {"x": codes, "scale_x": scale, "width": padded} | _strides(where)
+    found = lead(x)
+    assert found is not None
+    return [], {"x": Use(0), "scale_x": Use(0), "width": x.shape[-1]} | _strides((*found[1:], x.stride(-1)))
+
+
+def _strides(where: tuple[int, int, int, int]) -> dict[str, int]:
+    return dict(zip(("inner", "x_outer", "x_inner", "x_d"), where, strict=True))
+
+
+def decline(
+    x: Tensor, weight: Tensor, scales: Tensor, out_features: int, zeros: Any, bias: Any, residual: Any, *rest: Any
+) -> str | None:
+    """Arguments that need more than two strides or are not dense."""
+    return unserved(x, 0, bias, residual, weight=weight, scales=scales, zeros=zeros)
+
+
+def small(*args: Any) -> Iterator[Config]:
+    yield Config(16, 32, 4, 2)
+
+
+def specimens() -> Iterator[Named]:
+    """Both kinds of inputs by dtype, groups, zero points, one row, few and many."""
+    for dtype, kind in SHORT.items():
+        yield _specimen(f"{kind} 1x4096x4096 float", dtype, 1, 128, inputs="float")
+    bf16 = torch.bfloat16
+    yield _specimen("bf16 512x4096x4096 float", bf16, 512, 128, inputs="float")
+    yield _specimen("bf16 16x4096x4096 float zeros groups of 32", bf16, 16, 32, zeros=True, inputs="float")
+    yield _specimen("bf16 1x4096x4096 int8 groups of 32", bf16, 1, 32)
+    yield _specimen("bf16 16x4096x4096 int8 zeros", bf16, 16, 128, zeros=True)
+    yield _specimen("bf16 512x4096x4096 int8", bf16, 512, 128)
+
+
+def _specimen(name: str, dtype: torch.dtype, m: int, group: int, zeros: bool = False, inputs: str = "int8") -> Named:
+    n = k = 4096
+    weight, scales = (
+        meta(n // ROWS, k // WORD, ROWS, dtype=torch.int32),
+        meta(n // ROWS, k // group, ROWS, dtype=torch.float16),
+    )
+    points = meta(*scales.shape, dtype=torch.uint8) if zeros else None
+    return name, lambda: (meta(1, m, k, dtype=dtype), weight, scales, n, points, None, None, "none", inputs)
+
+
+TUNABLE = Tunable("linear_int4", Config, key, default, space, stages, Path(__file__), small)
+KERNELS = [Kernel("linear_int4.triton", "cuda", decline, TUNABLE.bind)]

@@ -1,0 +1,182 @@
+"""The int8 linear layer on NVIDIA GPUs: rows of x to codes, products of int8 in the matrix units, sums in int32.
+
+Few rows of x split K over programs, whose exact sums a third launch adds: integers make the order irrelevant, so a
+row's result depends neither on the configuration nor on the other rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
+from fusegen.kernels.gpu.quantized import finished, quantize_stage, scratch, tail, unserved
+from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
+from fusegen.kernels.op import Kernel
+
+WEIGHT, SCALE, BIAS, RESIDUAL = 1, 2, 3, 4  # positions of the tensors in the schema
+FILL = 528  # programs that keep a GPU's memory busy: four for each of 132 multiprocessors
+
+
+@triton.jit
+def product_kernel(
+    codes, scale_x, weight, scale, bias, residual, out, sums, rows, n, k, padded, share,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A (BLOCK_M, BLOCK_N) tile over ``share`` columns of K: its output or, where SPLIT, its sums (splits, rows, n).
+    GROUP tiles of rows go before the next tile of n, so that the weight is read from cache again."""
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(n, BLOCK_N)
+    pid = tl.program_id(0)
+    first = pid // (GROUP * tiles_n) * GROUP
+    high = tl.minimum(tiles_m - first, GROUP)
+    inside = pid % (GROUP * tiles_n)
+    m = (first + inside % high) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = inside // high * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_K)
+    begin = tl.program_id(1) * share
+    x_at = codes + m.to(tl.int64)[:, None] * padded + d[None, :]
+    w_at = weight + c.to(tl.int64)[:, None] * k + d[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(begin, tl.minimum(begin + share, k), BLOCK_K):
+        left = k - start
+        x = tl.load(x_at + start, mask=(m < rows)[:, None] & (d < left)[None, :], other=0)
+        w = tl.load(w_at + start, mask=(c < n)[:, None] & (d < left)[None, :], other=0)
+        acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
+    keep = (m < rows)[:, None] & (c < n)[None, :]
+    at = m.to(tl.int64)[:, None] * n + c[None, :]
+    if SPLIT:
+        tl.store(sums + tl.program_id(1).to(tl.int64) * rows * n + at, acc, mask=keep)
+    else:
+        by = (
+            tl.load(scale_x + m, mask=m < rows, other=0.0)[:, None] * tl.load(scale + c, mask=c < n, other=0.0)[None, :]
+        )
+        y = finished(acc.to(tl.float32) * by, bias, residual, at, c[None, :], keep, BIAS, RESIDUAL, ACTIVATION)
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def finish_kernel(
+    sums, scale_x, scale, bias, residual, out, rows, n,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns of one row of the output from its SPLITS sums."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    keep, at = c < n, row * n + c
+    total = tl.zeros((BLOCK,), tl.int32)
+    for s in tl.static_range(SPLITS):
+        total += tl.load(sums + s * tl.cast(rows, tl.int64) * n + at, mask=keep, other=0)
+    by = tl.load(scale_x + row) * tl.load(scale + c, mask=keep, other=0.0)
+    y = finished(total.to(tl.float32) * by, bias, residual, at, c, keep, BIAS, RESIDUAL, ACTIVATION)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of ``block_m`` rows of x by ``block_n`` of the weight, ``block_k`` columns a step; K in ``splits``."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def rows_of(x: Tensor) -> int:
+    """The rows of x (*, K)."""
+    return math.prod(x.shape[:-1])
+
+
+def key(x: Tensor, weight: Tensor, *rest: Any) -> str:
+    """Rows to the next power of two, and the weight's shape; results are exact integers whatever is chosen."""
+    return f"{power(rows_of(x))} {weight.shape[0]}x{weight.shape[1]}"
+
+
+def _split(n: int, k: int, block_n: int, block_k: int) -> int:
+    """Splits of K that fill the GPU for one tile of rows, each of two steps or more."""
+    return max(1, min(FILL // max(1, blocks(n, block_n)), k // (2 * block_k)))
+
+
+def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
+    """Few rows: tall steps along K, split to fill the GPU; many: square tiles."""
+    rows, (n, k) = rows_of(x), weight.shape
+    if rows <= 32:
+        return Config(16 if rows <= 16 else 32, 64, 256, _split(n, k, 64, 256), 4, 4 if limit >= SHARED_BYTES else 3)
+    if rows <= 128:
+        return Config(64, 64, 128, _split(n, k, 64, 128), 4, 4)
+    return Config(128, 128, 128, 1, 8, 3)
+
+
+def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
+    """Tiles by the number of rows, one to eight splits where these are few."""
+    rows, (n, k) = rows_of(x), weight.shape
+    heights = (16,) if rows <= 16 else (32, 64) if rows <= 64 else (64, 128)
+    widths, depths = ((32, 64, 128), (128, 256, 512)) if rows <= 64 else ((64, 128, 256), (64, 128))
+    for block_m, block_n, block_k, warps, depth in itertools.product(heights, widths, depths, (4, 8), (3, 4, 5)):
+        most = _split(n, k, block_n, block_k) if rows <= 256 else 1
+        if (block_m + block_n) * block_k * depth > SHARED_BYTES or block_m * block_n > 64 * 32 * warps:
+            continue
+        for splits in sorted({1, max(1, most // 2), most}):
+            yield Config(block_m, block_n, block_k, splits, warps, depth)
+
+
+def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
+    """Codes, products and, where K is split, the sum of the parts."""
+    x, weight, _, bias, residual, activation = args
+    rows, (n, k) = rows_of(x), weight.shape
+    if not outs[0].numel():
+        return ()
+    padded = blocks(max(k, 1), 16) * 16  # rows of codes start on 16 bytes
+    codes, scale_x = scratch(x, rows, padded, dtype=torch.int8), scratch(x, rows, 1, dtype=torch.float32)
+    share = blocks(blocks(max(k, 1), config.block_k), config.splits) * config.block_k
+    splits = blocks(max(k, 1), share)
+    sums = scratch(x, splits, rows, n, dtype=torch.int32) if splits > 1 else codes
+    common = tail(bias, residual, activation, (BIAS, RESIDUAL)) | {"scale_x": scale_x, "scale": Use(SCALE)}
+    common |= {"out": outs[0], "sums": sums, "rows": rows, "n": n}
+    values = common | {"codes": codes, "weight": Use(WEIGHT), "k": k, "padded": padded, "share": share}
+    values |= {"SPLIT": splits > 1, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    values |= {"GROUP": 8}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    tiles = blocks(rows, config.block_m) * blocks(n, config.block_n)
+    made = [quantize_stage(x, codes, scale_x, k), Stage(product_kernel, (tiles, splits), values, options)]
+    if splits > 1:
+        block = min(1024, power(n))
+        last = common | {"SPLITS": splits, "BLOCK": block}
+        made.append(Stage(finish_kernel, (rows, blocks(n, block)), last, {"num_warps": 4}))
+    return tuple(made)
+
+
+def decline(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, residual: Any, activation: str) -> str | None:
+    """Rows too long for registers, and arguments that need more than two strides or are not dense."""
+    return unserved(x, x.shape[-1], bias, residual, weight=weight, scale=scale)
+
+
+def small(x: Tensor, *rest: Any) -> Iterator[Config]:
+    yield Config(16, 16, 32, 3, 4, 2)
+
+
+def specimens() -> Iterator[Named]:
+    """One row, few and many in bfloat16; one shape in the other dtypes."""
+    for dtype, kind in SHORT.items():
+        for m, n, k in ((1, 4096, 4096), (16, 4096, 4096), (512, 5120, 1280)) if kind == "bf16" else ((1, 4096, 4096),):
+            weight = meta(n, k, dtype=torch.int8)
+            args = (meta(1, m, k, dtype=dtype), weight, meta(n), meta(n, dtype=dtype), None, "none")
+            yield f"{kind} {m}x{n}x{k}", lambda args=args: args  # type: ignore[misc]
+    x, residual = meta(1, 512, 1280, dtype=torch.bfloat16), meta(1, 512, 5120, dtype=torch.bfloat16)
+    fused = (x, meta(5120, 1280, dtype=torch.int8), meta(5120), None, residual, "gelu")
+    yield "bf16 512x5120x1280 gelu residual", lambda: fused
+
+
+TUNABLE = Tunable("linear_int8", Config, key, default, space, stages, Path(__file__), small)
+KERNELS = [Kernel("linear_int8.triton", "cuda", decline, TUNABLE.bind)]

@@ -27,11 +27,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusegen.kernels.linear_int8 import alone, check, codes_of, finish, random_tail, random_x
-from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
+from fusegen.kernels.draw import Draw
+from fusegen.kernels.linear_int4_cases import cases
+from fusegen.kernels.linear_int8 import alone, check, codes_of, draw_tail, finish
+from fusegen.kernels.op import Cost, Op, Tolerance, register
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor scales, int out_features, Tensor? zeros=None, Tensor? bias=None, "
@@ -194,7 +196,11 @@ def quantize_int4(
     if not bool(weight.isfinite().all()):
         raise ValueError("quantize_int4: the weight holds an infinity or NaN")
     k = weight.shape[1]
-    w = F.pad(weight.float(), (0, -k % group)).unflatten(1, (-1, group)) if k else weight.float().view(-1, 0, group)
+    w = (
+        F.pad(weight.float(), (0, -k % group)).unflatten(1, (-1, group))
+        if k
+        else weight.float().view(weight.shape[0], 0, group)
+    )
     top, bottom = w.amax(-1).clamp(min=0), w.amin(-1).clamp(max=0)
     step = torch.where(top > -bottom, top, bottom) / -SYMMETRIC if symmetric else (top - bottom) / 15
     scales = step.to(dtype)
@@ -204,66 +210,7 @@ def quantize_int4(
     return codes.flatten(1)[:, :k].contiguous(), scales, None if symmetric else zero.to(torch.uint8)
 
 
-def random_args(g: Generator, dtype: torch.dtype, lead: tuple[int, ...], n: int, k: int, **how: Any) -> tuple[Any, ...]:
-    """Arguments for cases.  ``how``: group, zero_points, kind (random_x's), scale (dtype), bias and residual
-    (random_tail's), activation, inputs."""
-    group = how.get("group", 32)
-    x, groups = random_x(g, lead, k, dtype, how.get("kind", "contiguous")), -(-k // group)
-    codes = torch.randint(0, 16, (n, k), generator=g)
-    scales = (0.5 + torch.rand(n, groups, generator=g)) / (4.6 * max(k, 1) ** 0.5)  # outputs of about one
-    zeros = torch.randint(0, 16, (n, groups), generator=g) if how.get("zero_points") else None
-    p = pack(codes, scales.to(how.get("scale", torch.float16)), zeros, group)
-    tail = random_tail(g, (*lead, n), dtype, how.get("bias", "same"), how.get("residual", False))
-    return (x, p.weight, p.scales, n, p.zeros, *tail, how.get("activation", "none"), how.get("inputs", "int8"))
-
-
-def _case(
-    name: str, lead: tuple[int, ...], n: int, k: int, *, bench: bool = False, small: bool = True, **how: Any
-) -> Case:
-    def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        return random_args(g, dtype, lead, n, k, **how)
-
-    return Case(name, build, dtypes=FLOATS[:2] if bench else FLOATS, bench=bench, small=small)
-
-
-def _shape(m: int, n: int, k: int, label: str = "", **how: Any) -> Case:
-    return _case(f"{m}x{n}x{k}{label}", (1, m), n, k, bench=True, small=False, **how)
-
-
-FLOAT: dict[str, Any] = {"inputs": "float"}
-CASES = [
-    _case("small", (3, 5), 16, 64),
-    _case("no rows", (0, 7), 16, 32),
-    _case("no columns", (2, 3), 7, 0),
-    _case("no outputs", (2, 3), 0, 32),
-    _case("one row", (64,), 20, 64),
-    _case("one element", (1, 1), 1, 1),
-    _case("one token", (1, 1), 70, 256, group=128, bias="fp32", scale=torch.float32),
-    _case("prime sizes", (3, 7), 37, 131, residual=True, zero_points=True),
-    _case("groups of 64", (2, 9), 33, 192, group=64, zero_points=True, scale=torch.float32),
-    _case("groups of 128", (2, 9), 33, 300, group=128, zero_points=True),
-    _case("many rows", (2, 67), 83, 201, group=64, activation="silu", residual=True, small=False),
-    _case("many rows, groups of 32", (2, 67), 83, 200, zero_points=True, small=False),
-    _case("many rows, groups of 128", (1, 50), 40, 257, group=128, small=False),
-    _case("gelu", (2, 9), 33, 96, activation="gelu"),
-    _case("gelu_tanh", (2, 9), 33, 96, activation="gelu_tanh", bias="fp32"),
-    _case("relu", (2, 9), 33, 96, activation="relu", bias="no"),
-    _case("extremes", (2, 3), 24, 64, kind="extremes", bias="no"),
-    _case("padded rows", (2, 5), 24, 64, kind="rows"),
-    _case("transposed", (2, 5), 24, 64, kind="transposed"),
-    _case("strided", (2, 5), 24, 64, kind="strided"),
-    _case("unaligned", (2, 5), 24, 64, kind="unaligned"),
-    _case("float", (2, 9), 33, 160, group=64, **FLOAT),
-    _case("float, zero points", (1, 35), 70, 131, zero_points=True, residual=True, activation="silu", **FLOAT),
-    _case("float, one token", (1, 1), 70, 600, group=128, scale=torch.float32, bias="no", **FLOAT),
-    _case("float, strided", (2, 5), 24, 64, kind="strided", **FLOAT),
-    *(_shape(m, n, k) for m, n, k in ((1, 4096, 4096), (1, 11008, 4096), (1, 4096, 11008), (4, 4096, 4096))),
-    _shape(1, 4096, 4096, " zeros", zero_points=True),
-    *(_shape(m, 4096, 4096, " groups of 128", group=128) for m in (1, 16, 512)),
-    *(_shape(m, 4096, 4096, " float", group=128, **FLOAT) for m in (1, 16, 512)),
-]
-
-
+CASES = cases(pack)
 _dense: Any = WeakTensorKeyDictionary()  # packed weight -> the matrix in floating point, made once as a user would
 
 
@@ -278,6 +225,14 @@ def _eager(
         codes, scale = quantize_inputs(x, group_of(weight, scales))
         x = (codes * scale.unsqueeze(-1)).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
     return finish(F.linear(x, _dense[weight], None if bias is None else bias.to(x.dtype)), None, residual, activation)
+
+
+def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    lead, (n, k), group = draw.shape(3, *[40] * draw.integer(0, 1)), draw.shape(50, 300), draw.choice(GROUPS)
+    weight = draw.dense((n, k), torch.float32, scale=max(k, 1) ** -0.5)
+    p = pack(*quantize_int4(weight, group, draw.flag(), draw.choice((torch.float16, torch.float32))), group)
+    x, behind = draw.tensor((*lead, k), dtype), draw_tail(draw, (*lead, n), dtype)
+    return (x, p.weight, p.scales, n, p.zeros, *behind, draw.choice(INPUTS))
 
 
 OP = register(
@@ -295,5 +250,8 @@ OP = register(
         cases=CASES,
         eager=_eager,
         alone=functools.partial(alone, residual=6),
+        draw=_draw,
+        formula="act(x ((code - zero) scale)^T + bias) + residual, x quantized to int8 by groups or as it is",
+        source="Frantar et al. 2022 (GPTQ), arXiv:2210.17323; the int8 form as llama.cpp's q4_0 by q8_0",
     )
 )

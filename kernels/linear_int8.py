@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fusegen.kernels.draw import LAYOUTS, Draw, laid_out
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
 
 SCHEMA = (
@@ -119,19 +120,6 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale.squeeze(-1)
 
 
-def _strided(x: Tensor, layout: str) -> Tensor:
-    """x (B, L, K) in memory laid out as ``layout`` says; see :func:`_case`."""
-    if layout == "rows":
-        return torch.cat([x, x], -1)[..., : x.shape[-1]]
-    if layout == "strided":
-        return torch.stack([x, x], -1)[..., 0]
-    if layout == "transposed":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if layout == "unaligned":
-        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
-    return x
-
-
 def random_x(g: Generator, lead: tuple[int, ...], k: int, dtype: torch.dtype, kind: str) -> Tensor:
     """Rows of x for cases; ``kind``: a layout, or "extremes": zeros, tiny and huge rows, and a lone outlier."""
     x = torch.randn(*lead, k, generator=g)
@@ -140,7 +128,7 @@ def random_x(g: Generator, lead: tuple[int, ...], k: int, dtype: torch.dtype, ki
         flat = x.view(-1, k)
         flat[0], flat[1], flat[2], flat[3] = 0.0, flat[1] * 1e-36, flat[2].clamp(-4, 4) / 4 * big, 0.0
         flat[3, k // 2] = -big
-    return _strided(x.to(dtype), kind) if x.dim() == 3 else x.to(dtype)
+    return laid_out(x.to(dtype), kind if kind in LAYOUTS else "contiguous")
 
 
 def random_tail(
@@ -184,7 +172,7 @@ CASES = [
     _case("gelu_tanh", (2, 9), 33, 80, activation="gelu_tanh", bias="fp32"),
     _case("silu", (2, 9), 33, 80, activation="silu", residual=True),
     _case("extremes", (2, 3), 24, 64, kind="extremes", bias="no"),
-    _case("padded rows", (2, 5), 24, 64, kind="rows"),
+    _case("padded rows", (2, 5), 24, 64, kind="padded"),
     _case("transposed", (2, 5), 24, 64, kind="transposed"),
     _case("strided", (2, 5), 24, 64, kind="strided"),
     _case("unaligned", (2, 5), 24, 64, kind="unaligned"),
@@ -224,6 +212,19 @@ def alone(args: tuple[Any, ...], b: int, residual: int = 4) -> tuple[Any, ...]:
     return (args[0][b : b + 1], *args[1:residual], cut, *args[residual + 1 :])
 
 
+def draw_tail(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Bias, residual and activation for an output shape."""
+    bias = draw.maybe(shape[-1:], (dtype, torch.float32))
+    return (bias, draw.maybe(shape, (dtype,)), draw.choice(tuple(ACTIVATIONS)))
+
+
+def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    lead, (n, k) = draw.shape(4, *[40] * draw.integer(0, 1)), draw.shape(50, 150)
+    x = draw.tensor((*lead, k), dtype)
+    weight, scale = quantize_int8(draw.dense((n, k), torch.float32, scale=max(k, 1) ** -0.5))
+    return (x, weight, scale, *draw_tail(draw, (*lead, n), dtype))
+
+
 OP = register(
     Op(
         name="linear_int8",
@@ -239,5 +240,8 @@ OP = register(
         cases=CASES,
         eager=_eager,
         alone=alone,
+        draw=_draw,
+        formula="act(absmax/127 * scale * (round(127 x / absmax) W^T) + bias) + residual, absmax of each row",
+        source="Yao et al. 2022 (ZeroQuant), arXiv:2206.01861",
     )
 )

@@ -78,7 +78,7 @@ def product_kernel(
         total += part
     keep, at = (c < n)[:, None] & (m < rows)[None, :], wide[None, :] * n + c[:, None]
     if PARTIAL:
-        tl.store(sums + first.to(tl.int64) * rows * n + at, total, mask=keep)
+        tl.store(sums + tl.cast(first, tl.int64) * rows * n + at, total, mask=keep)
     else:
         y = finished(total, bias, residual, at, c[:, None], keep, BIAS, RESIDUAL, ACTIVATION)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)

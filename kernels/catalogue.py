@@ -1,7 +1,7 @@
 """Loads every op, then the kernels this machine can run.
 
-An op is any ``kernels/<op>.py`` (a long list of cases may stand in ``<op>_cases.py`` beside it); its kernels are the
-files of the same stem in ``cpu/`` and ``gpu/``, each with one ``KERNELS`` list.  Nothing needs to be listed by hand.
+An op is any ``kernels/<op>.py`` (long lists may stand in ``<op>_cases.py`` and ``<op>_spellings.py``); its kernels are
+the files of the same stem in ``cpu/`` and ``gpu/``, each with one ``KERNELS`` list.  Nothing is listed by hand.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 
 _HERE = Path(__file__).parent
 GPU = _HERE / "gpu"
-_NOT_OPS = {"__init__", "op", "catalogue", "draw"}
+_NOT_OPS = {"__init__", "op", "catalogue", "draw", "strides"}
 
 
 def names() -> tuple[str, ...]:
     """The stems of the op files, sorted."""
     stems = (p.stem for p in _HERE.glob("*.py"))
-    return tuple(sorted(s for s in stems if s not in _NOT_OPS and not s.endswith("_cases")))
+    return tuple(sorted(s for s in stems if s not in _NOT_OPS and not s.endswith(("_cases", "_spellings"))))
 
 
 def triton_names() -> tuple[str, ...]:

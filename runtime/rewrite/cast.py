@@ -30,10 +30,12 @@ _GEMM_WORDS = (
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution addmm embedding"
 )
 _GEMM = tuple(f"aten.{name}." for name in _GEMM_WORDS.split())
-# Arguments left as they are: additive masks reach below the range of float16, and kernels take any dtype.
+# Arguments left as they are: additive masks reach below the range of float16, cosines and sines lose their low bits in
+# bfloat16, and kernels take any dtype.
 _LEFT = {("fusegen.attention.default", "mask"), ("aten.scaled_dot_product_attention.default", "attn_mask")}
+_LEFT |= {(f"fusegen.{op}.default", table) for op in ("rope", "qk_norm_rope") for table in ("cos", "sin")}
 # Parameters of norms, which kernels take in float32.
-_NORMS = {"fusegen.group_norm.default", "fusegen.layer_norm.default"}
+_NORMS = {"fusegen.group_norm.default", "fusegen.layer_norm.default", "fusegen.qk_norm_rope.default"}
 _PARAMETERS = {"weight", "bias"}
 _SENSITIVE_WORDS = """
     softmax _softmax log_softmax _log_softmax exp exp2 expm1 log log2 log10 log1p logsumexp pow square rsqrt sqrt sin

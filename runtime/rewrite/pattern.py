@@ -35,6 +35,11 @@ DIMS: Mapping[str, tuple[str, ...]] = {
     "aten.var.correction": ("dim",),
     "aten.chunk.default": ("dim",),
     "aten.split.Tensor": ("dim",),
+    "aten.cat.default": ("dim",),
+    "aten.flatten.using_ints": ("start_dim", "end_dim"),
+    "aten.slice.Tensor": ("dim",),
+    "aten.slice_scatter.default": ("dim",),
+    "aten.unbind.int": ("dim",),
 }
 # Two arguments that may change places.
 SWAPS: Mapping[str, tuple[str, str]] = {

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from fusegen.kernels.draw import LAYOUTS, Draw, laid_out
 from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.strides import Strides, merged
 
 SCHEMA = '(Tensor x, Tensor? up=None, str activation="silu", bool gate_first=True) -> Tensor'
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -34,7 +35,9 @@ def halves(x: Tensor, up: Tensor | None, gate_first: bool) -> tuple[Tensor, Tens
 def allocate(
     x: Tensor, up: Tensor | None = None, activation: str = "silu", gate_first: bool = True
 ) -> tuple[Tensor, ...]:
-    """The uninitialised output (*, H), contiguous, of x's dtype.  Raises ValueError where the arguments do not fit."""
+    """The uninitialised output (*, H) of x's dtype: contiguous, or with ``up`` in the order that x has in memory.
+
+    Raises ValueError where the arguments do not fit."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"gated_mlp_act: no activation is called {activation!r}; there are {', '.join(ACTIVATIONS)}")
     if x.dim() < 1:
@@ -44,8 +47,21 @@ def allocate(
     if up is not None and (up.shape != x.shape or up.dtype != x.dtype):
         two = f"{tuple(x.shape)} {x.dtype} and {tuple(up.shape)} {up.dtype}"
         raise ValueError(f"gated_mlp_act: gate and up differ: {two}")
-    width = x.shape[-1] if up is not None else x.shape[-1] // 2
-    return (torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device),)
+    return (_like(x, up, x.device),)
+
+
+def _like(x: Tensor, up: Tensor | None, device: torch.device | str) -> Tensor:
+    if up is not None:
+        return torch.empty_like(x, device=device)
+    return torch.empty((*x.shape[:-1], x.shape[-1] // 2), dtype=x.dtype, device=device)
+
+
+def loops(x: Tensor, up: Tensor | None, gate_first: bool) -> tuple[Strides, list[Strides]] | None:
+    """Four nested loops over the output (not empty), and the strides of output, gate and up in each; None if it takes
+    more.  The output is dense: it moves by one element in the innermost."""
+    gate, value = halves(x, up, gate_first)
+    strides = [t.stride() for t in (_like(x, up, "meta"), gate, value)]
+    return merged(gate.shape, strides, limit=4)
 
 
 def reference(x: Tensor, up: Tensor | None = None, activation: str = "silu", gate_first: bool = True) -> Tensor:
@@ -81,6 +97,7 @@ def _case(
     layout: str = "contiguous",
     scale: float = 1.5,
     bench: bool = False,
+    small: bool = False,
 ) -> Case:
     """``shape``: the output's.  ``layout``: draw.py's, or "split" (gate and up are columns of one product)."""
 
@@ -93,26 +110,28 @@ def _case(
             gate, up = laid_out(gate.contiguous(), layout), up.contiguous()
         return gate, up, activation, gate_first
 
-    return Case(name, build, bench=bench, small=not bench)
+    return Case(name, build, bench=bench, small=small)
 
 
 CASES = [
-    *(_case(f"{name} packed", (3, 5, 48), name) for name in ACTIVATIONS),
+    *(_case(f"{name} packed", (3, 5, 48), name, small=True) for name in ACTIVATIONS),
     *(_case(f"{name} far from zero", (4, 257), name, scale=9.0) for name in ACTIVATIONS),
-    _case("gelu, gate second", (2, 7, 33), "gelu", gate_first=False),
+    _case("gelu, gate second", (2, 7, 33), "gelu", gate_first=False, small=True),
     _case("two tensors", (2, 5, 40), packed=False),
-    _case("two columns of a product", (2, 5, 31), "gelu_tanh", packed=False, layout="split"),
+    _case("two columns of a product", (2, 5, 31), "gelu_tanh", packed=False, layout="split", small=True),
     _case("gate transposed, up not", (3, 5, 24), packed=False, layout="transposed"),
-    _case("no rows", (0, 7, 16)),
+    _case("channels-last gate, up not", (2, 3, 4, 5), "relu", packed=False, layout="channels_last", small=True),
+    _case("gate strided, up not", (4, 40), packed=False, layout="strided"),
+    _case("no rows", (0, 7, 16), small=True),
     _case("no width", (3, 0)),
     _case("width 1", (5, 1), "gelu"),
     _case("odd width", (7, 33), "relu"),
     _case("prime width", (5, 3, 509), "gelu"),
     _case("four dimensions", (2, 3, 4, 17), "quick_gelu"),
     _case("padded rows", (3, 4, 35), layout="padded"),
-    _case("transposed", (3, 4, 36), layout="transposed"),
+    _case("transposed", (3, 4, 36), layout="transposed", small=True),
     _case("strided", (4, 40), layout="strided"),
-    _case("unaligned", (4, 40), "gelu", layout="unaligned"),
+    _case("unaligned", (4, 40), "gelu", layout="unaligned", small=True),
     _case("geglu 2x4096x1280", (2, 4096, 1280), "gelu", gate_first=False, bench=True),
     _case("geglu 2x256x5120", (2, 256, 5120), "gelu", gate_first=False, bench=True),
     _case("swiglu 512x8192 packed", (1, 512, 8192), bench=True),
@@ -154,6 +173,11 @@ def _geglu_tanh_first(x: Tensor) -> Tensor:
 
 def _reglu_first(x: Tensor) -> Tensor:
     gate, value = x.chunk(2, dim=-1)
+    return value * F.relu(gate)
+
+
+def _reglu_second(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
     return value * F.relu(gate)
 
 
@@ -205,6 +229,7 @@ SPELLINGS = [
     _packed("GEGLU, gate first", _geglu_first, "gelu", True),
     _packed("GEGLU of tanh, gate first", _geglu_tanh_first, "gelu_tanh", True),
     _packed("ReGLU, gate first", _reglu_first, "relu", True),
+    _packed("ReGLU, gate second", _reglu_second, "relu", False),
     _packed("glu", _glu, "sigmoid", False),
     _packed("GLU written out", _glu_written, "sigmoid", False),
     _apart("silu(gate) * up", _silu_times, "silu"),
@@ -221,7 +246,7 @@ def _eager(x: Tensor, up: Any, activation: str, gate_first: bool) -> Tensor:
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     packed, width = draw.flag(), draw.integer(0, 300)
     shape = (*draw.shape(5, *[5] * draw.integer(0, 2)), width)
-    layouts, scale = LAYOUTS[:-1], draw.choice((1.0, 6.0))
+    layouts, scale = LAYOUTS, draw.choice((1.0, 6.0))
     x = draw.tensor((*shape[:-1], 2 * width if packed else width), dtype, scale=scale, layouts=layouts)
     up = None if packed else draw.tensor(shape, dtype, layouts=layouts)
     return x, up, draw.choice(tuple(ACTIVATIONS)), draw.flag()

@@ -33,6 +33,11 @@ def _chunks(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def _split(x: Tensor, cos: Tensor, sin: Tensor, *, half: int = 11) -> Tensor:
+    a, b = torch.split(x, half, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
 
@@ -114,6 +119,7 @@ SPELLINGS = [
     _spelling("rotate_half of some", _partial, table=14),
     _spelling("rotate_half of some that are all", _partial_of_all),
     _spelling("two chunks", _chunks, table=11, entries=1),
+    _spelling("two parts", _split, table=11, entries=1),
     _spelling("rotate_every_two", rotate_pairs, pairs=True),
     _spelling("rotate_every_two in float32", _rotate_pairs_wide, pairs=True, wide=True),
     _spelling("rotate_every_two of some", _partial_pairs, table=14, pairs=True),

@@ -34,14 +34,6 @@ def merged(
     return sizes, found
 
 
-def dense(shape: Sequence[int]) -> Strides:
-    """The strides of a contiguous tensor of that shape."""
-    steps = [1] * len(shape)
-    for i in reversed(range(len(shape) - 1)):
-        steps[i] = steps[i + 1] * shape[i + 1]
-    return tuple(steps)
-
-
 def dense_like(x: Tensor) -> Tensor:
     """An uninitialised tensor of x's shape and dtype: rows of the last dimension, in the order x has them in memory."""
     order = sorted(range(x.dim() - 1), key=lambda d: -x.stride(d))

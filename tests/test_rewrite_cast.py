@@ -118,8 +118,7 @@ def test_rotary_angles_are_computed_in_float32() -> None:
         exact = module(x, positions)
     assert (run(after, x, positions) - exact).norm() < 0.015 * exact.norm()
     assert dtype_of(after, only(after, "aten.cos.default").outputs[0]) == F32
-    product = next(n for n in after.nodes if n.op == "aten.add.Tensor")
-    assert dtype_of(after, product.outputs[0]) == BF16
+    assert dtype_of(after, only(after, "fusegen.rope.default").outputs[0]) == BF16
 
 
 class Upcasts(nn.Module):

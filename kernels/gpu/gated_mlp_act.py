@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusegen.kernels.gated_mlp_act import halves
+from fusegen.kernels.gated_mlp_act import loops
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power, unit
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
-from fusegen.kernels.strides import dense, merged
 
 X, UP = 0, 1  # positions of the tensors in the schema
 
@@ -31,8 +30,10 @@ def gated_mlp_act_kernel(
     ACT: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS x BLOCK of the output a program; y is contiguous, x and up have three row strides, in multiples of UNIT."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(width, BLOCK)
+    row = program // across * ROWS + tl.arange(0, ROWS)[:, None]
+    d = program % across * BLOCK + tl.arange(0, BLOCK)[None, :]
     keep = (row < rows) & (d < width)
     i0, i1, i2 = row // n2 // n1, row // n2 % n1, row % n2
     at = (i0 * x0 + i1 * x1 + i2 * x2 + gate_at) * UNIT + d * x_d
@@ -64,12 +65,15 @@ class Config:
 
 
 def _width(x: Tensor, up: Tensor | None) -> int:
-    return int(x.shape[-1] if up is not None else x.shape[-1] // 2)
+    """The length of the innermost loop."""
+    found = loops(x, up, True) if x.numel() else None
+    return found[0][-1] if found else 1
 
 
 def key(x: Tensor, up: Tensor | None, activation: str, gate_first: bool) -> str:
-    """The row's length, its dtype and the activation."""
-    return f"{_width(x, up)} {str(x.dtype).removeprefix('torch.')} {activation}"
+    """The row's length, whether it is cut out of another, its dtype and the activation."""
+    apart = "" if up is None else " of two"
+    return f"{x.shape[-1]}{apart} {str(x.dtype).removeprefix('torch.')} {activation}"
 
 
 def default(x: Tensor, up: Tensor | None = None, *rest: Any, limit: int = 0) -> Config:
@@ -94,12 +98,11 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     (out,) = outs
     if not out.numel():
         return ()
-    width = out.shape[-1]
-    gate, value = halves(x, up, gate_first)
-    loops = merged(out.shape[:-1], [dense(out.shape[:-1]), gate.stride()[:-1], value.stride()[:-1]])
-    assert loops is not None
-    (n0, n1, n2), (_, (x0, x1, x2), (u0, u1, u2)) = loops
-    starts = (0, 0) if up is not None else (0, width * x.stride(-1)) if gate_first else (width * x.stride(-1), 0)
+    found = loops(x, up, gate_first)
+    assert found is not None
+    (n0, n1, n2, width), (_, (x0, x1, x2, x_d), (u0, u1, u2, u_d)) = found
+    half = 0 if up is not None else out.shape[-1] * x.stride(-1)
+    starts = (0, half) if gate_first else (half, 0)
     size = unit(x.element_size(), x0, x1, x2, u0, u1, u2, *starts)
     values = {
         "x": Use(X),
@@ -111,8 +114,8 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
         "n2": n2,
         **{name: step // size for name, step in zip(("x0", "x1", "x2", "u0", "u1", "u2"),
                                                      (x0, x1, x2, u0, u1, u2), strict=True)},
-        "x_d": gate.stride(-1),
-        "u_d": value.stride(-1),
+        "x_d": x_d,
+        "u_d": u_d,
         "gate_at": starts[0] // size,
         "up_at": starts[1] // size,
         "ACT": activation,
@@ -120,16 +123,16 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
         "ROWS": config.rows,
         "BLOCK": config.columns,
     }  # fmt: skip
-    grid = (blocks(n0 * n1 * n2, config.rows), blocks(width, config.columns))
+    grid = (blocks(n0 * n1 * n2, config.rows) * blocks(width, config.columns),)
     return (Stage(gated_mlp_act_kernel, grid, values, {"num_warps": config.num_warps}),)
 
 
 def decline(x: Tensor, up: Tensor | None = None, activation: str = "silu", gate_first: bool = True) -> str | None:
-    """Leading dimensions that need more than three strides."""
-    gate, value = halves(x, up, gate_first)
-    shape = gate.shape[:-1]
-    if gate.numel() and merged(shape, [dense(shape), gate.stride()[:-1], value.stride()[:-1]]) is None:
-        return f"the rows of strides {tuple(x.stride()[:-1])} need more than three strides"
+    """Layouts that need more than four strides."""
+    if x.numel() and loops(x, up, gate_first) is None:
+        return (
+            f"strides {tuple(x.stride())} and {tuple(up.stride()) if up is not None else ()} are more than four loops"
+        )
     return None
 
 

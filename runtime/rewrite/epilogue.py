@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fusegen.runtime.program import Applied, Node, Program, Ref, TensorSpec
 from fusegen.runtime.read.operators import complete
+from fusegen.runtime.rewrite import gates as gates_of
 from fusegen.runtime.rewrite.graph import Names, overload, spec_of, without_dead
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -84,7 +85,7 @@ def fuse_epilogues(program: Program) -> Program:
     ``program`` is static: equal specs make an addition a residual one.  The fused node takes the name and
     place of the last node it replaces.  New values (the gates of GEGLU) get a plain :class:`TensorSpec`.
     """
-    program, gates = _split_gates(program)
+    program, gates = gates_of.opened(program)
     fuser = _Fuser(program)
     for node in program.nodes:
         fuser.node(node)
@@ -162,53 +163,6 @@ def _activation(node: Node) -> str | None:
     if node.op == "aten.gelu.default":
         return "gelu" if node.args["approximate"] == "none" else "gelu_tanh"
     return None
-
-
-def _split_gates(program: Program) -> tuple[Program, int]:
-    """GEGLU and its kin: ``value, gate = linear(x).chunk(2, -1)``, then ``value * activation(gate)``.
-
-    The one linear becomes two, on the two halves of the weight (views, not copies), so that the activation and the
-    product are fused into them and the halves are never read back.
-    """
-    made = {o: n for n in program.nodes for o in n.outputs}
-    users, weights, specs, names = program.users(), dict(program.weights), dict(program.specs), Names.of(program)
-    halves: dict[str, list[Node]] = {}
-    for node in program.nodes:
-        if node.op == "aten.chunk.default" and _is_gated(program, node, made, users):
-            source = made[node.args["self"].name]
-            halves[node.name] = []
-            for i, out in enumerate(node.outputs):
-                args = {"input": source.args["input"], "weight": None, "bias": None}
-                for k in ("weight", "bias"):
-                    if source.args[k] is not None:
-                        old = source.args[k].name
-                        new = names.fresh(f"{old}.half{i}")
-                        weights[new], args[k] = program.weights[old].chunk(2)[i], Ref(new)
-                specs[out] = TensorSpec(program.specs[out].shape, program.specs[out].dtype)
-                halves[node.name].append(
-                    replace(source, name=names.fresh(f"{node.name}.half{i}"), args=args, outputs=(out,))
-                )
-    if not halves:
-        return program, 0
-    nodes = tuple(n for node in program.nodes for n in halves.get(node.name, [node]))
-    return without_dead(replace(program, weights=weights, specs=specs).with_nodes(nodes))[0], len(halves)
-
-
-def _is_gated(program: Program, node: Node, made: Mapping[str, Node], users: Mapping[str, list[Node]]) -> bool:
-    source, spec = made.get(node.args["self"].name), spec_of(program, node.args["self"].name)
-    if source is None or source.op != "aten.linear.default" or spec is None or len(node.outputs) != 2:
-        return False
-    if node.args["chunks"] != 2 or node.args["dim"] not in (-1, len(spec.shape) - 1) or int(spec.shape[-1]) % 2:
-        return False
-    constant = all(source.args[k] is None or source.args[k].name in program.weights for k in ("weight", "bias"))
-    after = [users.get(o, []) for o in node.outputs]
-    alone = users[node.args["self"].name] == [node] and all(len(u) == 1 for u in after)
-    inner = {node.args["self"].name, *node.outputs}
-    if not constant or not alone or not inner.isdisjoint(program.outputs):
-        return False
-    a, b = after[0][0], after[1][0]
-    act, product = (a, b) if _activation(a) else (b, a)
-    return bool(_activation(act)) and product.op == "aten.mul.Tensor" and users.get(act.outputs[0]) == [product]
 
 
 def merge_linears(program: Program, least: int = 2) -> Program:

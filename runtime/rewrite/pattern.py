@@ -37,6 +37,7 @@ DIMS: Mapping[str, tuple[str, ...]] = {
     "aten.split.Tensor": ("dim",),
     "aten.cat.default": ("dim",),
     "aten.flatten.using_ints": ("start_dim", "end_dim"),
+    "aten.glu.default": ("dim",),
     "aten.slice.Tensor": ("dim",),
     "aten.slice_scatter.default": ("dim",),
     "aten.unbind.int": ("dim",),

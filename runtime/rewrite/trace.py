@@ -106,7 +106,10 @@ def _pattern(op: str, spelling: Spelling, program: Program, half: bool) -> Patte
         raise ValueError(f"the spelling {spelling.name!r} of {op} makes no single new tensor")
     literals = _literals(spelling)
     found: set[str] = set()
-    nodes = tuple(Node(n.name, n.op, _arguments(cleaned, n, literals, half, found), n.outputs) for n in cleaned.nodes)
+    # Named by their first output, as in the file.
+    nodes = tuple(
+        Node(n.outputs[0], n.op, _arguments(cleaned, n, literals, half, found), n.outputs) for n in cleaned.nodes
+    )
     missing = sorted(literals.keys() - found)
     if missing:
         raise ValueError(f"the literal {missing[0]!r} of the spelling {spelling.name!r} is not in its trace")

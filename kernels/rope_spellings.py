@@ -107,7 +107,7 @@ def _spelling(
         return torch.zeros(5, 6, 8, 22), torch.zeros(table), torch.zeros(table)
 
     def call(x: Any, cos: Any, sin: Any, half: Any = None, width: Any = None, sizes: Any = None) -> Any:
-        given = {"interleaved": pairs, "entries": entries, "wide": wide}
+        given: dict[str, Any] = {"interleaved": pairs, "entries": entries, "wide": wide}
         return rotation(x, cos, sin, half=half, width=width, sizes=sizes, **given)
 
     return Spelling(name, eager, inputs, call)

@@ -19,9 +19,9 @@ def merged(
     continue one another in every tensor become one.  Gives the ``limit`` sizes, outermost first (1 where there are
     fewer), and each tensor's strides for them; None where it takes more loops.
     """
-    rows = [(n, *steps) for n, *steps in zip(shape, *strides, strict=True) if n != 1]
+    rows: list[Strides] = [row for row in zip(shape, *strides, strict=True) if row[0] != 1]
     rows.sort(key=lambda row: -row[1])
-    loops: list[tuple[int, ...]] = []
+    loops: list[Strides] = []
     for n, *steps in rows:
         if loops and all(outer == n * inner for outer, inner in zip(loops[-1][1:], steps, strict=True)):
             loops[-1] = (loops[-1][0] * n, *steps)
@@ -36,6 +36,6 @@ def merged(
 
 def dense_like(x: Tensor) -> Tensor:
     """An uninitialised tensor of x's shape and dtype: rows of the last dimension, in the order x has them in memory."""
-    order = sorted(range(x.dim() - 1), key=lambda d: -x.stride(d))
+    order = sorted(range(x.dim() - 1), key=lambda d: x.stride(d), reverse=True)
     out = torch.empty([x.shape[d] for d in order] + [x.shape[-1]], dtype=x.dtype, device=x.device)
     return out.permute([order.index(d) for d in range(x.dim() - 1)] + [x.dim() - 1])

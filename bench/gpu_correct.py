@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Iterator
@@ -25,11 +26,31 @@ from fusegen.bench.gpu_stages import (
     written,
 )
 from fusegen.bench.row import Row
+from fusegen.kernels import op as registry
+from fusegen.kernels.op import Op
+
+MANY = 60  # cases from which on compiling them side by side is worth the processes
+WORKERS = 5
+
+
+def precompile(setting: Setting, op: Op) -> None:
+    """Compile what the cases of an op take, side by side, where there are many of them."""
+    pairs = list(cases(op, setting, bench=False))
+    if setting.rehearse or len(pairs) < MANY:
+        return
+    module, warm = (importlib.import_module(f"fusegen.kernels.gpu.{stem}") for stem in (op.name, "warm"))
+    jobs = []
+    for case, dtype in pairs:
+        args = registry.complete(op, case.build(torch.Generator().manual_seed(0), dtype))
+        if module.KERNELS[0].decline(*args) is None:
+            jobs.append((args, module.TUNABLE.default(*args) if hasattr(module, "TUNABLE") else None))
+    warm.warm(op.name, jobs, WORKERS)
 
 
 def correct(setting: Setting, name: str) -> Iterator[Row]:
     """Every case in every dtype against the float64 reference; outputs start as NaN."""
     op = load(setting)[name]
+    precompile(setting, op)
     for case, dtype in cases(op, setting, bench=False):
         base = row(setting, f"{name} correct", case.name, "fusegen", name_of(dtype))
         if setting.over():
@@ -63,15 +84,14 @@ def noise(setting: Setting) -> Iterator[Row]:
 
 def batch(setting: Setting) -> Iterator[Row]:
     """A sample's result must be the same to the bit whatever batch it is in."""
-    for name in ("attention", "group_norm", "layer_norm"):
-        op = load(setting)[name]
-        for case, dtype in cases(op, setting, bench=True):
+    for name, op in load(setting).items():
+        for case, dtype in [pair for pair in cases(op, setting, bench=True) if pair[1] == torch.bfloat16][:3]:
             args = arguments(op, case, dtype, setting)
             if setting.over() or args[0].shape[0] < 2:
                 continue
             base = row(setting, f"{name} batch", case.name, "fusegen", name_of(dtype))
             try:
-                alone = tuple(a[:1] if isinstance(a, Tensor) and a.dim() > 1 else a for a in args)
+                alone = op.alone(args, 0)
                 (whole, first), (single, second) = bound(op, args), bound(op, alone)
                 first.run()
                 second.run()
@@ -94,7 +114,7 @@ def graphs(setting: Setting) -> Iterator[Row]:
                 if name == "sampler_step":
                     args[2][3] = 0.123  # the coefficient of x
                 for out in outs:
-                    out.fill_(math.nan)
+                    out.fill_(math.nan if out.is_floating_point() else -1)
                 replay()
                 replayed = [o.clone() for o in outs]
                 launch.run()

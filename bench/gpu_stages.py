@@ -75,13 +75,13 @@ def written(op: Op) -> list[int]:
 
 
 def bound(op: Op, args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Launch]:
-    """(outputs full of NaN, the launch of the GPU kernel); raises where every kernel declines."""
+    """(outputs full of NaN, or -1 where they are integers; the launch of the GPU kernel); raises where every kernel declines."""
     picked = registry.pick(op, "cuda", args)
     if picked.kernel is None:
         raise RuntimeError("; ".join(f"{d.kernel}: {d.reason}" for d in picked.declined) or "no kernel")
     outs = op.allocate(*args)
     for out in outs:
-        out.fill_(math.nan)
+        out.fill_(math.nan if out.is_floating_point() else -1)
     return outs, picked.kernel.bind(outs, args)
 
 

@@ -75,7 +75,7 @@ def written(op: Op) -> list[int]:
 
 
 def bound(op: Op, args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Launch]:
-    """(outputs full of NaN, or -1 where they are integers; the launch of the GPU kernel); raises where every kernel declines."""
+    """(outputs full of NaN, the launch of the GPU kernel); raises where every kernel declines."""
     picked = registry.pick(op, "cuda", args)
     if picked.kernel is None:
         raise RuntimeError("; ".join(f"{d.kernel}: {d.reason}" for d in picked.declined) or "no kernel")

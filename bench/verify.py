@@ -22,12 +22,17 @@ class Verdict:
 
 
 def errors(out: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Root mean square and largest error of ``out``, relative to the reference's; infinite for NaN or another shape."""
+    """Root mean square and largest error of ``out``, relative to the reference's; infinite for NaN or another shape.
+
+    An infinity where the reference has the same one is no error.
+    """
     if out.shape != reference.shape:
         return math.inf, math.inf
     if out.numel() == 0:
         return 0.0, 0.0
-    ref, difference = reference.double(), out.double() - reference.double()
+    same = reference.isinf() & (out == reference)
+    ref = reference.double().masked_fill(same, 0.0)
+    difference = out.double().masked_fill(same, 0.0) - ref
     if not bool(torch.isfinite(difference).all()):
         return math.inf, math.inf
     scale = float(ref.square().mean().sqrt()) or 1.0

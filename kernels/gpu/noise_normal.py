@@ -46,16 +46,22 @@ def _to_normal(u, table):
 
 
 @triton.jit
-def normals(seed, first, step, sample, table, BLOCK: tl.constexpr):
-    """The normals of BLOCK elements from ``first`` (a multiple of 4) on.  seed: int64; step, sample: uint32 scalars."""
-    c0 = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
-    c1, c2, c3 = tl.zeros_like(c0) + step, tl.zeros_like(c0) + sample, tl.zeros_like(c0)
+def philox(c0, c1, c2, c3, seed):
+    """Philox-4x32-10 of a counter of four uint32 tensors under the key ``seed`` (int64)."""
     k0, k1 = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     for _ in tl.static_range(_ROUNDS):
         high0, high1 = tl.umulhi(c0, _M0), tl.umulhi(c2, _M1)
         low0, low1 = c0 * _M0, c2 * _M1
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = k0 + _W0, k1 + _W1
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def normals(seed, first, step, sample, table, BLOCK: tl.constexpr):
+    """The normals of BLOCK elements from ``first`` (a multiple of 4) on.  seed: int64; step, sample: uint32 scalars."""
+    c0 = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    c0, c1, c2, c3 = philox(c0, tl.zeros_like(c0) + step, tl.zeros_like(c0) + sample, tl.zeros_like(c0), seed)
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # so that lane = element % 4 once flat
     return _to_normal(tl.reshape(words, (BLOCK,)), table)
 

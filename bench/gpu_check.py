@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,9 +31,8 @@ if TYPE_CHECKING:
     from fusegen.bench.gpu_stages import Setting
 
 # What a stage weighs beside the others in the time they share; 1 where nothing is said.
-WEIGHTS = {"tune:attention": 8.0, "race:attention": 5.0, "race:group_norm": 5.0, "tune:group_norm": 3.0,
-           "model:emoji": 3.0, "model:sd15": 5.0}  # fmt: skip
-TOGETHER = 12  # processes at once where results are only checked
+WEIGHTS = {"tune:attention": 3.0, "tune:group_norm": 2.0, "race:attention": 2.0, "model:emoji": 2.0, "model:sd15": 3.0}
+TOGETHER = 16  # processes at once where results are only checked
 
 
 def groups() -> list[tuple[float, tuple[str, ...]]]:
@@ -45,7 +45,7 @@ def groups() -> list[tuple[float, tuple[str, ...]]]:
     tuned = [op for op in ops if "TUNABLE = " in (catalogue.GPU / f"{op}.py").read_text()]
     alone = ["roofline", *(f"tune:{op}" for op in tuned), *(f"race:{op}" for op in ops), "model:emoji", "model:sd15"]
     found = [tuple(checks[i : i + TOGETHER]) for i in range(0, len(checks), TOGETHER)] + [(stage,) for stage in alone]
-    weights = [4.0 if len(group) > 1 else WEIGHTS.get(group[0], 1.0) for group in found]
+    weights = [0.6 * len(group) if len(group) > 1 else WEIGHTS.get(group[0], 1.0) for group in found]
     ends = itertools.accumulate(weights)
     return [(end / sum(weights), group) for end, group in zip(ends, found, strict=True)]
 
@@ -92,7 +92,8 @@ def start(stage: str, path: Path, until: float, rehearse: bool, cache: str) -> s
     command = [sys.executable, "-W", "ignore", "-m", "fusegen.bench.gpu_check", "--stage", stage, "--out", str(path)]
     command += ["--until", str(until)] + (["--rehearse"] if rehearse else [])
     extra = {**INTERPRETED, "FUSEGEN_CACHE": cache} if rehearse else {}
-    return subprocess.Popen(command, env=os.environ | extra, stderr=subprocess.PIPE, text=True)
+    # A session of its own, so that what it started ends with it.
+    return subprocess.Popen(command, env=os.environ | extra, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def finish(stage: str, process: subprocess.Popen[str], until: float, path: Path) -> None:
@@ -101,7 +102,7 @@ def finish(stage: str, process: subprocess.Popen[str], until: float, path: Path)
         _, errors = process.communicate(timeout=max(5.0, until + 30.0 - time.time()))
         note = f"exit code {process.returncode}: {(errors.strip().splitlines() or [''])[-1]}"[:300]
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         note = "stopped: it ran half a minute past its time"
     if process.returncode:

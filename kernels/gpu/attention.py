@@ -207,13 +207,13 @@ def space(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any) -> Iterator[Co
     sizes = (16, 32, 64) if exact else (32, 64, 128)
     rows, columns = (max(s[0], power(t.shape[-2])) for s, t in ((sizes, q), (sizes, k)))
     for split in (False, True) if widths(dim, True)[1] else (False,):
-        for block_m, block_n, warps in itertools.product((16, *sizes[-2:]), sizes, (4, 8)):
+        for block_m, block_n, warps in itertools.product((16, *sizes[-2:]), sizes[-2:], (4, 8)):
             wide = sum(widths(dim, split))
             if block_m > rows or block_n > columns:
                 continue
             for precision in ("ieee", "tf32x3") if exact else ("ieee",):
                 if _fits(block_m, block_n, 32 * warps, wide, exact and precision == "ieee"):
-                    for stages in (1, 2) if exact else (2, 3, 4):
+                    for stages in (1, 2) if exact else (3, 4):
                         config = Config(block_m, block_n, warps, stages, split, precision)
                         if shared(config, q, mask) <= SHARED_BYTES:
                             yield config

@@ -34,7 +34,7 @@ def _describe(value: Any) -> Any:
 
 
 def compile_one(op: str, given: Sequence[Any], config: Any, arch: int) -> str:
-    """Compile one configuration for these arguments; the answer is empty, or why it did not compile."""
+    """Compile one configuration (None: the op has no choice) for these arguments; empty, or why it did not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -43,7 +43,7 @@ def compile_one(op: str, given: Sequence[Any], config: Any, arch: int) -> str:
     module, spec = (importlib.import_module(f"fusegen.kernels.{folder}{op}") for folder in ("gpu.", ""))
     args = tuple(g.meta() if isinstance(g, Shape) else g for g in given)
     try:
-        for stage in module.stages(spec.OP.allocate(*args), args, config):
+        for stage in module.stages(spec.OP.allocate(*args), args, *([] if config is None else [config])):
             triton.compile(source(stage, args), GPUTarget("cuda", arch, 32), options=dict(stage.options))
     except Exception as error:  # the caller meets the same error when it launches, and says so there
         return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -53,12 +53,16 @@ def compile_one(op: str, given: Sequence[Any], config: Any, arch: int) -> str:
 _POOL: list[ProcessPoolExecutor] = []
 
 
-def warm(op: str, args: Sequence[Any], configs: Iterable[Any], arch: int | None = None) -> list[str]:
-    """Compile ``configs`` of ``op`` for these arguments, for this machine's GPU unless ``arch`` says another."""
+def warm(op: str, jobs: Iterable[tuple[Sequence[Any], Any]], workers: int = 16, arch: int | None = None) -> list[str]:
+    """Compile ``jobs``, pairs of arguments and configuration, for this machine's GPU unless ``arch`` says another.
+
+    The first call of a process sets the number of ``workers``.
+    """
     if arch is None:
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
     if not _POOL:  # spawned, not forked: a forked process cannot use CUDA, and must not touch its parent's
-        _POOL.append(ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("spawn")))
-    given = [_describe(a) for a in args]
-    return [f.result() for f in [_POOL[0].submit(compile_one, op, given, c, arch) for c in dict.fromkeys(configs)]]
+        count = min(workers, os.cpu_count() or 1)
+        _POOL.append(ProcessPoolExecutor(count, mp_context=get_context("spawn")))
+    given = [([_describe(a) for a in args], config) for args, config in jobs]
+    return [f.result() for f in [_POOL[0].submit(compile_one, op, args, config, arch) for args, config in given]]

@@ -28,17 +28,18 @@ class Subject:
 
 
 def emoji() -> Subject:
-    """The zoo's architecture at 32 by 32 pixels.  Random weights do for speed; those that training starts at zero are
+    """The zoo's architecture at 64 by 64 pixels.  Random weights do for speed; those that training starts at zero are
     drawn too, as an output of zeros would prove nothing."""
     from fusegen.models.unet import UNet
+    from fusegen.models.zoo.emoji.train import NETWORKS
 
     torch.manual_seed(0)
-    module = UNet().eval()
+    module = UNet(NETWORKS[64]).eval()
     for parameter in module.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
-    inputs = (torch.randn(2, 3, 32, 32), torch.tensor([499.0, 499.0]), torch.randn(2, 16, module.cfg.context_width))
-    return Subject("emoji U-Net, random weights, 2x3x32x32", module, inputs)
+    inputs = (torch.randn(2, 3, 64, 64), torch.tensor([499.0, 499.0]), torch.randn(2, 16, module.cfg.context_width))
+    return Subject("emoji U-Net, random weights, 2x3x64x64", module, inputs)
 
 
 def sd15() -> Subject:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from fusegen.kernels import sampler_step as row
 from fusegen.models.text_encoder import TextEncoder, TextEncoderConfig
 from fusegen.models.text_to_image import TextToImage, pictures
-from fusegen.models.unet import UNet, UNetConfig
+from fusegen.models.unet import UNet
+from fusegen.models.zoo.emoji.train import NETWORKS
 from fusegen.runtime import noise
 from fusegen.runtime.sampler import coefficients
 
@@ -24,7 +25,7 @@ def emoji_modules(model: TextToImage) -> tuple[TextEncoder, UNet]:
     """The emoji model's networks as modules, with the weights of its bundle."""
     assert model.bundle is not None
     text = TextEncoder(TextEncoderConfig(vocabulary=model.tokenizer.get_vocab_size()))
-    unet = UNet(UNetConfig())
+    unet = UNet(NETWORKS[model.bundle.manifest.loop["image"]["width"]])
     text.load_state_dict({k: v.clone() for k, v in model.bundle.program("text_encoder").weights.items()}, strict=False)
     unet.load_state_dict({k: v.clone() for k, v in model.bundle.program("denoiser").weights.items()}, strict=False)
     return text.eval(), unet.eval()

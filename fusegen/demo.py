@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fusegen.models.text_to_image import TextToImage
 
 MODEL = "emoji"
-PROMPTS = ("pig face", "blue heart", "cat face", "green apple", "dog face", "hamburger", "christmas tree", "red circle")
-EACH, SCALE = 6, 3  # pictures a prompt, and pixels a pixel
+PROMPTS = ("pig face", "red circle", "slice of pizza", "blue heart", "cat face", "green apple", "rocket", "guitar")
+EACH, SCALE = 6, 2  # pictures a prompt, and pixels a pixel
 SHEET = Path("build/demo/emoji.png")
 COMPARED, SECONDS = 8, 6.0  # pictures a call, and about how long each side is timed
 

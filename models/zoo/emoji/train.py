@@ -167,12 +167,10 @@ class Run:
 
     def advance(self, inputs: tuple[Tensor, ...], rate: float) -> Tensor:
         """One optimizer step; returns the loss."""
-        start = time.monotonic()
         self.rate.fill_(rate)
         self.keep.fill_(1 - min(0.999, (1 + self.step) / (10 + self.step)))
         loss = self.learn(self.model, inputs) if self.replay is None else self.replay(inputs)
         self.step += 1
-        self.seconds += time.monotonic() - start
         return loss
 
 
@@ -230,9 +228,11 @@ def train(folder: Path, settings: Settings, until: int | None = None, start: Pat
         run.begin(start)
     configs = {"unet": asdict(run.model.unet.cfg), "text_encoder": asdict(run.model.text_encoder.cfg)}
     facts = {"size": settings.size, "batch": settings.batch, "device": name_of(settings.device)}
+    facts["pictures"] = len(emoji.captions)
     (folder / "config.json").write_text(json.dumps(configs | facts, indent=1))
     batches, end = Batches(emoji, tok, settings.device), until or settings.steps
     smooth: Tensor | None = None
+    began, before = time.monotonic(), run.seconds
     loss_text = TextColumn("loss {task.fields[loss]:.4f}")
     with Progress(TextColumn("emoji"), BarColumn(), MofNCompleteColumn(), loss_text, TimeRemainingColumn()) as progress:
         task = progress.add_task("train", total=settings.steps, completed=run.step, loss=math.nan)
@@ -242,6 +242,7 @@ def train(folder: Path, settings: Settings, until: int | None = None, start: Pat
             smooth = loss if smooth is None else smooth.lerp(loss, 0.02)
             if run.step % 50 == 0 or settings.device == "cpu":  # reading the loss waits for a GPU
                 progress.update(task, completed=run.step, loss=float(smooth))
+            run.seconds = before + time.monotonic() - began
             if run.step % 50 == 0:
                 with open(folder / "log.jsonl", "a") as log:
                     line = {"step": run.step, "loss": float(smooth), "seconds": round(run.seconds, 1)}

@@ -58,6 +58,6 @@ def of(op: Op, dtype: torch.dtype, setting: Setting) -> Mapping[str, Build]:
             peers = {"sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
         return {"eager": contenders.eager, **{who: forced(b) for who, b in peers.items()}, "fusegen": fusegen}
     if op.eager:
-        peers = {"compile": compiled} if dtype == torch.bfloat16 else {}  # it takes seconds a case
-        return {"eager": contenders.eager, **peers, "fusegen": fusegen}
+        slow = {"compile": compiled} if dtype == torch.bfloat16 else {}  # it takes seconds a case
+        return {"eager": contenders.eager, **slow, "fusegen": fusegen}
     return {"fusegen": fusegen}  # eager PyTorch has no form of it that draws the same noise on a GPU

@@ -48,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state |= {"model." + k.removeprefix("average."): torch.zeros_like(v) for k, v in state.items()}
     save_file(state, out / "checkpoint.safetensors", metadata={"step": "1234", "seconds": "600.0"})
     config = {"unet": asdict(TINY), "text_encoder": asdict(text.cfg), "size": 16}
+    config |= {"batch": 4, "device": "a test", "pictures": 3}
     (out / "config.json").write_text(json.dumps(config))
     return out
 

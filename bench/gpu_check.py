@@ -1,8 +1,9 @@
 """``make gpu-check``: all that only a GPU can show, in one command and under eight minutes.
 
 Kernels against their references, noise bits, batch invariance, CUDA graphs, tuning, the roofline, every op against its
-peers, models end to end.  Each stage is a process of its own, as a fault on the GPU ends every process that shares it;
-rows are appended to a file of JSON lines as they come, so that a run that dies keeps what it has.
+peers, models end to end.  What checks runs in many processes at once, what is timed in one; a fault on the GPU ends a
+process, and what it had not begun goes on in a fresh one.  Rows are appended to a file of JSON lines as they come, so
+that a run that dies keeps what it has.
 
     python -m fusegen.bench.gpu_check [--out FILE] [--seconds 460] [--only STAGE ...]
     python -m fusegen.bench.gpu_check --rehearse        # tiny, on the CPU, under Triton's interpreter; no times
@@ -11,16 +12,19 @@ rows are appended to a file of JSON lines as they come, so that a run that dies 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from fusegen.bench import report
 from fusegen.bench import row as rows_file
@@ -31,23 +35,26 @@ if TYPE_CHECKING:
     from fusegen.bench.gpu_stages import Setting
 
 # What a stage weighs beside the others in the time they share; 1 where nothing is said.
-WEIGHTS = {"tune:attention": 3.0, "tune:group_norm": 2.0, "race:attention": 2.0, "model:emoji": 2.0, "model:sd15": 3.0}
-TOGETHER = 16  # processes at once where results are only checked
+WEIGHTS = {"tune:attention": 3.0, "tune:group_norm": 2.0, "race:attention": 2.0, "model:emoji": 2.0, "model:sd15": 4.0}
+CHECKING = 0.25  # the share of the time in which results are checked
+ENDED = "stage ended"
+Timed = tuple[str, float]  # a stage, and when it should be through (time.time())
 
 
-def groups() -> list[tuple[float, tuple[str, ...]]]:
-    """Groups of stages that run one after another, each with the share of the time that it may have used up by its end.
-
-    What only checks results runs together; what is timed runs alone.
-    """
+def stages() -> tuple[list[str], list[str]]:
+    """(what only checks results: each in a process of its own, all together; what is timed: one after another)."""
     ops = catalogue.triton_names()
-    checks = [*(f"correct:{op}" for op in ops), "noise", "batch", "graphs"]
     tuned = [op for op in ops if "TUNABLE = " in (catalogue.GPU / f"{op}.py").read_text()]
-    alone = ["roofline", *(f"tune:{op}" for op in tuned), *(f"race:{op}" for op in ops), "model:emoji", "model:sd15"]
-    found = [tuple(checks[i : i + TOGETHER]) for i in range(0, len(checks), TOGETHER)] + [(stage,) for stage in alone]
-    weights = [0.6 * len(group) if len(group) > 1 else WEIGHTS.get(group[0], 1.0) for group in found]
+    timed = ["roofline", *(f"tune:{op}" for op in tuned), *(f"race:{op}" for op in ops), "model:emoji", "model:sd15"]
+    return [*(f"correct:{op}" for op in ops), "noise", "batch", "graphs"], timed
+
+
+def deadlines(timed: Sequence[str], began: float, seconds: float) -> list[Timed]:
+    """The timed stages, each with its share of what the checks leave."""
+    weights = [WEIGHTS.get(stage, 1.0) for stage in timed]
+    start, rest = began + CHECKING * seconds, (1 - CHECKING) * seconds
     ends = itertools.accumulate(weights)
-    return [(end / sum(weights), group) for end, group in zip(ends, found, strict=True)]
+    return [(stage, start + rest * end / sum(weights)) for stage, end in zip(timed, ends, strict=True)]
 
 
 INTERPRETED = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -71,81 +78,113 @@ def stage_rows(stage: str, setting: Setting) -> Iterable[Row]:
     return table[name]()
 
 
-def child(stage: str, path: Path, until: float, rehearse: bool) -> int:
-    """Run one stage in this process; its rows go to ``path``."""
+def child(queue: Sequence[Timed], path: Path, rehearse: bool) -> None:
+    """Run stages in this process, one after another; their rows go to ``path``, a line to standard output each."""
     import torch
 
     from fusegen.bench.gpu_stages import Setting, reason, row
 
-    setting = Setting("cpu" if rehearse else "cuda", until)
-    try:
-        with torch.no_grad():
-            for one in stage_rows(stage, setting):
-                rows_file.append(path, one)
-    except Exception as error:
-        rows_file.append(path, row(setting, stage, "the stage itself", "fusegen", note=reason(error)))
-        return 1
-    return 0
+    for stage, until in queue:
+        setting = Setting("cpu" if rehearse else "cuda", until)
+        try:
+            with torch.no_grad():
+                for one in stage_rows(stage, setting):
+                    rows_file.append(path, one)
+        except Exception as error:
+            rows_file.append(path, row(setting, stage, "the stage itself", "fusegen", note=reason(error)))
+        if not rehearse:
+            torch.cuda.synchronize()  # after a fault this raises: what is left needs a fresh process
+        print(f"\n{ENDED} {stage}", flush=True)
 
 
-def start(stage: str, path: Path, until: float, rehearse: bool, cache: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "ignore", "-m", "fusegen.bench.gpu_check", "--stage", stage, "--out", str(path)]
-    command += ["--until", str(until)] + (["--rehearse"] if rehearse else [])
+@dataclass
+class Started:
+    """A process that runs ``queue``."""
+
+    queue: Sequence[Timed]
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+
+
+def start(queue: Sequence[Timed], path: Path, rehearse: bool, cache: str) -> Started:
+    command = [sys.executable, "-W", "ignore", "-m", "fusegen.bench.gpu_check", "--out", str(path)]
+    command += [f"--stage={stage}@{until}" for stage, until in queue] + (["--rehearse"] if rehearse else [])
     extra = {**INTERPRETED, "FUSEGEN_CACHE": cache} if rehearse else {}
+    errors = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
     # A session of its own, so that what it started ends with it.
-    return subprocess.Popen(command, env=os.environ | extra, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=os.environ | extra, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+    )
+    return Started(queue, process, errors)
 
 
-def finish(stage: str, process: subprocess.Popen[str], until: float, path: Path) -> None:
-    """Wait for a stage; one that dies or hangs leaves a row that says so."""
-    try:
-        _, errors = process.communicate(timeout=max(5.0, until + 30.0 - time.time()))
-        note = f"exit code {process.returncode}: {(errors.strip().splitlines() or [''])[-1]}"[:300]
-    except subprocess.TimeoutExpired:
+def finish(started: Started, path: Path, ended: Callable[[str], None]) -> int:
+    """Wait for a process; how many of its stages it began.  One in which it dies or hangs leaves a row that says so."""
+    process, seen, count = started.process, b"", 0
+    assert process.stdout is not None
+    note = ""
+    while count < len(started.queue):
+        patience = max(5.0, started.queue[count][1] + 30.0 - time.time())
+        if not select.select([process.stdout], [], [], patience)[0]:
+            note = "stopped: it ran half a minute past its time"
+            break
+        data = os.read(process.stdout.fileno(), 1 << 16)
+        if not data:
+            break
+        seen += data
+        while count < len(started.queue) and f"{ENDED} {started.queue[count][0]}\n".encode() in seen:
+            ended(started.queue[count][0])
+            count += 1
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        note = "stopped: it ran half a minute past its time"
-    if process.returncode:
-        rows_file.append(path, Row(stage, "the stage itself", "fusegen", "", "", False, note=note))
+    code = process.wait()
+    if count < len(started.queue):
+        started.errors.seek(0)
+        last = (started.errors.read().decode(errors="replace").strip().splitlines() or [""])[-1]
+        note = note or f"exit code {code}: {last}"[:300]
+        rows_file.append(path, Row(started.queue[count][0], "the stage itself", "fusegen", "", "", False, note=note))
+        ended(started.queue[count][0])
+        count += 1
+    return count
 
 
-def run(stages: Sequence[str], path: Path, seconds: float, rehearse: bool) -> list[Row]:
+def run(chosen: Collection[str], path: Path, seconds: float, rehearse: bool) -> list[Row]:
     """Every stage, each with its share of the time; the rows of this run.  A rehearsal runs them one by one."""
     from rich.console import Console
 
     console, began, seen = Console(stderr=True), time.time(), len(rows_file.read(path)) if path.exists() else 0
-    rows: list[Row] = []
+    checks, timed = ([stage for stage in part if stage in chosen] for part in stages())
+    queue = deadlines(timed, began, seconds)
+    until = began + (CHECKING if timed else 1.0) * seconds
+
+    def ended(stage: str) -> None:
+        console.print(f"{time.time() - began:5.0f} s  {stage}")
+
     with tempfile.TemporaryDirectory() as cache:
-        for share, group in groups():
-            until = began + share * seconds
-            chosen = [stage for stage in group if stage in stages]
-            for together in [[stage] for stage in chosen] if rehearse else [chosen]:
-                running = {stage: start(stage, path, until, rehearse, cache) for stage in together}
-                for stage, process in running.items():
-                    finish(stage, process, until, path)
-                found = rows_file.read(path)[seen + len(rows) :] if path.exists() else []
-                rows += found
-                if together:
-                    bad = sum(not r.ok for r in found)
-                    console.print(
-                        f"{time.time() - began:5.0f} s  {', '.join(together)}: {len(found)} rows, {bad} not ok"
-                    )
-    return rows
+        if rehearse:
+            queue = [(stage, began + seconds) for stage in [*checks, *timed]]
+        else:
+            for one in [start([(stage, until)], path, rehearse, cache) for stage in checks]:
+                finish(one, path, ended)
+        while queue:
+            queue = queue[finish(start(queue, path, rehearse, cache), path, ended) :]
+    return rows_file.read(path)[seen:] if path.exists() else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 1 where any row is not ok."""
-    stages = [stage for _, group in groups() for stage in group]
+    every = [*stages()[0], *stages()[1]]
     parser = argparse.ArgumentParser(prog="python -m fusegen.bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the file of rows; a dated one under bench/results/ by default")
     parser.add_argument("--seconds", type=float, default=460.0, help="the time for all stages together")
-    parser.add_argument("--only", action="append", choices=stages, help="only this stage (may be repeated)")
+    parser.add_argument("--only", action="append", choices=every, help="only this stage (may be repeated)")
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes under Triton's interpreter, no times")
-    parser.add_argument("--stage", choices=stages, help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--stage", action="append", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.stage:
-        return child(args.stage, args.out, args.until, args.rehearse)
+        queue = [(name, float(until)) for name, _, until in (stage.rpartition("@") for stage in args.stage)]
+        child(queue, args.out, args.rehearse)
+        return 0
     import torch
 
     if not args.rehearse and not torch.cuda.is_available():
@@ -154,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dated = Path(__file__).parent / "results" / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     with tempfile.TemporaryDirectory() as spare:
         path = args.out or (Path(spare) / "rehearsal.jsonl" if args.rehearse else dated)
-        rows = run(args.only or stages, path, args.seconds, args.rehearse)
+        rows = run(args.only or every, path, args.seconds, args.rehearse)
     report.show(rows, "gpu-check" + (", rehearsed on the CPU" if args.rehearse else ""))
     bad = [r for r in rows if not r.ok]
     print(f"{len(rows)} rows in {path}; {len(bad)} not ok")

@@ -48,8 +48,9 @@ def forced(backend: SDPBackend) -> Build:
     return build
 
 
-def of(op: Op, dtype: torch.dtype, setting: Setting) -> Mapping[str, Build]:
-    """The contenders of an op, the baseline first.  ``torch.compile`` leaves SDPA as it is, so attention has none."""
+def of(op: Op, dtype: torch.dtype, setting: Setting, slow: bool) -> Mapping[str, Build]:
+    """The contenders of an op, the baseline first.  ``torch.compile`` leaves SDPA as it is, so attention has none;
+    elsewhere it stands where ``slow`` contenders, which take seconds a case, are wanted."""
     if setting.rehearse and op.eager:
         return {"eager": contenders.eager, "fusegen": fusegen}
     if op.name == "attention":
@@ -58,6 +59,6 @@ def of(op: Op, dtype: torch.dtype, setting: Setting) -> Mapping[str, Build]:
             peers = {"sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
         return {"eager": contenders.eager, **{who: forced(b) for who, b in peers.items()}, "fusegen": fusegen}
     if op.eager:
-        slow = {"compile": compiled} if dtype == torch.bfloat16 else {}  # it takes seconds a case
-        return {"eager": contenders.eager, **slow, "fusegen": fusegen}
+        compiler = {"compile": compiled} if slow else {}
+        return {"eager": contenders.eager, **compiler, "fusegen": fusegen}
     return {"fusegen": fusegen}  # eager PyTorch has no form of it that draws the same noise on a GPU

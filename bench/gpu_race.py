@@ -28,6 +28,7 @@ from fusegen.bench.gpu_stages import (
 from fusegen.bench.row import Row
 from fusegen.kernels.op import Op, Tolerance
 
+COMPILED = 2  # cases of an op that torch.compile runs too
 ROTATED = 160 * 10**6  # bytes of arguments and outputs that a timed graph goes through, so that the L2 cache is no help
 
 
@@ -92,18 +93,18 @@ def peaks(setting: Setting) -> Iterator[Row]:
 def race(setting: Setting, name: str) -> Iterator[Row]:
     """A row a contender for each benchmark case: gated on its error, then timed in CUDA graphs, interleaved."""
     op = load(setting)[name]
-    for case, dtype in cases(op, setting, bench=True):
+    for index, (case, dtype) in enumerate(cases(op, setting, bench=True)):
         base = row(setting, name, case.name, "all", name_of(dtype))
         if setting.over():
             yield replace(base, note="not reached: out of time")
             continue
         try:
-            yield from _heat(setting, op, base, arguments(op, case, dtype, setting), dtype)
+            yield from _heat(setting, op, base, arguments(op, case, dtype, setting), dtype, index < COMPILED)
         except Exception as error:
             yield replace(base, note=reason(error))
 
 
-def _heat(setting: Setting, op: Op, base: Row, args: tuple[Any, ...], dtype: torch.dtype) -> Iterable[Row]:
+def _heat(setting: Setting, op: Op, base: Row, args: tuple[Any, ...], dtype: torch.dtype, slow: bool) -> Iterable[Row]:
     """One case: its contenders' graphs go through as many copies of the arguments as are larger than the L2 cache."""
     cost, want = op.cost(*args), expected(op, _copy(args))[: len(op.allocate(*args))]
     base = replace(base, shapes=tuple(tuple(a.shape) for a in args if isinstance(a, Tensor)))
@@ -111,7 +112,7 @@ def _heat(setting: Setting, op: Op, base: Row, args: tuple[Any, ...], dtype: tor
     many = [args, *(_copy(args) for _ in range(sets - 1))]
     rows: dict[str, Row] = {}
     replays: dict[str, Call] = {}
-    for who, build in gpu_contenders.of(op, dtype, setting).items():
+    for who, build in gpu_contenders.of(op, dtype, setting, slow).items():
         margin = 1.0 if who == "fusegen" else kernels.PEER_MARGIN
         limit = Tolerance(op.tolerance[dtype].rms * margin, op.tolerance[dtype].peak * margin)
         try:

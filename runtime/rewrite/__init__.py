@@ -77,13 +77,19 @@ _TIDY: dict[str, Callable[[Program], tuple[Program, int]]] = {
 
 
 def _spelled(program: Program, log: _Log, hidden: Mapping[str, str]) -> Program:
-    """Drop no-ops, the casts in ``hidden`` excepted, and put fused ops in the place of their spellings."""
+    """Drop no-ops, the casts in ``hidden`` excepted, and put fused ops in the place of their spellings.
+
+    A spelling may be made of fused ops, so what one round puts in is looked at again in the next.
+    """
     program = log.run("no-ops", lambda p: clean.without_no_ops(p, frozenset(hidden)), program)
     program = log.run("dead code", without_dead, program)
-    hidden = casting.float_casts(program) if hidden else {}
-    program, applied = match.replace_spellings(program, patterns.load(), hidden)
-    log.applied += applied
-    return log.run("dead code", without_dead, program) if any(a.count for a in applied) else program
+    while True:
+        casts = casting.float_casts(program) if hidden else {}
+        program, applied = match.replace_spellings(program, patterns.load(), casts)
+        log.applied += applied
+        if not any(a.count for a in applied):
+            return program
+        program = log.run("dead code", without_dead, program)
 
 
 class _Log:

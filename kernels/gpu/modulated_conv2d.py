@@ -1,0 +1,267 @@
+"""Modulated convolution on NVIDIA GPUs: an implicit product of matrices, pixels by channels out.
+
+Styles multiply the input tile between its load and the product; the norm, noise, bias and activation follow on the
+accumulator.  Styles are divided by their largest magnitude and the result multiplied by it, so that half precision does
+not overflow.  A transposed convolution runs phase by phase: an output of one phase meets every up-th tap.  The weights
+are laid out anew, taps outermost, by a first launch, which also squares them for the norms of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusegen.kernels.gpu.activation import activated
+from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
+from fusegen.kernels.gpu.tune import Tunable
+from fusegen.kernels.modulated_conv2d import finish, is_channels_last, sizes
+from fusegen.kernels.op import FLOATS, Kernel
+
+X, WEIGHT, STYLES, NOISE, BIAS = range(5)  # positions of the tensors in the schema
+SMALLEST = 16  # tl.dot's least extent
+
+
+@triton.jit
+def weights_kernel(
+    weight, packed, squares, outputs, channels, w_o, w_i, w_y, w_x,
+    TAPS_X: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """weight (O, I, ky, kx) -> packed (tap, O, I) in its dtype, and the sum of squares over the taps (O, I)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = at < outputs * channels
+    base = weight + at // channels * w_o + at % channels * w_i
+    total = tl.zeros((BLOCK,), tl.float32)
+    for tap in range(TAPS):
+        w = tl.load(base + tap // TAPS_X * w_y + tap % TAPS_X * w_x, mask=keep, other=0.0).to(tl.float32)
+        tl.store(packed + tap * outputs * channels + at, w.to(packed.dtype.element_ty), mask=keep)
+        total += w * w
+    tl.store(squares + at, total, mask=keep)
+
+
+@triton.jit
+def scales_kernel(
+    styles, squares, scaled, norms, outputs, channels, s_b, s_i, eps,
+    DEMODULATE: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """scaled (B, I): styles over their largest magnitude; norms (B, O): what the convolution of those is scaled by."""
+    b = tl.program_id(1).to(tl.int64)
+    o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    i = tl.arange(0, BLOCK)
+    top = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, channels, BLOCK):
+        s = tl.load(styles + b * s_b + (first + i) * s_i, mask=first + i < channels, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.abs(s))
+    largest = tl.max(top, axis=0)
+    largest = tl.where(largest > 0.0, largest, 1.0)
+    total = tl.zeros((OUTPUTS,), tl.float32)
+    for first in range(0, channels, BLOCK):
+        keep = first + i < channels
+        s = tl.load(styles + b * s_b + (first + i) * s_i, mask=keep, other=0.0).to(tl.float32) / largest
+        tl.store(scaled + b * channels + first + i, s, mask=keep)  # every program of b writes the same
+        if DEMODULATE:
+            near = o[:, None].to(tl.int64) * channels + first + i[None, :]
+            w = tl.load(squares + near, mask=(o < outputs)[:, None] & keep[None, :], other=0.0)
+            total += tl.sum(w * (s * s)[None, :], axis=1)
+    norm = tl.zeros((OUTPUTS,), tl.float32) + largest
+    if DEMODULATE:
+        norm = 1.0 / tl.sqrt(total + eps / largest / largest)
+    tl.store(norms + b * outputs + o, norm, mask=o < outputs)
+
+
+@triton.jit
+def modulated_kernel(
+    x, packed, scaled, norms, noise, bias, out, channels, outputs, height, width, out_y, out_x, pad_y, pad_x,
+    x_b, x_c, x_y, x_x, y_b, y_c, y_y, y_x, n_b, n_y, n_x, tiles_y, tiles_x, alpha, gain, clamp,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, UP: tl.constexpr, NOISE: tl.constexpr, BIAS: tl.constexpr,
+    ACT: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """ROWS x COLS outputs of one phase and BLOCK_O channels of one sample."""
+    pid = tl.program_id(0)
+    tile_x, rest = pid % tiles_x, pid // tiles_x
+    tile_y, block_o = rest % tiles_y, rest // tiles_y
+    phase, b = tl.program_id(1) % (UP * UP), (tl.program_id(1) // (UP * UP)).to(tl.int64)
+    phase_y, phase_x = phase // UP, phase % UP
+    near = tl.arange(0, ROWS * COLS)
+    q_y, q_x = tile_y * ROWS + near // COLS, tile_x * COLS + near % COLS
+    if UP == 1:  # output q meets tap k at input q - pad + k
+        first_y, first_x, at_y, at_x = 0, 0, q_y - pad_y, q_x - pad_x
+        met_y, met_x, step = TAPS_Y, TAPS_X, 1
+    else:  # output UP q + phase meets tap first + UP j at input q + (phase + pad) // UP - j
+        first_y, first_x = (phase_y + pad_y) % UP, (phase_x + pad_x) % UP
+        at_y, at_x = q_y + (phase_y + pad_y) // UP, q_x + (phase_x + pad_x) // UP
+        met_y = tl.maximum(TAPS_Y - first_y + UP - 1, 0) // UP
+        met_x = tl.maximum(TAPS_X - first_x + UP - 1, 0) // UP
+        step = -1
+    o = block_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tl.arange(0, BLOCK_I)
+    x += b * x_b
+    scaled += b * channels
+    blocks_i = (channels + BLOCK_I - 1) // BLOCK_I
+    acc = tl.zeros((ROWS * COLS, BLOCK_O), tl.float32)
+    for k in range(met_y * met_x * blocks_i):
+        block_i, j = k % blocks_i, k // blocks_i
+        j_y, j_x = j // met_x, j % met_x
+        c = block_i * BLOCK_I + i
+        y, z = at_y + j_y * step, at_x + j_x * step
+        inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
+        start = y.to(tl.int64) * x_y + z.to(tl.int64) * x_x
+        tile = tl.load(
+            x + start[:, None] + c[None, :].to(tl.int64) * x_c, inside[:, None] & (c < channels)[None, :], 0.0
+        )
+        s = tl.load(scaled + c, mask=c < channels, other=0.0)
+        tile = (tile.to(tl.float32) * s[None, :]).to(x.dtype.element_ty)
+        tap = (first_y + UP * j_y) * TAPS_X + first_x + UP * j_x
+        w_at = packed + (tap * outputs + o[None, :]).to(tl.int64) * channels + c[:, None]
+        w = tl.load(w_at, mask=(c < channels)[:, None] & (o < outputs)[None, :], other=0.0)
+        acc = tl.dot(tile, w, acc, input_precision=PRECISION)
+    acc *= tl.load(norms + b * outputs + o, mask=o < outputs, other=0.0)[None, :]
+    o_y, o_x = q_y * UP + phase_y, q_x * UP + phase_x
+    keep = (o_y < out_y) & (o_x < out_x)
+    if NOISE:
+        where = b * n_b + o_y.to(tl.int64) * n_y + o_x * n_x
+        acc += tl.load(noise + where, mask=keep, other=0.0).to(tl.float32)[:, None]
+    if BIAS:
+        acc += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
+    acc = activated(acc, alpha, ACT) * gain
+    if CLAMP:
+        acc = tl.where(acc > clamp, clamp, tl.where(acc < -clamp, -clamp, acc))  # NaN stays
+    to = out + b * y_b + (o_y.to(tl.int64) * y_y + o_x.to(tl.int64) * y_x)[:, None] + o[None, :].to(tl.int64) * y_c
+    tl.store(to, acc.to(out.dtype.element_ty), mask=keep[:, None] & (o < outputs)[None, :])
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of ``pixels`` by ``outputs`` by ``channels``, and how a program runs."""
+
+    pixels: int
+    outputs: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+def key(x: Tensor, weight: Tensor, styles: Tensor, *rest: Any) -> str:
+    """Everything but the batch."""
+    s = sizes(x, weight, styles, *rest)
+    layout = "last" if is_channels_last(x) else "first"
+    kind = str(x.dtype).removeprefix("torch.")
+    return f"{s.channels}-{s.outputs} {s.height}x{s.width} {s.taps_y}x{s.taps_x} up{s.up} {layout} {kind}"
+
+
+def _quarter(x: Tensor, *rest: Any) -> tuple[int, int]:
+    """Outputs of one phase along y and x."""
+    s = sizes(x, *rest)
+    return blocks(s.out_y, s.up), blocks(s.out_x, s.up)
+
+
+def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = 0) -> Config:
+    """128 pixels by 128 channels where there are so many; less where that leaves most of the chip idle."""
+    rows, cols = _quarter(x, weight, *rest)
+    pixels = max(SMALLEST, min(128, power(rows) * power(cols)))
+    outputs = max(SMALLEST, min(128 if pixels >= 128 and rows * cols > 1024 else 32, power(weight.shape[0])))
+    wide = x.dtype == torch.float32
+    return Config(pixels, outputs, 32 if wide else 64, 8 if pixels * outputs > 8192 else 4, 2 if wide else 3)
+
+
+def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
+    """Tiles of 16 to 256 pixels by 16 to 128 channels."""
+    rows, cols = _quarter(x, weight, *rest)
+    for pixels in (16, 32, 64, 128, 256):
+        for outputs in (16, 32, 64, 128):
+            for channels in (32, 64):
+                fits = pixels <= 2 * power(rows * cols) and outputs <= max(SMALLEST, power(weight.shape[0]))
+                if fits and 512 <= pixels * outputs <= 16384:
+                    for stages in (2, 3, 4):
+                        yield Config(pixels, outputs, channels, 8 if pixels * outputs >= 8192 else 4, stages)
+
+
+def _prepared(
+    args: tuple[Any, ...], packed: Tensor, squares: Tensor, scaled: Tensor, norms: Tensor
+) -> tuple[Stage, ...]:
+    """The launches that lay the weights out and find the scales."""
+    weight, styles, demodulate, eps = args[WEIGHT], args[STYLES], args[5], args[12]
+    (outputs, channels), taps = weight.shape[:2], weight.shape[2] * weight.shape[3]
+    shape = {"outputs": outputs, "channels": channels}
+    first = shape | {f"w_{n}": t for n, t in zip("oiyx", weight.stride(), strict=True)}
+    first |= {"weight": Use(WEIGHT), "packed": packed, "squares": squares, "TAPS_X": weight.shape[3]}
+    second = shape | {"styles": Use(STYLES), "squares": squares, "scaled": scaled, "norms": norms, "eps": eps}
+    second |= {"s_b": styles.stride(0), "s_i": styles.stride(1), "DEMODULATE": demodulate, "BLOCK": 128, "OUTPUTS": 16}
+    grid = (blocks(outputs * channels, 512),)
+    return (
+        Stage(weights_kernel, grid, first | {"TAPS": taps, "BLOCK": 512}, {"num_warps": 4}),
+        Stage(scales_kernel, (blocks(outputs, 16), styles.shape[0]), second, {"num_warps": 4}),
+    )
+
+
+def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
+    """Weights laid out, scales, convolution."""
+    x, _, _, noise, bias, _, up = args[:7]
+    (y,) = outs
+    if not y.numel():
+        return ()
+    s, found = sizes(*args[:8]), finish("modulated_conv2d", *args[8:12])
+    packed = torch.empty((s.taps_y * s.taps_x, s.outputs, s.channels), dtype=x.dtype, device=x.device)
+    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
+    squares, scaled, norms = make(s.outputs, s.channels), make(s.batch, s.channels), make(s.batch, s.outputs)
+    rows, cols = blocks(s.out_y, up), blocks(s.out_x, up)
+    tile_x = min(config.pixels, power(cols))
+    tile_y = config.pixels // tile_x
+    tiles_y, tiles_x = blocks(rows, tile_y), blocks(cols, tile_x)
+    values = {f"x_{n}": t for n, t in zip("bcyx", x.stride(), strict=True)}
+    values |= {f"y_{n}": t for n, t in zip("bcyx", y.stride(), strict=True)}
+    values |= {
+        "x": Use(X), "packed": packed, "scaled": scaled, "norms": norms, "out": y, "height": s.height,
+        "noise": Use(X) if noise is None else Use(NOISE), "bias": Use(X) if bias is None else Use(BIAS),
+        "outputs": s.outputs, "channels": s.channels,
+        "width": s.width, "out_y": s.out_y, "out_x": s.out_x, "pad_y": s.pad_y, "pad_x": s.pad_x,
+        "n_b": 0 if noise is None or noise.shape[0] == 1 else noise.stride(0),
+        "n_y": 0 if noise is None else noise.stride(2), "n_x": 0 if noise is None else noise.stride(3),
+        "tiles_y": tiles_y, "tiles_x": tiles_x, "alpha": found.alpha, "gain": found.gain, "clamp": found.clamp,
+        "TAPS_Y": s.taps_y, "TAPS_X": s.taps_x, "UP": up, "NOISE": noise is not None, "BIAS": bias is not None,
+        "ACT": found.act, "CLAMP": found.clamp != float("inf"), "ROWS": tile_y, "COLS": tile_x,
+        "BLOCK_O": config.outputs, "BLOCK_I": config.channels,
+        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    grid = (tiles_y * tiles_x * blocks(s.outputs, config.outputs), s.batch * up * up)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    prepared = _prepared(args, packed, squares, scaled, norms)
+    return (*prepared, Stage(modulated_kernel, grid, values, options))
+
+
+def decline(x: Tensor, *rest: Any) -> str | None:
+    """More samples and phases than a grid's second dimension holds, and dtypes without a product."""
+    s = sizes(x, *rest)
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}"
+    if s.batch * s.up * s.up > 65535:
+        return f"{s.batch} samples of {s.up * s.up} phases are beyond the grid's second dimension (65535)"
+    return None
+
+
+def small(x: Tensor, *rest: Any) -> Iterator[Config]:
+    yield Config(16, 16, 16, 4, 2)
+
+
+def specimens() -> Iterator[Named]:
+    for dtype, kind in SHORT.items():
+        for name, last in (("512 32x32", False), ("512 32x32 channels-last", True)):
+            layout = torch.channels_last if last else torch.contiguous_format
+            x = torch.empty(1, 512, 32, 32, dtype=dtype, device="meta", memory_format=layout)
+            own = (meta(512, 512, 3, 3, dtype=dtype), meta(1, 512, dtype=dtype))
+            after = (meta(1, 1, 32, 32, dtype=dtype), meta(512, dtype=dtype))
+            rest = (True, 1, [1, 1], "lrelu", None, None, 256.0, 1e-8)
+            yield f"{kind} {name}", lambda a=(x, *own, *after, *rest): a  # type: ignore[misc]
+            rest = (True, 2, [0, 0], "linear", None, None, None, 1e-8)
+            yield f"{kind} {name} transposed", lambda a=(x, *own, None, None, *rest): a  # type: ignore[misc]
+
+
+TUNABLE = Tunable("modulated_conv2d", Config, key, default, space, stages, Path(__file__), small)
+KERNELS = [Kernel("modulated_conv2d.triton", "cuda", decline, TUNABLE.bind)]

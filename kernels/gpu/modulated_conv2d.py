@@ -257,8 +257,8 @@ def specimens() -> Iterator[Named]:
             x = torch.empty(1, 512, 32, 32, dtype=dtype, device="meta", memory_format=layout)
             own = (meta(512, 512, 3, 3, dtype=dtype), meta(1, 512, dtype=dtype))
             after = (meta(1, 1, 32, 32, dtype=dtype), meta(512, dtype=dtype))
-            rest = (True, 1, [1, 1], "lrelu", None, None, 256.0, 1e-8)
-            yield f"{kind} {name}", lambda a=(x, *own, *after, *rest): a  # type: ignore[misc]
+            layer = (True, 1, [1, 1], "lrelu", None, None, 256.0, 1e-8)
+            yield f"{kind} {name}", lambda a=(x, *own, *after, *layer): a  # type: ignore[misc]
             rest = (True, 2, [0, 0], "linear", None, None, None, 1e-8)
             yield f"{kind} {name} transposed", lambda a=(x, *own, None, None, *rest): a  # type: ignore[misc]
 

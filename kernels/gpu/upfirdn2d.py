@@ -142,7 +142,7 @@ def _stage(
         tiles_x, tiles_y = blocks(quarter_x, cols), blocks(quarter_y, rows)
         grid = (tiles_x * tiles_y * ay.up, batch * channels)
     names = ("b", "c", "y", "x")
-    values = {f"x_{n}": s for n, s in zip(names, source.stride(), strict=True)}
+    values: dict[str, Any] = {f"x_{n}": s for n, s in zip(names, source.stride(), strict=True)}
     values |= {f"y_{n}": s for n, s in zip(names, y.stride(), strict=True)}
     values |= {
         "x": x, "f": x if f is None else f, "y": y, "height": ay.size, "width": ax.size, "out_y": ay.out,

@@ -183,7 +183,7 @@ def _lrelu_gain(x: Tensor, *, alpha: float = 0.15, gain: float = 1.3) -> Tensor:
 
 
 def _lrelu_gain_clamp(
-    x: Tensor, *, alpha: float = 0.15, gain: float = 1.3, low: float = -7.0, high: float = 9.0
+    x: Tensor, *, alpha: float = 0.15, gain: float = 1.3, low: float = -7.0, high: float = 7.0
 ) -> Tensor:
     return (F.leaky_relu(x, alpha) * gain).clamp(low, high)
 
@@ -197,12 +197,12 @@ def _bias_lrelu_gain(x: Tensor, bias: Tensor, *, alpha: float = 0.15, gain: floa
 
 
 def _bias_lrelu_gain_clamp(
-    x: Tensor, bias: Tensor, *, alpha: float = 0.15, gain: float = 1.3, low: float = -7.0, high: float = 9.0
+    x: Tensor, bias: Tensor, *, alpha: float = 0.15, gain: float = 1.3, low: float = -7.0, high: float = 7.0
 ) -> Tensor:
     return (F.leaky_relu(x + _per_channel(bias), alpha) * gain).clamp(low, high)
 
 
-def _bias_clamp(x: Tensor, bias: Tensor, *, low: float = -7.0, high: float = 9.0) -> Tensor:
+def _bias_clamp(x: Tensor, bias: Tensor, *, low: float = -7.0, high: float = 7.0) -> Tensor:
     return (x + _per_channel(bias)).clamp(low, high)
 
 

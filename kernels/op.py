@@ -139,7 +139,7 @@ class Op:
     device of the arguments, meta included).  ``mutates`` names the arguments written in place.  ``eager(*args)`` is the
     op as a user of eager PyTorch would write it, with PyTorch's own fast routines, for benchmarks; None where no such
     form has the same meaning.  ``alone(args, b)``: the arguments of sample ``b`` by itself, whose result must have the
-    bits it has in the batch.  ``draw(draw, dtype)``: valid arguments that nobody chose, a full list in schema order,
+    bits it has in the batch; None where the output has no batch axis.  ``draw(draw, dtype)``: valid arguments that nobody chose, a full list in schema order,
     for the tests (``draw.py``): some ten thousand elements at most, sizes 0 and 1 and every layout that is allowed
     among them; ``dtype`` is a key of ``tolerance``.  ``formula`` and ``source`` (a paper or a routine)
     are one line each.
@@ -155,7 +155,7 @@ class Op:
     spellings: Sequence[Spelling] = ()
     mutates: tuple[str, ...] = ()
     eager: Callable[..., Any] | None = None
-    alone: Callable[[tuple[Any, ...], int], tuple[Any, ...]] = first_sample
+    alone: Callable[[tuple[Any, ...], int], tuple[Any, ...]] | None = first_sample
     draw: Callable[[Draw, torch.dtype], tuple[Any, ...]] | None = None
     formula: str = ""
     source: str = ""
@@ -183,13 +183,17 @@ def register(op: Op) -> Op:
         return run(op, args)
 
     def fake(*args: Any) -> Any:
-        outs = op.allocate(*args)
-        return outs[0] if len(outs) == 1 else outs
+        return _returned(op.allocate(*args))
 
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(op.name, call, device)
     torch.library.register_fake(f"fusegen::{op.name}", fake, lib=LIBRARY)
     return op
+
+
+def _returned(outs: tuple[Tensor, ...]) -> Any:
+    """What an operator with these outputs returns: None, the one tensor, or the tuple."""
+    return outs if len(outs) > 1 else outs[0] if outs else None
 
 
 def ops() -> dict[str, Op]:
@@ -232,7 +236,8 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     device = next(a.device.type for a in args if isinstance(a, Tensor))
     kernel = pick(op, device, args).kernel
     if kernel is None:
-        return op.reference(*args)
+        outs = op.reference(*args)
+        return outs if isinstance(outs, Tensor) else _returned(outs)
     outs = op.allocate(*args)
     kernel.bind(outs, args).run()
-    return outs[0] if len(outs) == 1 else outs
+    return _returned(outs)

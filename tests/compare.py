@@ -41,8 +41,8 @@ def _ratio(error: Tensor, size: Tensor) -> float:
 
 
 def tuples(outputs: Any) -> tuple[Tensor, ...]:
-    """An op's return value as a tuple."""
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    """An op's return value as a tuple: none, one or several tensors."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs or ())
 
 
 def cloned(args: tuple[Any, ...]) -> tuple[Any, ...]:

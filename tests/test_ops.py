@@ -132,7 +132,9 @@ def _run(op: Op, args: tuple[Any, ...]) -> dict[str, Tensor]:
 
 @needs_library
 @pytest.mark.parametrize("op", CPU_KERNELS, ids=_name)
-def test_a_sample_has_thesame_bits_alone_and_in_a_batch(op: Op) -> None:
+def test_a_sample_has_the_same_bits_alone_and_in_a_batch(op: Op) -> None:
+    if op.alone is None:
+        pytest.skip("its output has no batch axis")
     for case in op.cases:
         args = _build(case, case.dtypes[0])
         batch = args[0].shape[0]

@@ -9,7 +9,6 @@ near float32's) where tuning found that faster and inside the op's bound.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,73 +20,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fusegen.kernels.attention import heads, spread_mask
+from fusegen.kernels.gpu.attention_tile import LOG2E, SMALLEST, fits, load_rows, walk, widths
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power, unit
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
 from fusegen.kernels.op import FLOATS, Kernel
 
 Q, K, V, MASK, LENGTHS = range(5)  # positions of the tensors in the schema
 WIDEST = 256  # the largest head dimension
-SMALLEST = 16  # tl.dot's least extent
-LOG2E = math.log2(math.e)
-_LOG2E = tl.constexpr(LOG2E)
 _NO_MASK, _BOOLEAN, _ADDITIVE = range(3)
-
-
-@triton.jit
-def _rows(base, rows, stride, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, EDGE: tl.constexpr):
-    """A (rows, WIDTH) tile of columns FIRST on; rows beyond ``limit`` (where EDGE) and columns beyond DIM are zero."""
-    d = FIRST + tl.arange(0, WIDTH)
-    at = base + rows[:, None] * stride + d[None, :]
-    if EDGE:
-        if FIRST + WIDTH > DIM:
-            return tl.load(at, mask=(rows < limit)[:, None] & (d < DIM)[None, :], other=0.0)
-        return tl.load(at, mask=(rows < limit)[:, None], other=0.0)
-    if FIRST + WIDTH > DIM:
-        return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
-    return tl.load(at)
-
-
-@triton.jit
-def _walk(
-    q0, q1, acc0, acc1, top, total, k, v, mask, rows, begin, end, lengths, scale, k_l, v_l, m_q, m_k, queries,
-    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    EDGE: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Keys [begin, end) in blocks; EDGE: some of them may be out of bounds or, where CAUSAL, after their query."""
-    inner = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, end, BLOCK_N):
-        far = tl.cast(start, tl.int64)
-        left = lengths - start
-        s = tl.dot(q0, tl.trans(_rows(k + far * k_l, inner, k_l, left, 0, D0, DIM, EDGE)), input_precision=PRECISION)
-        if D1 > 0:
-            k1 = _rows(k + far * k_l, inner, k_l, left, D0, D1, DIM, EDGE)
-            s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-        s = s * scale
-        if MASK > 0:
-            at = mask + rows[:, None].to(tl.int64) * m_q + (far + inner)[None, :] * m_k
-            given = tl.load(at, mask=(rows < queries)[:, None] & (inner < left)[None, :], other=0)
-            if MASK == 1:
-                s = tl.where(given != 0, s, float("-inf"))
-            else:  # a finite mask stays finite: the lowest float32 times log2(e) would not
-                added = tl.maximum(given.to(tl.float32) * _LOG2E, -3.0e38)
-                s = tl.where(given == float("-inf"), float("-inf"), s + added)
-        if EDGE:
-            keep = (inner < left)[None, :]
-            if CAUSAL:
-                keep = keep & (rows[:, None] >= (start + inner)[None, :])
-            s = tl.where(keep, s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, axis=1))
-        # Where a row has met no key yet, its maximum is -inf, and subtracting that from itself would make NaN.
-        base = tl.where(new == float("-inf"), 0.0, new) if MASK > 0 else new
-        p, fade = tl.exp2(s - base[:, None]), tl.exp2(top - base)
-        total = total * fade + tl.sum(p, axis=1)
-        v0 = _rows(v + far * v_l, inner, v_l, left, 0, D0, DIM, EDGE)
-        acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * fade[:, None], input_precision=PRECISION)
-        if D1 > 0:
-            v1 = _rows(v + far * v_l, inner, v_l, left, D0, D1, DIM, EDGE)
-            acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * fade[:, None], input_precision=PRECISION)
-        top = new
-    return acc0, acc1, top, total
 
 
 @triton.jit
@@ -114,8 +54,8 @@ def attention_kernel(
     v += (b * v_b + h // share * v_h) * UNIT
     out += (b * o_b + h * o_h) * UNIT + first.to(tl.int64) * o_l
     mask += b * m_b + h * m_h
-    q0 = _rows(q, near, q_l, queries - first, 0, D0, DIM, True)
-    q1 = _rows(q, near, q_l, queries - first, D0, D1, DIM, True) if D1 > 0 else q0
+    q0 = load_rows(q, near, q_l, queries - first, 0, D0, DIM, True)
+    q1 = load_rows(q, near, q_l, queries - first, D0, D1, DIM, True) if D1 > 0 else q0
     acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
     acc1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 1), tl.float32)
     top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
@@ -125,13 +65,13 @@ def attention_kernel(
     end = tl.minimum(length, first + BLOCK_M) if CAUSAL else length
     # Blocks before ``sure`` are whole and, where CAUSAL, before every query of this tile.
     sure = (tl.minimum(length, first + 1) if CAUSAL else length) // BLOCK_N * BLOCK_N
-    acc0, acc1, top, total = _walk(
-        q0, q1, acc0, acc1, top, total, k, v, mask, rows, 0, sure, length, scale, k_l, v_l, m_q, m_k, queries,
-        DIM, D0, D1, MASK, CAUSAL, False, BLOCK_N, PRECISION,
+    acc0, acc1, top, total = walk(
+        q0, q1, acc0, acc1, top, total, k, v, mask, rows, 0, sure, length, scale, k_l, v_l, m_q, m_k, queries, 0.0,
+        DIM, D0, D1, MASK, CAUSAL, False, MASK > 0, 0, False, BLOCK_N, PRECISION,
     )  # fmt: skip
-    acc0, acc1, top, total = _walk(
-        q0, q1, acc0, acc1, top, total, k, v, mask, rows, sure, end, length, scale, k_l, v_l, m_q, m_k, queries,
-        DIM, D0, D1, MASK, CAUSAL, True, BLOCK_N, PRECISION,
+    acc0, acc1, top, total = walk(
+        q0, q1, acc0, acc1, top, total, k, v, mask, rows, sure, end, length, scale, k_l, v_l, m_q, m_k, queries, 0.0,
+        DIM, D0, D1, MASK, CAUSAL, True, MASK > 0, 0, False, BLOCK_N, PRECISION,
     )  # fmt: skip
     share_of = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]  # nothing to attend: zeros
     keep, d = (rows < queries)[:, None], tl.arange(0, D0)[None, :]
@@ -153,14 +93,6 @@ class Config:
     num_stages: int
     split: bool = False
     precision: str = "ieee"
-
-
-def widths(dim: int, split: bool) -> tuple[int, int]:
-    """The head dimension as tile widths (D0, D1): two powers of two where that is less than one, else (one, 0)."""
-    whole = max(SMALLEST, power(dim))
-    head = whole // 2
-    tail = max(SMALLEST, power(dim - head))
-    return (head, tail) if split and head >= SMALLEST and head + tail < whole else (whole, 0)
 
 
 def shared(config: Config, q: Tensor, mask: Tensor | None) -> int:
@@ -212,19 +144,11 @@ def space(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any) -> Iterator[Co
             if block_m > rows or block_n > columns:
                 continue
             for precision in ("ieee", "tf32x3") if exact else ("ieee",):
-                if _fits(block_m, block_n, 32 * warps, wide, exact and precision == "ieee"):
+                if fits(block_m, block_n, 32 * warps, wide, exact and precision == "ieee"):
                     for stages in (1, 2) if exact else (3, 4):
                         config = Config(block_m, block_n, warps, stages, split, precision)
                         if shared(config, q, mask) <= SHARED_BYTES:
                             yield config
-
-
-def _fits(block_m: int, block_n: int, threads: int, wide: int, scalar: bool) -> bool:
-    """Whether a tile is likely to fit the registers of its threads.  Without tensor cores (``scalar``) a product holds
-    its operands there too; with them, a warp takes 16 rows."""
-    if scalar:
-        return ((block_m + block_n) * wide + block_m * (wide + block_n)) // threads <= 90
-    return block_m * wide // threads <= 128 and block_m * block_n // threads <= 96 and block_m * 2 >= threads
 
 
 def _masking(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:

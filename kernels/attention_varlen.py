@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fusegen.kernels.attention_decode import attend, check_extras, spelled
 from fusegen.kernels.draw import Draw
+from fusegen.kernels.kv_cache import attend, check_extras, spelled
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
 
 SCHEMA = (

@@ -15,13 +15,13 @@ import torch
 
 _HERE = Path(__file__).parent
 GPU = _HERE / "gpu"
-_NOT_OPS = {"__init__", "op", "catalogue", "draw", "strides"}
+NOT_OPS = {"__init__", "op", "catalogue", "draw", "kv_cache", "strides"}
 
 
 def names() -> tuple[str, ...]:
     """The stems of the op files, sorted."""
     stems = (p.stem for p in _HERE.glob("*.py"))
-    return tuple(sorted(s for s in stems if s not in _NOT_OPS and not s.endswith(("_cases", "_spellings"))))
+    return tuple(sorted(s for s in stems if s not in NOT_OPS and not s.endswith(("_cases", "_spellings"))))
 
 
 def triton_names() -> tuple[str, ...]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fusegen.kernels.attention_decode import cache_view, capacity, check_cache, check_integers
 from fusegen.kernels.draw import Draw
+from fusegen.kernels.kv_cache import cache_view, capacity, check_cache, check_integers
 from fusegen.kernels.op import Case, Cost, Op, Tolerance, register
 
 SCHEMA = (

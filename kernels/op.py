@@ -139,10 +139,10 @@ class Op:
     device of the arguments, meta included).  ``mutates`` names the arguments written in place.  ``eager(*args)`` is the
     op as a user of eager PyTorch would write it, with PyTorch's own fast routines, for benchmarks; None where no such
     form has the same meaning.  ``alone(args, b)``: the arguments of sample ``b`` by itself, whose result must have the
-    bits it has in the batch; None where the output has no batch axis.  ``draw(draw, dtype)``: valid arguments that nobody chose, a full list in schema order,
-    for the tests (``draw.py``): some ten thousand elements at most, sizes 0 and 1 and every layout that is allowed
-    among them; ``dtype`` is a key of ``tolerance``.  ``formula`` and ``source`` (a paper or a routine)
-    are one line each.
+    bits it has in the batch; None where the output has no batch axis.  ``draw(draw, dtype)``: valid arguments that
+    nobody chose, a full list in schema order, for the tests (``draw.py``): some ten thousand elements at most, sizes 0
+    and 1 and every layout that is allowed among them; ``dtype`` is a key of ``tolerance``.  ``formula`` and ``source``
+    (a paper or a routine) are one line each.
     """
 
     name: str

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusegen.kernels.attention_decode import cache_view, capacity
 from fusegen.kernels.gpu.attention_tile import LOG2E, SMALLEST, capped, fits
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power, unit
 from fusegen.kernels.gpu.tune import Tunable
+from fusegen.kernels.kv_cache import cache_view, capacity
 from fusegen.kernels.op import FLOATS, Kernel
 
 Q, K, V, LENGTHS, TABLE, SINKS = range(6)  # positions of the tensors in the schema

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusegen.kernels.attention_decode import cache_view, capacity
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, TritonLaunch, Use, meta, power
+from fusegen.kernels.kv_cache import cache_view, capacity
 from fusegen.kernels.op import Kernel
 
 K, V, K_CACHE, V_CACHE, POSITIONS, TABLE = range(6)  # positions of the tensors in the schema

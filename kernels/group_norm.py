@@ -2,31 +2,66 @@
 
 Each sample's channels are split into ``num_groups`` runs of ``C / num_groups``; every run is normalized by its own
 mean and (biased) variance over channels and pixels, scaled and shifted per channel, then activated.
+
+``add``, one value a sample and channel, is added to x first: the time embedding of a residual block, where nothing else
+reads the sum.  ``scale`` and ``shift``, of the same shape, modulate the result before its activation by
+y * (1 + scale) + shift (Dhariwal & Nichol 2021, adaptive group normalization).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from fusegen.kernels.draw import Draw
-from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.group_norm_cases import CASES
+from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.rows import alone, size_of
 
 ACTIVATIONS = ("none", "silu")
 SCHEMA = (
     "(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-5,"
-    ' str activation="none") -> Tensor'
+    ' str activation="none", Tensor? add=None, Tensor? scale=None, Tensor? shift=None) -> Tensor'
 )
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether ``x`` (B, C, H, W) is dense with channels innermost; what is also contiguous counts as contiguous."""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def per_channel(tensor: Tensor, x: Tensor) -> Tensor:
+    """``tensor`` (B, C) or (B, C, 1, ...), B possibly 1, as a view (x's batch, C)."""
+    return tensor.reshape(tensor.shape[:2]).expand(x.shape[:2])
+
+
+def fits(shape: Sequence[Any], x: Sequence[Any]) -> bool:
+    """Whether a tensor of that shape can be added to, or modulate, x (B, C, *); sizes may be symbols' names."""
+    batch_and_channel = len(shape) >= 2 and shape[0] in (1, x[0]) and shape[1] == x[1]
+    return batch_and_channel and len(shape) in (2, len(x)) and all(n == 1 for n in shape[2:])
+
+
+def check(op: str, x: Tensor, channels: int, num_groups: int, activation: str, **parameters: Tensor | None) -> None:
+    """Raises ValueError where the channels do not divide, the activation is unknown or a parameter is not (C,)."""
+    if x.dim() < 2 or num_groups < 1 or channels % num_groups:
+        raise ValueError(f"{op}: {channels} channels do not divide into {num_groups} groups")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: no activation is called {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    for name, tensor in parameters.items():
+        if tensor is not None and tuple(tensor.shape) != (channels,):
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, there are {channels} channels")
+
+
+def like(x: Tensor, channels: int) -> Tensor:
+    """An uninitialised tensor like x of that many channels: channels-last where x is, else contiguous."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def allocate(
@@ -36,22 +71,19 @@ def allocate(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "none",
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The uninitialised output: of x's shape and dtype, channels-last where x is, else contiguous.
 
-    Raises ValueError where the channels do not divide into the groups or the activation is not known.
+    Raises ValueError where the channels do not divide into the groups, the activation is not known or a shape is wrong.
     """
-    if x.dim() < 2 or num_groups < 1 or x.shape[1] % num_groups:
-        raise ValueError(
-            f"group_norm: x of shape {tuple(x.shape)} does not divide into {num_groups} groups of channels"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"group_norm: no activation is called {activation!r}; there are {', '.join(ACTIVATIONS)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tuple(tensor.shape) != (x.shape[1],):
-            raise ValueError(f"group_norm: {name} has shape {tuple(tensor.shape)}, x has {x.shape[1]} channels")
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return (torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout),)
+    check("group_norm", x, x.shape[1] if x.dim() > 1 else 0, num_groups, activation, weight=weight, bias=bias)
+    for name, tensor in (("add", add), ("scale", scale), ("shift", shift)):
+        if tensor is not None and not fits(tensor.shape, x.shape):
+            raise ValueError(f"group_norm: {name} of shape {tuple(tensor.shape)} does not go with x {tuple(x.shape)}")
+    return (like(x, x.shape[1]),)
 
 
 def reference(
@@ -61,20 +93,30 @@ def reference(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "none",
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """Group normalization of x (B, C, *) in float32, or float64 where x is; statistics by two passes."""
-    (out,) = allocate(x, num_groups, weight, bias, eps, activation)
+    (out,) = allocate(x, num_groups, weight, bias, eps, activation, add, scale, shift)
     wide = torch.promote_types(x.dtype, torch.float32)
-    grouped = x.to(wide).reshape(x.shape[0], num_groups, x.shape[1] // num_groups, math.prod(x.shape[2:]))
+    ones = (1,) * (x.dim() - 2)
+
+    def spread(tensor: Tensor) -> Tensor:
+        return per_channel(tensor, x).to(wide).reshape(*x.shape[:2], *ones)
+
+    joined = x.to(wide) if add is None else x.to(wide) + spread(add)
+    grouped = joined.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, math.prod(x.shape[2:]))
     centred = grouped - grouped.mean((2, 3), keepdim=True)
     centred = centred - centred.mean((2, 3), keepdim=True)  # the rounding of a mean far above the deviation
     y = centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + eps)
     y = y.reshape(x.shape)
-    per_channel = (1, -1) + (1,) * (x.dim() - 2)
     if weight is not None:
-        y = y * weight.to(wide).reshape(per_channel)
+        y = y * spread(weight[None])
     if bias is not None:
-        y = y + bias.to(wide).reshape(per_channel)
+        y = y + spread(bias[None])
+    y = y if scale is None else y * (1 + spread(scale))
+    y = y if shift is None else y + spread(shift)
     return out.copy_(F.silu(y) if activation == "silu" else y)
 
 
@@ -85,94 +127,16 @@ def cost(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     activation: str = "none",
+    add: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Cost:
-    """Five operations an element (sum, centred square, scale, shift), four more for SiLU; x read, y written once."""
-    parameters = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
-    each = 9 if activation == "silu" else 5
-    return Cost(flops=each * x.numel(), bytes=2 * x.numel() * x.element_size() + parameters)
+    """Five operations an element (sum, centred square, scale, shift), four more for SiLU; x read, y written once.
 
-
-def _case(
-    name: str,
-    shape: tuple[int, ...],
-    groups: int,
-    *,
-    layout: str = "contiguous",
-    parameters: str = "same",
-    mean: float = 0.0,
-    activation: str = "silu",
-    bench: bool = False,
-    small: bool = False,
-) -> Case:
-    """``layout``: contiguous, channels_last, strided (every other pixel) or unaligned (one element into a buffer).
-
-    ``parameters``: the dtype of weight and bias, "same" as x or "fp32", "bias" for a bias alone, or "no".
+    What is added or modulates has one value a channel: it can be folded into the statistics and the parameters.
     """
-
-    def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        if layout == "strided":
-            x = (torch.randn(*shape[:-1], 2 * shape[-1], generator=g) + mean).to(dtype)[..., ::2]
-        else:
-            x = (torch.randn(shape, generator=g) + mean).to(dtype)
-        if layout == "channels_last":
-            x = x.contiguous(memory_format=torch.channels_last)
-        if layout == "unaligned":
-            x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(shape)
-        own = torch.float32 if parameters == "fp32" else dtype
-        weight = (1 + 0.3 * torch.randn(shape[1], generator=g)).to(own) if parameters in ("same", "fp32") else None
-        bias = (0.3 * torch.randn(shape[1], generator=g)).to(own) if parameters != "no" else None
-        return (x, groups, weight, bias, 1e-5, activation)
-
-    return Case(name, build, bench=bench, small=small)
-
-
-def _bench(shape: tuple[int, ...], groups: int = 32) -> list[Case]:
-    name = "x".join(map(str, shape))
-    return [
-        _case(name, shape, groups, bench=True),
-        _case(f"{name} channels-last", shape, groups, layout="channels_last", bench=True),
-    ]
-
-
-CASES = [
-    _case("small", (2, 8, 4, 4), 4, small=True),
-    _case("no activation", (2, 8, 4, 4), 4, activation="none", small=True),
-    _case("channels-last", (2, 12, 5, 7), 3, layout="channels_last", small=True),
-    _case("no batch", (0, 8, 4, 4), 2, small=True),
-    _case("no pixels", (2, 8, 0, 4), 2, small=True),
-    _case("one element", (1, 1, 1, 1), 1, small=True),
-    _case("one pixel", (3, 64, 1, 1), 8, small=True),
-    _case("prime sizes", (3, 21, 13, 11), 7, small=True),
-    _case("prime sizes channels-last", (3, 21, 13, 11), 7, layout="channels_last", small=True),
-    _case("prime group channels-last", (2, 34, 9, 19), 2, layout="channels_last", small=True),
-    _case("one group", (2, 20, 17, 5), 1, small=True),
-    _case("one group channels-last", (2, 20, 17, 5), 1, layout="channels_last", small=True),
-    _case("groups are channels", (2, 33, 9, 8), 33, small=True),
-    _case("groups are channels, channels-last", (2, 33, 9, 8), 33, layout="channels_last", small=True),
-    _case("mean far above deviation", (2, 16, 16, 16), 4, mean=64.0, activation="none", small=True),
-    _case("mean far above deviation, channels-last", (2, 16, 16, 16), 4, layout="channels_last", mean=64.0),
-    _case("no parameters", (2, 12, 7, 9), 4, parameters="no", small=True),
-    _case("bias alone", (2, 12, 7, 9), 4, parameters="bias", small=True),
-    _case("float32 parameters", (2, 12, 7, 9), 4, parameters="fp32", small=True),
-    _case("float32 parameters, channels-last", (2, 36, 7, 9), 4, parameters="fp32", layout="channels_last", small=True),
-    _case("strided", (2, 12, 7, 9), 4, layout="strided", small=True),
-    _case("unaligned", (2, 12, 7, 9), 4, layout="unaligned", small=True),
-    _case("two dimensions", (5, 24), 6, small=True),
-    _case("three dimensions", (2, 24, 37), 6, small=True),
-    _case("five dimensions", (2, 16, 3, 5, 7), 4, small=True),
-    _case("large, one sample", (1, 64, 96, 80), 32),
-    _case("large, one sample channels-last", (1, 64, 96, 80), 32, layout="channels_last"),
-    _case("a group larger than the cache", (1, 8, 256, 161), 1),
-    _case("a group larger than the cache, channels-last", (1, 8, 256, 161), 1, layout="channels_last"),
-    _case("a group wider than a tile, channels-last", (1, 600, 37, 5), 2, layout="channels_last"),
-    *_bench((2, 320, 64, 64)),
-    *_bench((2, 640, 32, 32)),
-    *_bench((2, 1280, 16, 16)),
-    *_bench((2, 960, 64, 64)),
-    *_bench((1, 128, 256, 256)),
-    *_bench((16, 64, 32, 32)),
-    *_bench((16, 160, 8, 8)),
-]
+    each = 9 if activation == "silu" else 5
+    return Cost(flops=each * x.numel(), bytes=size_of(x, x, weight, bias, add, scale, shift))
 
 
 def _small(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -205,15 +169,55 @@ def _plain_sigmoid(x: Tensor, *, num_groups: int = 3, eps: float = 3e-5) -> Tens
     return y * torch.sigmoid(y)
 
 
+def _added(x: Tensor, time: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 3, eps: float = 3e-5) -> Tensor:
+    return F.group_norm(x + time[:, :, None, None], num_groups, weight, bias, eps)
+
+
+def _added_silu(
+    x: Tensor, time: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 3, eps: float = 3e-5
+) -> Tensor:
+    return F.silu(F.group_norm(x + time[:, :, None, None], num_groups, weight, bias, eps))
+
+
+def _added_sigmoid(
+    x: Tensor, time: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 3, eps: float = 3e-5
+) -> Tensor:
+    y = F.group_norm(x + time[:, :, None, None], num_groups, weight, bias, eps)
+    return y * torch.sigmoid(y)
+
+
+def _modulated_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, num_groups: int = 3, eps: float = 3e-5
+) -> Tensor:
+    return F.silu(F.group_norm(x, num_groups, weight, bias, eps) * (1 + scale) + shift)
+
+
 def _with(activation: str) -> Any:
-    def call(**captures: Any) -> Mapping[str, Any]:
-        return {**captures, "activation": activation}
+    def call(x: Any, time: Any = None, **captures: Any) -> Mapping[str, Any] | str:
+        for what, one in (("added", time), ("scale", captures.get("scale")), ("shift", captures.get("shift"))):
+            if one is not None and (x.shape is None or not fits(one.shape or (), x.shape)):
+                return f"what is {what} of shape {one.shape} is not one value a sample and channel of {x.shape}"
+        return {"x": x, "add": time, **captures, "activation": activation}
 
     return call
 
 
-_PLAIN_INPUT = (2, 6, 5, 5)
+_PLAIN_INPUT, _CHANNEL, _PIXEL = (2, 6, 5, 5), (2, 6), (2, 6, 1, 1)
 SPELLINGS = [
+    Spelling("silu(group_norm(x + t))", _added_silu, lambda: _small(_PLAIN_INPUT, _CHANNEL, (6,), (6,)), _with("silu")),
+    Spelling(
+        "y*sigmoid(y) of group_norm(x + t)",
+        _added_sigmoid,
+        lambda: _small(_PLAIN_INPUT, _CHANNEL, (6,), (6,)),
+        _with("silu"),
+    ),
+    Spelling("group_norm(x + t)", _added, lambda: _small(_PLAIN_INPUT, _CHANNEL, (6,), (6,)), _with("none")),
+    Spelling(
+        "silu of a modulated group_norm",
+        _modulated_silu,
+        lambda: _small(_PLAIN_INPUT, (6,), (6,), _PIXEL, _PIXEL),
+        _with("silu"),
+    ),
     Spelling("silu(group_norm)", _affine_silu, lambda: _small(_PLAIN_INPUT, (6,), (6,)), _with("silu")),
     Spelling("y*sigmoid(y) of group_norm", _affine_sigmoid, lambda: _small(_PLAIN_INPUT, (6,), (6,)), _with("silu")),
     Spelling("silu(group_norm without affine)", _plain_silu, lambda: _small(_PLAIN_INPUT), _with("silu")),
@@ -223,17 +227,25 @@ SPELLINGS = [
 ]
 
 
-def _eager(x: Tensor, groups: int, weight: Any, bias: Any, eps: float, activation: str) -> Tensor:
-    y = F.group_norm(x, groups, weight, bias, eps)
+def _eager(
+    x: Tensor, groups: int, weight: Any, bias: Any, eps: float, activation: str, add: Any, scale: Any, shift: Any
+) -> Tensor:
+    ones = (1,) * (x.dim() - 2)
+    add, scale, shift = (t if t is None else t.reshape(*t.shape[:2], *ones) for t in (add, scale, shift))
+    y = F.group_norm(x if add is None else x + add, groups, weight, bias, eps)
+    y = y if scale is None else y * (1 + scale)
+    y = y if shift is None else y + shift
     return F.silu(y) if activation == "silu" else y
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     groups, width, own = draw.integer(1, 9), draw.integer(1, 40), (dtype, torch.float32)
     shape = (draw.integer(0, 3), groups * width, *draw.shape(*[23] * draw.integer(0, 3)))
-    x = draw.tensor(shape, dtype, mean=draw.choice((0.0, 8.0)))
+    x, ones = draw.tensor(shape, dtype, mean=draw.choice((0.0, 8.0))), (1,) * (len(shape) - 2)
     weight, bias = draw.maybe(shape[1:2], own), draw.maybe(shape[1:2], own)
-    return (x, groups, weight, bias, draw.choice((1e-5, 1e-6)), draw.choice(("none", "silu")))
+    kinds = [draw.choice([None, shape[:2], (1, shape[1]), (*shape[:2], *ones)]) for _ in range(3)]
+    more = (k if k is None else draw.dense(k, draw.choice(own), scale=0.3) for k in kinds)
+    return (x, groups, weight, bias, draw.choice((1e-5, 1e-6)), draw.choice(ACTIVATIONS), *more)
 
 
 OP = register(
@@ -251,8 +263,9 @@ OP = register(
         cases=CASES,
         spellings=SPELLINGS,
         eager=_eager,
+        alone=alone,
         draw=_draw,
-        formula="(x - mean) / sqrt(variance + eps) * weight + bias over each group of channels, then SiLU if asked",
+        formula="(x + add - mean) / sqrt(variance + eps) * weight + bias over each group of channels, modulated, SiLU",
         source="Wu & He 2018, arXiv:1803.08494",
     )
 )

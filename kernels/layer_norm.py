@@ -1,8 +1,12 @@
-"""Layer normalization over the last dimension (Ba, Kiros & Hinton 2016)."""
+"""Layer normalization over the last dimension (Ba, Kiros & Hinton 2016), modulated where a scale or shift is given.
+
+y = ((x - mean) / sqrt(variance + eps) * weight + bias) * (1 + scale) + shift.  Scale and shift come from the condition,
+one pair a sample: the adaptive layer norm of diffusion transformers (Peebles & Xie 2023); see rows.py for their shapes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,106 +14,79 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fusegen.kernels.draw import Draw
-from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.norm_cases import Inputs, bench, cases, drawn_modulation, drawn_shape
+from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.rows import alone, check_modulation, check_parameters, finish, modulated, modulates, size_of
 
-SCHEMA = "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5) -> Tensor"
+SCHEMA = (
+    "(Tensor x, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, Tensor? scale=None, Tensor? shift=None)"
+    " -> Tensor"
+)
 
 
 def allocate(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The uninitialised output: of x's shape and dtype, contiguous.  Raises ValueError where parameters do not fit."""
-    if x.dim() < 1:
-        raise ValueError("layer_norm: x has no dimension to normalize")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tuple(tensor.shape) != (x.shape[-1],):
-            raise ValueError(f"layer_norm: {name} has shape {tuple(tensor.shape)}, x's last dimension is {x.shape[-1]}")
+    check_parameters("layer_norm", x, weight=weight, bias=bias)
+    check_modulation("layer_norm", x, scale=scale, shift=shift)
     return (torch.empty(x.shape, dtype=x.dtype, device=x.device),)
 
 
-def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def reference(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
     """Layer normalization of x (*, C) in float32, or float64 where x is; statistics by two passes."""
-    (out,) = allocate(x, weight, bias, eps)
+    (out,) = allocate(x, weight, bias, eps, scale, shift)
     wide = torch.promote_types(x.dtype, torch.float32)
     centred = x.to(wide) - x.to(wide).mean(-1, keepdim=True)
     centred = centred - centred.mean(-1, keepdim=True)  # the rounding of a mean far above the deviation
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
-        y = y * weight.to(wide)
-    if bias is not None:
-        y = y + bias.to(wide)
-    return out.copy_(y)
+    return out.copy_(finish(y, weight, bias, scale, shift))
 
 
-def cost(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Cost:
-    """Five operations an element (sum, centred square, scale and shift); x read and the output written once."""
-    parameters = sum(t.numel() * t.element_size() for t in (weight, bias) if t is not None)
-    return Cost(flops=5 * x.numel(), bytes=2 * x.numel() * x.element_size() + parameters)
+def cost(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Cost:
+    """Five operations an element (sum, centred square, scale and shift), two more where modulated; all moved once."""
+    each = 5 + (scale is not None) + (shift is not None)
+    return Cost(flops=each * x.numel(), bytes=size_of(x, x, weight, bias, scale, shift))
 
 
-def _case(
-    name: str,
-    shape: tuple[int, ...],
-    *,
-    layout: str = "contiguous",
-    parameters: str = "same",
-    mean: float = 0.0,
-    bench: bool = False,
-    small: bool = True,
-) -> Case:
-    """``layout``: contiguous, rows (padded rows), transposed (the first two dimensions swapped), strided (every other
-    element of the last dimension) or unaligned.  ``parameters``: "same" dtype as x, "fp32", "bias" alone, or "no".
-    """
-
-    def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        width = shape[-1]
-        full = {"rows": width + 5, "strided": 2 * width}.get(layout, width)
-        lead = (shape[1], shape[0], *shape[2:-1]) if layout == "transposed" else shape[:-1]
-        x = (torch.randn(*lead, full, generator=g) + mean).to(dtype)
-        if layout == "rows":
-            x = x[..., :width]
-        elif layout == "strided":
-            x = x[..., ::2]
-        elif layout == "transposed":
-            x = x.transpose(0, 1)
-        elif layout == "unaligned":
-            x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(shape)
-        own = torch.float32 if parameters == "fp32" else dtype
-        weight = (1 + 0.3 * torch.randn(width, generator=g)).to(own) if parameters in ("same", "fp32") else None
-        bias = (0.3 * torch.randn(width, generator=g)).to(own) if parameters != "no" else None
-        return (x, weight, bias, 1e-5)
-
-    return Case(name, build, bench=bench, small=small)
+def _build(inputs: Inputs, g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+    x = inputs.tensor(g, dtype)
+    return (x, *inputs.affine(g, dtype), 1e-5, *inputs.modulations(g, dtype, 2))
 
 
-def _bench(*shape: int) -> Case:
-    return _case("x".join(map(str, shape)), shape, bench=True, small=False)
-
-
-CASES = [
-    _case("small", (3, 5, 16)),
-    _case("no rows", (0, 7, 16)),
-    _case("no width", (3, 0)),
-    _case("width 1", (5, 1)),
-    _case("one row", (48,)),
-    _case("odd width", (7, 33)),
-    _case("prime width", (5, 3, 509)),
-    _case("width 15", (9, 15)),
-    _case("wide row", (3, 5003)),
-    _case("mean far above deviation", (6, 257), mean=64.0),
-    _case("no parameters", (4, 40), parameters="no"),
-    _case("bias alone", (4, 40), parameters="bias"),
-    _case("float32 parameters", (4, 40), parameters="fp32"),
-    _case("padded rows", (3, 4, 35), layout="rows"),
-    _case("transposed", (3, 4, 35), layout="transposed"),
-    _case("strided", (4, 40), layout="strided"),
-    _case("unaligned", (4, 40), layout="unaligned"),
-    _bench(2, 4096, 320),
-    _bench(2, 1024, 640),
-    _bench(2, 256, 1280),
-    _bench(16, 64, 160),
-    _bench(2, 77, 768),
-]
+CASES = cases(
+    _build,
+    [
+        Inputs("mean far above deviation", (6, 257), mean=64.0),
+        bench(2, 4096, 320),
+        bench(2, 1024, 640),
+        bench(2, 256, 1280),
+        bench(16, 64, 160),
+        bench(2, 77, 768),
+        bench(2, 256, 1152, parameters="no", modulation="chunk"),
+        bench(2, 4096, 1536, parameters="no", modulation="chunk"),
+        bench(1, 4608, 3072, parameters="no", modulation="chunk"),
+    ],
+)
 
 
 def _affine(
@@ -132,14 +109,61 @@ def _mean_square(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 3e-5) 
     return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + eps) * weight + bias
 
 
-def _call(normalized_shape: tuple[int, ...] = (1,), **captures: Any) -> Mapping[str, Any] | str:
+def _modulated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    normalized_shape: tuple[int, ...] = (6,),
+    eps: float = 3e-5,
+) -> Tensor:
+    return F.layer_norm(x, normalized_shape, weight, bias, eps) * (1 + scale) + shift
+
+
+def _plain_modulated(
+    x: Tensor, scale: Tensor, shift: Tensor, *, normalized_shape: tuple[int, ...] = (6,), eps: float = 3e-5
+) -> Tensor:
+    return F.layer_norm(x, normalized_shape, None, None, eps) * (1 + scale) + shift
+
+
+def _modulated_later(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    normalized_shape: tuple[int, ...] = (6,),
+    eps: float = 3e-5,
+) -> Tensor:
+    return F.layer_norm(x, normalized_shape, weight, bias, eps) * (1 + scale)[:, None] + shift
+
+
+def _plain_modulated_later(
+    x: Tensor, scale: Tensor, shift: Tensor, *, normalized_shape: tuple[int, ...] = (6,), eps: float = 3e-5
+) -> Tensor:
+    return F.layer_norm(x, normalized_shape, None, None, eps) * (1 + scale)[:, None] + shift
+
+
+def _call(x: Any, normalized_shape: tuple[int, ...] = (1,), **captures: Any) -> Mapping[str, Any] | str:
     if len(normalized_shape) != 1:
         return f"it normalizes over the last {len(normalized_shape)} dimensions"
-    return captures
+    for name in ("scale", "shift"):
+        if name in captures and (x.shape is None or not modulates(captures[name].shape or (), x.shape)):
+            return f"the {name} of shape {captures[name].shape} does not go with x of {x.shape}"
+    return {"x": x, **captures}
 
 
 def _inputs() -> tuple[Tensor, ...]:
     return torch.zeros(4, 6), torch.zeros(6), torch.zeros(6)
+
+
+def _modulation(affine: bool, axes: bool) -> Callable[[], tuple[Tensor, ...]]:
+    scale = (2, 1, 6) if axes else (2, 6)
+    shapes = [(2, 4, 6), *([(6,), (6,)] if affine else []), scale, (2, 1, 6)]
+    return lambda: tuple(torch.zeros(s) for s in shapes)
 
 
 SPELLINGS = [
@@ -147,17 +171,24 @@ SPELLINGS = [
     Spelling("layer_norm without affine", _plain, lambda: (torch.zeros(4, 6),), _call),
     Spelling("mean and var", _variance, _inputs, _call),
     Spelling("mean and mean square", _mean_square, _inputs, _call),
+    Spelling("modulated", _modulated, _modulation(True, True), _call),
+    Spelling("modulated without affine", _plain_modulated, _modulation(False, True), _call),
+    Spelling("modulated, 1 + scale unsqueezed", _modulated_later, _modulation(True, False), _call),
+    Spelling(
+        "modulated without affine, 1 + scale unsqueezed", _plain_modulated_later, _modulation(False, False), _call
+    ),
 ]
 
 
-def _eager(x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+def eager(x: Tensor, weight: Any, bias: Any, eps: float, scale: Any, shift: Any) -> Tensor:
+    return modulated(F.layer_norm(x, x.shape[-1:], weight, bias, eps), scale, shift)
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
-    width, own = draw.integer(0, 700), (dtype, torch.float32)
-    x = draw.tensor((*draw.shape(5, *[5] * draw.integer(0, 2)), width), dtype, mean=draw.choice((0.0, 8.0)))
-    return (x, draw.maybe((width,), own), draw.maybe((width,), own), 1e-5)
+    shape, own = drawn_shape(draw), (dtype, torch.float32)
+    x = draw.tensor(shape, dtype, mean=draw.choice((0.0, 8.0)))
+    scale, shift = drawn_modulation(draw, shape, draw.choice(own), 2)
+    return (x, draw.maybe(shape[-1:], own), draw.maybe(shape[-1:], own), 1e-5, scale, shift)
 
 
 OP = register(
@@ -174,9 +205,10 @@ OP = register(
         },
         cases=CASES,
         spellings=SPELLINGS,
-        eager=_eager,
+        eager=eager,
+        alone=alone,
         draw=_draw,
-        formula="(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension",
+        formula="((x - mean) / sqrt(variance + eps) * weight + bias) * (1 + scale) + shift over the last dimension",
         source="Ba, Kiros & Hinton 2016, arXiv:1607.06450",
     )
 )

@@ -72,16 +72,20 @@ def test_silu_far_from_zero(layout: torch.memory_format) -> None:
 
 def test_samples_that_lie_apart_are_served() -> None:
     x = torch.randn(3, 24, 5, 5)[:, :12]
-    assert not x.is_contiguous() and pick(op.OP, "cpu", (x, 4, None, None, 1e-5, "none")).kernel is not None
+    assert (
+        not x.is_contiguous()
+        and pick(op.OP, "cpu", (x, 4, None, None, 1e-5, "none", None, None, None)).kernel is not None
+    )
     _close("apart", torch.ops.fusegen.group_norm(x, 4), x, 4, False)
 
 
 def test_it_declines_with_the_reason() -> None:
-    x = torch.empty(2, 8, 4, 4)
-    assert decline(x, 2, None, None, 1e-5, "none") is None
-    assert "neither contiguous nor channels-last" in str(decline(x.transpose(2, 3), 2, None, None, 1e-5, "none"))
-    assert "weight is torch.float16" in str(decline(x, 2, torch.empty(8).half(), None, 1e-5, "none"))
-    assert "bias is strided" in str(decline(x, 2, None, torch.empty(16)[::2], 1e-5, "none"))
+    x, rest = torch.empty(2, 8, 4, 4), (1e-5, "none", None, None, None)
+    assert decline(x, 2, None, None, *rest) is None
+    assert "neither contiguous nor channels-last" in str(decline(x.transpose(2, 3), 2, None, None, *rest))
+    assert "weight is torch.float16" in str(decline(x, 2, torch.empty(8).half(), None, *rest))
+    assert "bias is strided" in str(decline(x, 2, None, torch.empty(16)[::2], *rest))
+    assert "add is strided" in str(decline(x, 2, None, None, *rest[:2], torch.empty(8, 2).t(), None, None))
 
 
 def test_what_does_not_fit_is_refused() -> None:

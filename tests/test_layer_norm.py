@@ -11,7 +11,7 @@ from compare import assert_close
 from torch import Tensor
 
 from fusegen.kernels import layer_norm as op
-from fusegen.kernels.cpu.layer_norm import decline, rows
+from fusegen.kernels.cpu.layer_norm import decline
 
 
 def _close(name: str, got: Tensor, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> None:
@@ -51,19 +51,15 @@ def test_a_nan_stays_in_its_row() -> None:
     assert bad.tolist() == [False, False, True, False]
 
 
-def test_rows_reached_by_two_strides() -> None:
-    assert rows(torch.empty(4, 5, 8)) == (1, 20, 0, 8)
-    assert rows(torch.empty(5, 4, 8).transpose(0, 1)) == (4, 5, 8, 32)
-    assert rows(torch.empty(3, 5, 4, 9)[..., :8].transpose(1, 2)) is None
-    assert rows(torch.empty(8)) == (1, 1, 0, 0)
-
-
 def test_it_declines_with_the_reason() -> None:
-    x = torch.empty(4, 6)
-    assert decline(x, None, None, 1e-5) is None
-    assert "strided" in str(decline(x.t(), None, None, 1e-5))
-    assert "weight is torch.float64" in str(decline(x, torch.empty(6).double(), None, 1e-5))
-    assert "float64" in str(decline(x.double(), None, None, 1e-5))
+    x, nothing = torch.empty(4, 6), (None, None, 1e-5, None, None)
+    assert decline(x, *nothing) is None
+    assert "strided" in str(decline(x.t(), *nothing))
+    assert "weight is torch.float64" in str(decline(x, torch.empty(6).double(), None, 1e-5, None, None))
+    assert "float64" in str(decline(x.double(), *nothing))
+    scale, shift = torch.empty(4, 6), torch.empty(4, 6, dtype=torch.bfloat16)
+    assert "differ in dtype" in str(decline(x.bfloat16(), None, None, 1e-5, scale, shift))
+    assert "two strides" in str(decline(torch.empty(3, 5, 4, 9)[..., :8].transpose(1, 2), *nothing))
 
 
 def test_parameters_that_do_not_fit_are_refused() -> None:

@@ -23,8 +23,10 @@ pytestmark = pytest.mark.skipif(not library.available(), reason=str(library.miss
 
 
 def declared(op: str) -> list[tuple[str, type]]:
-    """The fields of fg_<op>_args as abi.h declares them, in order."""
+    """The fields of fg_<op>_args as abi.h declares them, in order; where it only derives, those of its base."""
     text = re.sub(r"//.*", "", HEADER.read_text())
+    if base := re.search(rf"struct fg_{op}_args : fg_(\w+)_args \{{\}};", text):
+        return declared(base[1])
     found = re.search(rf"struct fg_{op}_args \{{(.*?)\}};", text, re.S)
     assert found, f"abi.h declares no fg_{op}_args"
     fields: list[tuple[str, type]] = []

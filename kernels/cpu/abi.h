@@ -33,26 +33,41 @@ struct fg_attention_args {
 
 // Normalization and sampling.  Weight and bias may be null; each has its own dtype: float32 or x's.
 
-// Group normalization of (batch, channels, pixels), then SiLU where `silu`; see group_norm.cpp.
+// Group normalization of (batch, channels, pixels), then SiLU where `silu`; see group_norm.h.
 struct fg_group_norm_args {
-  const void *x, *weight, *bias;
+  const void *x;
+  const void *other;               // null: none; else what is normalized is joined: x + other, or both, channel by channel
+  void *joined;                    // (batch, channels, pixels), dense
+  const void *weight, *bias;
+  const void *add, *scale, *shift;  // null: none; (batch, channels), the channels' stride is 1
   void *out;
-  int64_t dtype, weight_dtype, bias_dtype;
+  int64_t dtype, weight_dtype, bias_dtype, add_dtype, scale_dtype, shift_dtype;
   int64_t batch, channels, groups, pixels;
-  int64_t x_batch;  // stride; each sample is dense, and so is out
+  int64_t split, concat;  // the channels of x; whether other's follow them
+  int64_t x_batch, other_batch, add_batch, scale_batch, shift_batch;  // strides; each sample is dense, and so is out
   int64_t channels_last, silu;
   double eps;
 };
+struct fg_join_group_norm_args : fg_group_norm_args {};
 
-// Layer normalization of outer x inner rows of `width` elements; out is dense.
-struct fg_layer_norm_args {
-  const void *x, *weight, *bias;
-  void *out;
+// Layer or RMS normalization of outer x inner rows of `width` elements; see row_norm.h.  out and sum are dense.
+struct fg_row_norm_args {
+  const void *x;
+  const void *branch, *gate;   // null: none; else the norm is that of sum = x + gate * branch
+  const void *weight, *bias;   // (width,); offset is added to the weight
+  const void *scale, *shift;   // null: none; else the result is y * (1 + scale) + shift
+  void *out, *sum;
   int64_t dtype, weight_dtype, bias_dtype;
+  int64_t modulation_dtype;  // of gate, scale and shift: float32 or x's
   int64_t outer, inner, width;
-  int64_t x_outer, x_inner;  // strides
-  double eps;
+  int64_t x_outer, x_inner, branch_outer, branch_inner;  // strides, 0 where broadcast
+  int64_t gate_outer, gate_inner, scale_outer, scale_inner, shift_outer, shift_inner;
+  int64_t rms;  // of add_norm: which norm
+  double eps, offset;
 };
+struct fg_layer_norm_args : fg_row_norm_args {};
+struct fg_rms_norm_args : fg_row_norm_args {};
+struct fg_add_norm_args : fg_row_norm_args {};
 
 // Normal noise (batch, count) of (seed, step, sample, element); see normal.h.
 struct fg_noise_normal_args {
@@ -75,10 +90,13 @@ struct fg_sampler_step_args {
 
 // Every op with a struct above; pool.cpp gives their sizes out.
 #define FG_OPS(X) \
+  X(add_norm)     \
   X(attention)    \
   X(group_norm)   \
+  X(join_group_norm) \
   X(layer_norm)   \
   X(noise_normal) \
+  X(rms_norm)     \
   X(sampler_step)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.

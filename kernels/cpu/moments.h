@@ -90,7 +90,12 @@ FG_INLINE float parameter(const void *p, int64_t dtype, int64_t i, float absent)
   if (!p) return absent;
   float lanes[W] = {};
   if (dtype == FG_FLOAT32) return static_cast<const float *>(p)[i];
-  store(lanes, dtype == FG_BFLOAT16 ? load_n(static_cast<const bf16 *>(p) + i, 1) : load_n(static_cast<const fp16 *>(p) + i, 1));
+  if (dtype == FG_BFLOAT16) {
+    const uint32_t bits = static_cast<uint32_t>(static_cast<const bf16 *>(p)[i].bits) << 16;
+    __builtin_memcpy(lanes, &bits, sizeof(bits));
+  } else {
+    store(lanes, load_n(static_cast<const fp16 *>(p) + i, 1));
+  }
   return lanes[0];
 }
 

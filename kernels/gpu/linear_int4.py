@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
-from fusegen.kernels.gpu.layer_norm import lead
 from fusegen.kernels.gpu.quantized import finished, quantize_stage, scratch, tail, unserved
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
 from fusegen.kernels.linear_int4 import ROWS, WORD, group_of
 from fusegen.kernels.op import Kernel
+from fusegen.kernels.rows import rows_of
 
 WEIGHT, SCALES, ZEROS, BIAS, RESIDUAL = 1, 2, 4, 5, 6  # positions of the tensors in the schema
 FILL = 528  # programs that keep a GPU's memory busy: four for each of 132 multiprocessors
@@ -178,9 +178,10 @@ def _inputs(x: Tensor, padded: int, group: int, inputs: str) -> tuple[list[Stage
         before = [quantize_stage(x, codes, scale, group)] if padded else []
         where = (rows, 0, padded, 1)
         return before, {"x": codes, "scale_x": scale, "width": padded} | _strides(where)
-    found = lead(x)
+    found = rows_of([x])
     assert found is not None
-    return [], {"x": Use(0), "scale_x": Use(0), "width": x.shape[-1]} | _strides((*found[1:], x.stride(-1)))
+    where = (found.inner, *found.strides[0], x.stride(-1))
+    return [], {"x": Use(0), "scale_x": Use(0), "width": x.shape[-1]} | _strides(where)
 
 
 def _strides(where: tuple[int, int, int, int]) -> dict[str, int]:

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusegen.kernels.gpu.launch import Stage, Use, blocks, power
-from fusegen.kernels.gpu.layer_norm import lead
 from fusegen.kernels.op import FLOATS
+from fusegen.kernels.rows import rows_of
 
 WIDEST = 32768  # the longest group held in the registers of 32 warps
 _TINY = tl.constexpr(2.0**-100)
@@ -67,21 +67,22 @@ def finished(y, bias, residual, at, column, keep, BIAS: tl.constexpr, RESIDUAL: 
 
 def quantize_stage(x: Tensor, codes: Tensor, scale: Tensor, group: int) -> Stage:
     """The launch that fills codes (rows, padded) and scale (rows, groups) from x, argument 0."""
-    found = lead(x)
+    found = rows_of([x])
     assert found is not None
-    rows, inner, outer_stride, inner_stride = found
+    ((outer_stride, inner_stride),) = found.strides
     groups, padded = scale.shape[1], codes.shape[1]
     stored = padded // groups
     block = power(max(group, stored))
     count = max(1, min(power(groups), 1024 // block))
     chunks = blocks(groups, count)
     values = {
-        "x": Use(0), "codes": codes, "scale": scale, "inner": inner, "width": x.shape[-1], "group": group,
+        "x": Use(0), "codes": codes, "scale": scale, "inner": found.inner, "width": x.shape[-1], "group": group,
         "groups": groups, "chunks": chunks, "x_outer": outer_stride, "x_inner": inner_stride, "x_d": x.stride(-1),
         "stored": stored, "padded": padded, "COUNT": count, "BLOCK": block,
     }  # fmt: skip
     warps = max(1, min(32, count * block // 512))
-    return Stage(quantize_kernel, (rows * chunks,), values, {"num_warps": warps, "enable_fp_fusion": False})
+    grid = (found.outer * found.inner * chunks,)
+    return Stage(quantize_kernel, grid, values, {"num_warps": warps, "enable_fp_fusion": False})
 
 
 def tail(bias: Any, residual: Any, activation: str, places: tuple[int, int]) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def unserved(x: Tensor, group: int, bias: Any, residual: Any, **dense: Any) -> s
         return f"x is {x.dtype}"
     if group > WIDEST:
         return f"a row of {group} does not fit a block's registers (limit {WIDEST})"
-    if x.numel() and lead(x) is None:
+    if x.numel() and rows_of([x]) is None:
         return f"the rows of strides {tuple(x.stride()[:-1])} need more than two strides"
     for name, tensor in ({"bias": bias, "residual": residual} | dense).items():
         if tensor is not None and not tensor.is_contiguous():

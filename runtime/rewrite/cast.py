@@ -35,7 +35,8 @@ _GEMM = tuple(f"aten.{name}." for name in _GEMM_WORDS.split())
 _LEFT = {("fusegen.attention.default", "mask"), ("aten.scaled_dot_product_attention.default", "attn_mask")}
 _LEFT |= {(f"fusegen.{op}.default", table) for op in ("rope", "qk_norm_rope") for table in ("cos", "sin")}
 # Parameters of norms, which kernels take in float32.
-_NORMS = {"fusegen.group_norm.default", "fusegen.layer_norm.default", "fusegen.qk_norm_rope.default"}
+_NORM_WORDS = "group_norm layer_norm rms_norm add_norm join_group_norm qk_norm_rope"
+_NORMS = {f"fusegen.{name}.default" for name in _NORM_WORDS.split()}
 _PARAMETERS = {"weight", "bias"}
 _SENSITIVE_WORDS = """
     softmax _softmax log_softmax _log_softmax exp exp2 expm1 log log2 log10 log1p logsumexp pow square rsqrt sqrt sin

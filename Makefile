@@ -6,6 +6,8 @@
 #   make bench       kernels and models against their peers, interleaved
 #   make gpu-check   on a machine with an NVIDIA GPU: all that only a GPU can show
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make races       the C++ kernels under ThreadSanitizer
+#   make test-arm    the C++ kernels for AArch64, under an emulator
 #   make zoo         train and export the zoo's model anew (hours on a CPU)
 #   make clean       remove what these targets made
 #
@@ -22,7 +24,7 @@ CSRC      := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 SETUP     := pyproject.toml setup.py constraints.txt $(CSRC)
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: demo test lint bench gpu-check sanitize zoo clean
+.PHONY: demo test lint bench gpu-check sanitize races test-arm zoo clean
 .DELETE_ON_ERROR:
 
 $(VENV)/pip.stamp:
@@ -69,6 +71,14 @@ sanitize: $(VENV)/test.stamp
 	FUSEGEN_CPU_LIBRARY=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  $(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/test_ops.py tests/test_attention.py -k "every_level or attention"
+
+races: $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_races.py
+
+test-arm: $(VENV)/test.stamp
+	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static qemu-aarch64 >/dev/null || \
+	  { echo "make test-arm needs two Debian packages: apt-get install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }
+	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_arm.py
 
 zoo: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.models.zoo.emoji.train --out build/emoji

@@ -56,7 +56,7 @@ class BuildKernels(Command):
         build = builder()
         target, work = (ROOT / "build" / "sanitize",) * 2 if self.sanitize else (IN_PLACE, OBJECTS)
         try:
-            print(build.build(target, work, sanitize=bool(self.sanitize), jobs=int(self.jobs)))
+            print(build.build(target, work, sanitize="address" if self.sanitize else "", jobs=int(self.jobs)))
         except build.BuildFailed as error:
             raise SystemExit(f"error: {error}") from None
 

@@ -106,21 +106,34 @@ def fenced(tensor: Tensor, fill: Tensor | None = None, margin: int = 61) -> tupl
     return copy, check
 
 
+class Fenced:
+    """Arguments and outputs of one run inside fences: :func:`fenced` copies, the outputs filled with NaN."""
+
+    def __init__(self, op: Op, args: tuple[Any, ...]):
+        self.op, self.given = op, args
+        self._fences = {i: fenced(a) for i, a in enumerate(args) if isinstance(a, Tensor)}
+        self.args = tuple(self._fences[i][0] if i in self._fences else a for i, a in enumerate(args))
+        nan = torch.tensor(float("nan"))
+        self._outs = [fenced(out, fill=nan.to(out.dtype)) for out in op.allocate(*args)]
+        self.outs = tuple(copy for copy, _ in self._outs)
+
+    def results(self) -> dict[str, Tensor]:
+        """After the run: what it wrote, by name.  Arguments are unharmed, and nothing beside a buffer was written."""
+        for i, (_, check) in enumerate(self._outs):
+            check(f"{self.op.name} output {i}")
+        written = mutated(self.op, self.args)
+        for i, (copy, check) in self._fences.items():
+            check(f"{self.op.name} argument {i}")
+            if not any(copy is tensor for tensor in written.values()):
+                assert same_bits(copy, self.given[i]), f"{self.op.name} changed its argument {i}"
+        return {f"output {i}": out for i, out in enumerate(self.outs)} | written
+
+
 def run_fenced(op: Op, kernel: Kernel, args: tuple[Any, ...]) -> dict[str, Tensor]:
-    """One run inside fences: arguments unharmed, nothing written beside a buffer, all of every output written."""
-    fences = {i: fenced(a) for i, a in enumerate(args) if isinstance(a, Tensor)}
-    inner = tuple(fences[i][0] if i in fences else a for i, a in enumerate(args))
-    nan = torch.tensor(float("nan"))
-    outs = [fenced(out, fill=nan.to(out.dtype)) for out in op.allocate(*args)]
-    kernel.bind(tuple(copy for copy, _ in outs), inner).run()
-    for i, (_, check) in enumerate(outs):
-        check(f"{op.name} output {i}")
-    written = mutated(op, inner)
-    for i, (copy, check) in fences.items():
-        check(f"{op.name} argument {i}")
-        if not any(copy is tensor for tensor in written.values()):
-            assert same_bits(copy, args[i]), f"{op.name} changed its argument {i}"
-    return {f"output {i}": copy for i, (copy, _) in enumerate(outs)} | written
+    """One run of a kernel inside fences: what it wrote, by name."""
+    run = Fenced(op, args)
+    kernel.bind(run.outs, run.args).run()
+    return run.results()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

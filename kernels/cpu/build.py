@@ -15,7 +15,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,12 @@ FLAGS = shlex.split(
     "-ffp-contract=off -fno-trapping-math -Wall -Wextra -Werror=return-type -Wno-psabi -Wno-ignored-attributes "
     "-Wno-uninitialized -Wno-maybe-uninitialized -g0"
 )
-SANITIZE = shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined")
+SANITIZERS = {
+    "address": shlex.split(
+        "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    ),
+    "thread": shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=thread"),
+}
 
 
 class BuildFailed(Exception):
@@ -88,8 +93,8 @@ def _machine(cxx: list[str]) -> str:
     return (ran.stdout.split("-")[0] or platform.machine()).replace("arm64", "aarch64")
 
 
-def plan(work: Path, sanitize: bool) -> tuple[list[Unit], list[str]]:
-    """Every compilation, and a note for each level that this compiler cannot do."""
+def plan(work: Path, sanitize: str = "", levels: Collection[str] = ()) -> tuple[list[Unit], list[str]]:
+    """Every compilation, and a note for each level that this compiler cannot do; see :func:`build`."""
     cxx = shlex.split(compiler())
     machine = _machine(cxx)
     if machine not in LEVELS:
@@ -100,11 +105,11 @@ def plan(work: Path, sanitize: bool) -> tuple[list[Unit], list[str]]:
     units = []
     for source in sorted(HERE.glob("*.cpp")):
         for level in levels_of(source):
-            if level != "base" and level not in able:
+            if level != "base" and (level not in able or (levels and level not in levels)):
                 continue
             define = () if level == "base" else (*able[level], f"-DFG_LEVEL_{level.upper()}=1")
             output = work / f"{source.stem}.{level}.o"
-            command = (*cxx, *FLAGS, *(SANITIZE if sanitize else ()), *define, "-c", str(source), "-o", str(output))
+            command = (*cxx, *FLAGS, *SANITIZERS.get(sanitize, ()), *define, "-c", str(source), "-o", str(output))
             units.append(Unit(source, level, command, output))
     return units, notes
 
@@ -152,14 +157,18 @@ def _locked(work: Path) -> Iterator[None]:
         yield
 
 
-def build(target: Path, work: Path, sanitize: bool = False, jobs: int = 2, verbose: bool = True) -> Path:
+def build(
+    target: Path, work: Path, sanitize: str = "", jobs: int = 2, verbose: bool = True, levels: Collection[str] = ()
+) -> Path:
     """Compile what changed, ``jobs`` at a time, and link ``target / LIBRARY``; objects are kept in ``work``.
+
+    ``sanitize``: a key of :data:`SANITIZERS`, or "" for none.  ``levels``: those alone, where any is named.
 
     Raises :class:`BuildFailed` with one line.  The library is replaced in one step: processes that have the old one
     open keep it.
     """
     with _locked(work):
-        units, notes = plan(work, sanitize)
+        units, notes = plan(work, sanitize, levels)
         todo = [u for u in units if _stale(u)]
         with ThreadPoolExecutor(jobs) as pool:
             for unit, _ in zip(todo, pool.map(_compile, todo), strict=True):
@@ -168,7 +177,7 @@ def build(target: Path, work: Path, sanitize: bool = False, jobs: int = 2, verbo
         target.mkdir(parents=True, exist_ok=True)
         library, partial = target / LIBRARY, target / f"{LIBRARY}.{os.getpid()}.part"
         objects = [str(u.output) for u in units]
-        extra = SANITIZE if sanitize else ["-Wl,--as-needed", "-Wl,-z,defs", "-s"]
+        extra = SANITIZERS[sanitize] if sanitize else ["-Wl,--as-needed", "-Wl,-z,defs", "-s"]
         link = [*shlex.split(compiler()), "-shared", *extra, *objects, "-ldl", "-lpthread"]
         ran = subprocess.run([*link, "-o", str(partial)], capture_output=True, text=True, check=False)
         if ran.returncode:

@@ -1,0 +1,65 @@
+"""What is run elsewhere: an op's cases, and arguments that nobody chose."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from compare import Fenced, assert_all_close, truth
+from record import Records, foreign
+
+from fusegen.kernels import op as registry
+from fusegen.kernels.draw import Draw
+from fusegen.kernels.op import Op
+
+DRAWN = 12  # random arguments an op
+
+CPU_OPS = [op for op in registry.ops().values() if any(k.device == "cpu" for k in op.kernels)]
+
+
+def arguments(op: Op, bench: int = 0) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(label, arguments): every case in every dtype, the ``bench`` smallest of the realistic cases in one dtype each,
+    and random arguments."""
+    for case in (c for c in op.cases if not c.bench):
+        for dtype in case.dtypes:
+            yield f"{case.name} / {dtype}", case.build(torch.Generator().manual_seed(2024), dtype)
+    large = sorted((c for c in op.cases if c.bench), key=lambda c: _work(op, _build(c)))
+    for case in large[:bench]:
+        yield case.name, _build(case)
+    if op.draw is not None:
+        choices = Draw(random.Random(2024).randint)
+        for i in range(DRAWN):
+            dtype = choices.choice(tuple(op.tolerance))
+            yield f"random {i} / {dtype}", op.draw(choices, dtype)
+
+
+def _build(case: Any) -> tuple[Any, ...]:
+    return tuple(case.build(torch.Generator().manual_seed(2024), case.dtypes[0]))
+
+
+def _work(op: Op, args: tuple[Any, ...]) -> int:
+    least = op.cost(*args)
+    return least.flops + least.bytes
+
+
+def check(
+    op: Op, levels: Sequence[str], command: Sequence[str | Path], folder: Path, threads: int, bench: int = 0
+) -> int:
+    """Run the op's kernels at ``levels`` with the runner, and compare each result with the reference in float64; how
+    many times they used more than one thread."""
+    records, runs = Records(), []
+    for label, args in arguments(op, bench):
+        for level in levels:
+            with foreign(level):
+                for kernel in (k for k in op.kernels if k.device == "cpu" and k.decline(*args) is None):
+                    run = Fenced(op, args)
+                    records.add(kernel.bind(run.outs, run.args), level)
+                    runs.append((f"{label} / {kernel.name} at {level}", run))
+    assert runs, f"no kernel of {op.name} takes any of its cases at {', '.join(levels)}"
+    shared = records.run(command, folder / f"{op.name}.records", threads)
+    for label, run in runs:
+        assert_all_close(op, label, run.results(), truth(op, run.given))
+    return shared

@@ -76,7 +76,7 @@ races: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_races.py
 
 test-arm: $(VENV)/test.stamp
-	@command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64-static qemu-aarch64 >/dev/null || \
+	@command -v aarch64-linux-gnu-g++ >/dev/null && { command -v qemu-aarch64-static || command -v qemu-aarch64; } >/dev/null || \
 	  { echo "make test-arm needs two Debian packages: apt-get install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }
 	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_arm.py
 

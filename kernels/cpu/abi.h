@@ -88,6 +88,16 @@ struct fg_sampler_step_args {
   double rescale;
 };
 
+// Pixel shuffle between (batch, channels factor^2, height, width) and (batch, channels, height factor, width factor); the
+// first is x, or out where `down`.  out is dense, in x's memory order.
+struct fg_pixel_shuffle_args {
+  const void *x;
+  void *out;
+  int64_t element_bytes, channels_last, down, factor;
+  int64_t batch, channels, height, width;
+  int64_t x_batch, x_channel, x_row, x_column;  // strides; x_column is 1, or where channels_last x_channel
+};
+
 // Every op with a struct above; pool.cpp gives their sizes out.
 #define FG_OPS(X) \
   X(add_norm)     \
@@ -96,6 +106,7 @@ struct fg_sampler_step_args {
   X(join_group_norm) \
   X(layer_norm)   \
   X(noise_normal) \
+  X(pixel_shuffle) \
   X(rms_norm)     \
   X(sampler_step)
 

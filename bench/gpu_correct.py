@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,31 +27,37 @@ from fusegen.bench.gpu_stages import (
     written,
 )
 from fusegen.bench.row import Row
+from fusegen.kernels import catalogue
 from fusegen.kernels import op as registry
-from fusegen.kernels.op import Op
-
-MANY = 60  # cases from which on compiling them side by side is worth the processes
-WORKERS = 5
 
 
-def precompile(setting: Setting, op: Op) -> None:
-    """Compile what the cases of an op take, side by side, where there are many of them."""
-    pairs = list(cases(op, setting, bench=False))
-    if setting.rehearse or len(pairs) < MANY:
+def launches(setting: Setting) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+    """(op, arguments, configuration) of every case that :func:`correct` will run."""
+    registered = load(setting)
+    for name in catalogue.triton_names():
+        op, module = registered[name], importlib.import_module(f"fusegen.kernels.gpu.{name}")
+        for case, dtype in cases(op, setting, bench=False):
+            args = registry.complete(op, case.build(torch.Generator().manual_seed(0), dtype))
+            if module.KERNELS[0].decline(*args) is None:
+                yield name, args, module.TUNABLE.default(*args) if hasattr(module, "TUNABLE") else None
+
+
+def precompile(setting: Setting) -> Iterator[Row]:
+    """Compile what the cases of every op take, on every core, so that the stages that follow find it on disk."""
+    if setting.rehearse:
+        count = sum(1 for _ in launches(setting))
+        yield row(setting, "compile", f"{count} launches", "fusegen", ok=True, note="not in a rehearsal")
         return
-    module, warm = (importlib.import_module(f"fusegen.kernels.gpu.{stem}") for stem in (op.name, "warm"))
-    jobs = []
-    for case, dtype in pairs:
-        args = registry.complete(op, case.build(torch.Generator().manual_seed(0), dtype))
-        if module.KERNELS[0].decline(*args) is None:
-            jobs.append((args, module.TUNABLE.default(*args) if hasattr(module, "TUNABLE") else None))
-    warm.warm(op.name, jobs, WORKERS)
+    start = time.time()
+    reasons = importlib.import_module("fusegen.kernels.gpu.warm").warm(launches(setting))
+    bad = [why for why in reasons if why]
+    note = f"{len(bad)} did not compile: {bad[0]}" if bad else f"{time.time() - start:.0f} s"
+    yield row(setting, "compile", f"{len(reasons)} launches", "fusegen", ok=not bad, note=note[:300])
 
 
 def correct(setting: Setting, name: str) -> Iterator[Row]:
     """Every case in every dtype against the float64 reference; outputs start as NaN."""
     op = load(setting)[name]
-    precompile(setting, op)
     for case, dtype in cases(op, setting, bench=False):
         base = row(setting, f"{name} correct", case.name, "fusegen", name_of(dtype))
         if setting.over():
@@ -87,7 +94,7 @@ def batch(setting: Setting) -> Iterator[Row]:
     for name, op in load(setting).items():
         for case, dtype in [pair for pair in cases(op, setting, bench=True) if pair[1] == torch.bfloat16][:3]:
             args = arguments(op, case, dtype, setting)
-            if setting.over() or args[0].shape[0] < 2:
+            if setting.over() or op.alone is None or args[0].shape[0] < 2:
                 continue
             base = row(setting, f"{name} batch", case.name, "fusegen", name_of(dtype))
             try:

@@ -51,9 +51,8 @@ def tune(setting: Setting, name: str) -> Iterator[Row]:
             want, limit, used = expected(op, args), op.tolerance[dtype], tuning.choose(tunable, args)
             space: Any = replace(tunable, space=lambda *a: list(tunable.space(*a))[:2]) if setting.rehearse else tunable
             if not setting.rehearse:
-                importlib.import_module("fusegen.kernels.gpu.warm").warm(
-                    name, [(args, c) for c in dict.fromkeys([used, *space.space(*args)])]
-                )
+                configs = dict.fromkeys([used, *space.space(*args)])
+                importlib.import_module("fusegen.kernels.gpu.warm").warm([(name, args, c) for c in configs])
             right = lambda outs: verify.check(outs, want, limit).ok  # noqa: B023, E731
             trials = tuning.tune(space, op.allocate(*args), args, right, lambda run: measure(run, setting))
             yield _tuned(base, trials, used, setting.rehearse)

@@ -46,23 +46,21 @@ def compile_one(op: str, given: Sequence[Any], config: Any, arch: int) -> str:
         for stage in module.stages(spec.OP.allocate(*args), args, *([] if config is None else [config])):
             triton.compile(source(stage, args), GPUTarget("cuda", arch, 32), options=dict(stage.options))
     except Exception as error:  # the caller meets the same error when it launches, and says so there
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{op}: {type(error).__name__}: {error}".splitlines()[0]
     return ""
 
 
 _POOL: list[ProcessPoolExecutor] = []
 
 
-def warm(op: str, jobs: Iterable[tuple[Sequence[Any], Any]], workers: int = 16, arch: int | None = None) -> list[str]:
-    """Compile ``jobs``, pairs of arguments and configuration, for this machine's GPU unless ``arch`` says another.
-
-    The first call of a process sets the number of ``workers``.
-    """
+def warm(jobs: Iterable[tuple[str, Sequence[Any], Any]], arch: int | None = None) -> list[str]:
+    """Compile ``jobs`` (op, arguments, configuration), for this machine's GPU unless ``arch`` says another."""
     if arch is None:
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
     if not _POOL:  # spawned, not forked: a forked process cannot use CUDA, and must not touch its parent's
-        count = min(workers, os.cpu_count() or 1)
-        _POOL.append(ProcessPoolExecutor(count, mp_context=get_context("spawn")))
-    given = [([_describe(a) for a in args], config) for args, config in jobs]
-    return [f.result() for f in [_POOL[0].submit(compile_one, op, args, config, arch) for args, config in given]]
+        _POOL.append(ProcessPoolExecutor(min(16, os.cpu_count() or 1), mp_context=get_context("spawn")))
+    futures = [
+        _POOL[0].submit(compile_one, op, [_describe(a) for a in args], config, arch) for op, args, config in jobs
+    ]
+    return [f.result() for f in futures]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,14 @@ from fusegen.runtime.program import Node, Program
 from fusegen.runtime.rewrite.epilogue import merge_linears
 from fusegen.runtime.specialize import propagate
 from fusegen.runtime.weights import Weights
+
+
+def _without_tf32(function: Callable[..., Any], *args: Any) -> Any:
+    """Run ``function`` with cuDNN held to float32: its TF32, PyTorch's default, would make other pictures of a seed."""
+    cudnn = torch.backends.cudnn
+    kept = dict(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic)
+    with cudnn.flags(**kept, allow_tf32=False):  # type: ignore[attr-defined]
+        return function(*args)
 
 
 class Cuda(Backend):
@@ -41,8 +51,11 @@ class Cuda(Backend):
         return super().bind(node, program, metas, deterministic)
 
     def call(self, node: Node, binding: Binding, program: Program, weights: Weights) -> Call:
-        """The call of a bound node."""
-        return plain.call(node) if node.op in plain.CALLS else super().call(node, binding, program, weights)
+        """The call of a bound node; convolutions of float32 are float32's, as on a CPU, and not TF32's."""
+        if node.op not in plain.CALLS:
+            return super().call(node, binding, program, weights)
+        found = plain.call(node)
+        return replace(found, function=partial(_without_tf32, found.function))
 
     def place(self, weight: Tensor) -> Tensor:
         """The weight on the GPU; those of convolutions channels-last, as cuDNN wants them."""

@@ -169,25 +169,25 @@ def _plain_sigmoid(x: Tensor, *, num_groups: int = 3, eps: float = 3e-5) -> Tens
     return y * torch.sigmoid(y)
 
 
-def _added(x: Tensor, time: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 3, eps: float = 3e-5) -> Tensor:
+def _added(x: Tensor, time: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 6, eps: float = 3e-5) -> Tensor:
     return F.group_norm(x + time[:, :, None, None], num_groups, weight, bias, eps)
 
 
 def _added_silu(
-    x: Tensor, time: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 3, eps: float = 3e-5
+    x: Tensor, time: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 6, eps: float = 3e-5
 ) -> Tensor:
     return F.silu(F.group_norm(x + time[:, :, None, None], num_groups, weight, bias, eps))
 
 
 def _added_sigmoid(
-    x: Tensor, time: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 3, eps: float = 3e-5
+    x: Tensor, time: Tensor, weight: Tensor, bias: Tensor, *, num_groups: int = 6, eps: float = 3e-5
 ) -> Tensor:
     y = F.group_norm(x + time[:, :, None, None], num_groups, weight, bias, eps)
     return y * torch.sigmoid(y)
 
 
 def _modulated_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, num_groups: int = 3, eps: float = 3e-5
+    x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, *, num_groups: int = 6, eps: float = 3e-5
 ) -> Tensor:
     return F.silu(F.group_norm(x, num_groups, weight, bias, eps) * (1 + scale) + shift)
 

@@ -121,6 +121,18 @@ def test_unknown_op_is_traced(tmp_path, monkeypatch) -> None:
     assert traced == patterns.load()
 
 
+def test_a_default_that_is_also_a_dimension_is_refused() -> None:
+    """Its dimension would become a literal and the form be found nowhere."""
+
+    def eager(x: Tensor, w: Tensor, *, num_groups: int = 3) -> Tensor:
+        return F.group_norm(x + w[:, :, None, None], num_groups)
+
+    inputs = lambda: (torch.zeros(2, 6, 5, 5), torch.zeros(2, 6))  # noqa: E731
+    spelling = Spelling("x + t", eager, inputs, lambda **captures: captures)
+    with pytest.raises(ValueError, match="stands for dim and num_groups"):
+        trace.trace_op("fusegen.group_norm.default", [spelling])
+
+
 X, W, B = torch.randn(2, 8, 5, 5), torch.randn(8), torch.randn(8)
 
 

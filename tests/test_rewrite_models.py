@@ -129,6 +129,20 @@ def test_silu_joins_its_norm(model) -> None:
     assert bool(behind) == ("unet" in name)
 
 
+def test_a_time_embedding_joins_the_norm_after_it(model) -> None:
+    name, _, _, before = model
+    made = {o: n for n in before.nodes for o in n.outputs}
+    norms = [
+        made[n.args["input"].name]
+        for n in before.nodes
+        if n.op == "aten.group_norm.default" and made.get(n.args["input"].name)
+    ]
+    added = [n for n in norms if n.op == "aten.add.Tensor" and before.specs[n.args["other"].name].shape[2:] == (1, 1)]
+    after = [n for n in rewrite(before).nodes if n.op == "fusegen.group_norm.default" and n.args["add"] is not None]
+    assert len(after) == len(added)
+    assert bool(added) == ("unet" in name)
+
+
 def test_it_means_the_same(model) -> None:
     _, module, inputs, before = model
     want = in_dtype(module, inputs, torch.float64)

@@ -105,7 +105,7 @@ def _pattern(op: str, spelling: Spelling, program: Program, half: bool) -> Patte
     if len(cleaned.outputs) != 1 or not cleaned.nodes:
         raise ValueError(f"the spelling {spelling.name!r} of {op} makes no single new tensor")
     literals = _literals(spelling)
-    found: set[str] = set()
+    found: dict[str, set[str]] = {}
     # Named by their first output, as in the file.
     nodes = tuple(
         Node(n.outputs[0], n.op, _arguments(cleaned, n, literals, half, found), n.outputs) for n in cleaned.nodes
@@ -113,11 +113,15 @@ def _pattern(op: str, spelling: Spelling, program: Program, half: bool) -> Patte
     missing = sorted(literals.keys() - found)
     if missing:
         raise ValueError(f"the literal {missing[0]!r} of the spelling {spelling.name!r} is not in its trace")
+    for name, places in found.items():  # a dimension that happens to equal a default would become wild
+        if "dim" in places and len(places) > 1:
+            where = " and ".join(sorted(places))
+            raise ValueError(f"the literal {name!r} of the spelling {spelling.name!r} stands for {where}: change it")
     return Pattern(op, spelling.name, half, wildcards(spelling), nodes, cleaned.outputs[0])
 
 
 def _arguments(
-    program: Program, node: Node, literals: Mapping[str, Any], half: bool, found: set[str]
+    program: Program, node: Node, literals: Mapping[str, Any], half: bool, found: dict[str, set[str]]
 ) -> dict[str, Any]:
     """The arguments that differ from their defaults, with literals and dtypes made wild."""
     bare = {a.name: Ref("") for a in overload(node.op)._schema.arguments if not a.has_default_value()}
@@ -129,7 +133,7 @@ def _arguments(
             continue
         literal = next((k for k, v in literals.items() if type(v) is type(value) and v == value), None)
         if literal is not None:
-            found.add(literal)
+            found.setdefault(literal, set()).add(name)
             out[name] = Literal(literal)
         elif name in bare or name in DIMS.get(node.op, ()) or repr(value) != repr(defaults[name]):
             out[name] = HALF if half and value is torch.bfloat16 else form.from_end(node.op, name, value, size)

@@ -98,6 +98,17 @@ struct fg_pixel_shuffle_args {
   int64_t x_batch, x_channel, x_row, x_column;  // strides; x_column is 1, or where channels_last x_channel
 };
 
+// One token a row; see kernels/sample_token.py.  Optional tensors are null; integers are int64, parameters float32.
+struct fg_sample_token_args {
+  const void *logits, *seeds, *positions, *requests, *temperature, *top_k, *top_p, *min_p, *typical_p;
+  const void *history, *history_lengths, *prompt_lengths, *repetition, *frequency, *presence;
+  const void *bias, *bias_ids, *bias_values, *mask;
+  void *token, *logprob, *top_tokens, *top_logprobs;
+  int64_t dtype, mask_dtype;  // of logits; FG_BOOL, or FG_INT32 for packed bits
+  int64_t batch, vocabulary, length, pairs, top, model;
+  int64_t logits_row, bias_row, pairs_row, mask_row;  // strides; 0 where all rows share one
+};
+
 // Every op with a struct above; pool.cpp gives their sizes out.
 #define FG_OPS(X) \
   X(add_norm)     \
@@ -108,6 +119,7 @@ struct fg_pixel_shuffle_args {
   X(noise_normal) \
   X(pixel_shuffle) \
   X(rms_norm)     \
+  X(sample_token) \
   X(sampler_step)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.

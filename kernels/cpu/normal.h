@@ -25,6 +25,18 @@ struct NormalStream {
   const float *table;
 };
 
+// One Philox-4x32-10 block, in place.
+FG_INLINE void philox_block(uint64_t seed, uint32_t c[4]) {
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    const uint64_t p0 = static_cast<uint64_t>(c[0]) * 0xD2511F53u, p1 = static_cast<uint64_t>(c[2]) * 0xCD9E8D57u;
+    c[0] = static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ k0;
+    c[1] = static_cast<uint32_t>(p1);
+    c[2] = static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ k1;
+    c[3] = static_cast<uint32_t>(p0);
+  }
+}
+
 #if defined(FG_HAS_AVX512)
 
 struct Products {

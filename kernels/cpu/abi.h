@@ -81,11 +81,12 @@ struct fg_noise_normal_args {
 struct fg_sampler_step_args {
   const void *x, *out, *row;
   void *history;
-  const void *seeds, *guidance, *table;
+  const void *seeds, *guidance, *mask, *known, *table;
   void *next, *input, *denoised;
   int64_t dtype;  // of out and input
   int64_t batch, count, guided;
-  double rescale;
+  int64_t thresholded, rank;  // the quantile lies `part` of the way from the value of that rank to the next
+  double rescale, part;
 };
 
 // Pixel shuffle between (batch, channels factor^2, height, width) and (batch, channels, height factor, width factor); the

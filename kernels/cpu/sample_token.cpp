@@ -5,6 +5,7 @@
 
 #include "abi.h"
 #include "normal.h"
+#include "select.h"
 #include "threads.h"
 #include "weights.h"
 
@@ -12,7 +13,6 @@ namespace {
 
 constexpr int64_t kLanes = 1024;  // of the draw's order
 constexpr uint32_t kTag = 1;
-constexpr float kLargest = 3.4028234663852886e38f;
 constexpr float kInfinity = __builtin_inff();
 
 FG_INLINE vf clean(vf y) { return min(max(y, set1(-kInfinity)), set1(kLargest)); }  // NaN to -inf
@@ -33,7 +33,8 @@ FG_INLINE int64_t share(int64_t mass, float p) {
 struct Row {
   const fg_sample_token_args *a;
   int64_t b, size;
-  float *y, *w, *keys, *key_weights;  // size each, and W more
+  float *y, *w;  // size each, and W more
+  Selection keys;
   float largest = -kInfinity, inverse = 1.0f;
   // What is kept: d <= farthest, weight >= least, |d - centre| <= away.
   float farthest = kLargest, least = 0.0f, centre = 0.0f, away = kInfinity;
@@ -78,7 +79,7 @@ struct Row {
 
   // Penalties of the history; bit 0 of a count says that the token was met, the rest how often past the prompt.
   void penalise() {
-    uint32_t *counts = reinterpret_cast<uint32_t *>(keys);
+    uint32_t *counts = reinterpret_cast<uint32_t *>(keys.keys);
     std::memset(counts, 0, static_cast<size_t>(size) * sizeof(uint32_t));
     const int64_t *ids = static_cast<const int64_t *>(a->history) + b * a->length;
     int64_t end = at<int64_t>(a->history_lengths, b, a->length), start = at<int64_t>(a->prompt_lengths, b, 0);
@@ -173,78 +174,23 @@ struct Row {
     return static_cast<float>(sum.total()) / static_cast<float>(mass);
   }
 
-  // The least key up to which the weights of the kept reach `limit`, or the greatest key of all.  Keys are d, or their
-  // distance from `middle`.
+  // The least key up to which the weights of the kept reach `limit`.  Keys are d, or their distance from `middle`.
   float boundary_of_mass(int64_t limit, bool from_middle, float middle) {
-    int64_t n = 0;
+    keys.count = 0;
     const vf zero = set1(0.0f), nothing = set1(-1.0f), off = set1(middle);
     each([&](int64_t i) {
       const vf d = distance(i), shift = sub(d, off), in = kept(d, load(w + i));
       const vf key = from_middle ? max(shift, sub(zero, shift)) : d;
-      n += pack(select_gt(in, zero, key, nothing), in, nothing, set1(kLargest), keys + n, key_weights + n);
+      keys.put(select_gt(in, zero, key, nothing), in, nothing, set1(kLargest));
     });
-    return narrow(n, limit);
+    return keys.boundary(limit);
   }
 
   // The k-th smallest d.
   float boundary_of_count(int64_t k) {
-    int64_t n = 0;
-    each([&](int64_t i) {
-      n += pack(distance(i), set1(1.0f), set1(-1.0f), set1(kLargest), keys + n, key_weights + n);
-    });
-    return narrow(n, k);
-  }
-
-  // Halves the range of the keys, then that of their bits, until one key is left.
-  float narrow(int64_t n, int64_t limit) {
-    float low = -1.0f, high = kLargest;
-    for (int step = 0; n > 0; ++step) {
-      seal(n);
-      bounds(n, &low, &high);
-      if (low == high) break;
-      float pivot = low + (high - low) * 0.5f;
-      if (step > 24 || !(pivot < high)) pivot = middle_bits(low, high);
-      const int64_t below = up_to(n, pivot);
-      const bool left = below >= limit;
-      limit -= left ? 0 : below;
-      const vf from = left ? set1(-1.0f) : set1(pivot), to = left ? set1(pivot) : set1(kLargest);
-      int64_t m = 0;
-      for (int64_t i = 0; i < n; i += W)
-        m += pack(load(keys + i), load(key_weights + i), from, to, keys + m, key_weights + m);
-      n = m;
-    }
-    return high;
-  }
-
-  // Fills up the last vector with a key that is there, of no weight.
-  void seal(int64_t n) {
-    for (int64_t i = n; i < n + W; ++i) keys[i] = keys[0], key_weights[i] = 0.0f;
-  }
-
-  void bounds(int64_t n, float *low, float *high) const {
-    vf least_key = load(keys), most = least_key;
-    for (int64_t i = 0; i < n; i += W) {
-      least_key = min(least_key, load(keys + i));
-      most = max(most, load(keys + i));
-    }
-    *low = -hmax(sub(set1(0.0f), least_key));
-    *high = hmax(most);
-  }
-
-  static float middle_bits(float low, float high) {
-    uint32_t a, b;
-    std::memcpy(&a, &low, 4);
-    std::memcpy(&b, &high, 4);
-    a += (b - a) / 2;
-    std::memcpy(&low, &a, 4);
-    return low;
-  }
-
-  int64_t up_to(int64_t n, float pivot) const {
-    Mass mass;
-    for (int64_t i = 0; i < n; i += W)
-      mass.add(select_gt(load(keys + i), set1(pivot), set1(0.0f), load(key_weights + i)));
-    return mass.total();
+    keys.count = 0;
+    each([&](int64_t i) { keys.put(distance(i), set1(1.0f), set1(-1.0f), set1(kLargest)); });
+    return keys.boundary(k);
   }
 
   void truncate() {
@@ -357,7 +303,7 @@ int rows(const fg_sample_token_args *a) {
   return parallel_for(a->batch, 1, [&](int64_t b) {
     float *memory = static_cast<float *>(fg_scratch(static_cast<size_t>(4 * room) * sizeof(float)));
     if (!memory) return static_cast<int>(FG_NO_MEMORY);
-    Row row{a, b, a->vocabulary, memory, memory + room, memory + 2 * room, memory + 3 * room};
+    Row row{a, b, a->vocabulary, memory, memory + room, {memory + 2 * room, memory + 3 * room}};
     sample<T>(row);
     return static_cast<int>(FG_OK);
   });

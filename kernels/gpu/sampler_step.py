@@ -1,4 +1,5 @@
-"""One sampler step on NVIDIA GPUs: one kernel, before it a small one for the deviations where guidance is rescaled.
+"""One sampler step on NVIDIA GPUs: one kernel; before it a small one for the deviations where guidance is rescaled, and
+two for the quantile where the prediction is thresholded.
 
 The row of coefficients is read in the kernel, so that a captured graph serves every step of a trajectory.
 """
@@ -18,12 +19,17 @@ from fusegen.kernels.gpu.launch import SHORT, Named, Stage, TritonLaunch, Use, b
 from fusegen.kernels.gpu.noise_normal import EXACT, normals, table
 from fusegen.kernels.op import Kernel
 
+TENSORS = dict(enumerate(("x", "out", "row", "history", "seeds", "guidance"))) | {8: "mask", 9: "known"}  # by position
 BLOCK = 512
 PARTIALS = 256  # at most so many partial statistics a sample
 _P_X, _P_OUT, _CLIP, _X, _D = (tl.constexpr(i) for i in (spec.P_X, spec.P_OUT, spec.CLIP, spec.X, spec.D))
 _NOISE, _INPUT, _STEP = (tl.constexpr(i) for i in (spec.NOISE, spec.INPUT, spec.STEP))
 _STORE_X, _STORE_D, _HX0 = (tl.constexpr(i) for i in (spec.STORE_X, spec.STORE_D, spec.HX0))
 _SLOTS = tl.constexpr(spec.SLOTS)
+_KNOWN, _KNOWN_NOISE, _KNOWN_STEP = (tl.constexpr(i) for i in (spec.KNOWN, spec.KNOWN_NOISE, spec.KNOWN_STEP))
+_LARGEST = tl.constexpr(spec.LARGEST)
+_LAST = tl.constexpr(0x7F7FFFFF)  # its bits
+WIDE = 4096  # elements a program looks at together for a quantile
 
 
 @triton.jit
@@ -95,15 +101,11 @@ def _term(total, coefficient, value):
 
 
 @triton.jit
-def step_kernel(
-    x, out, row, history, seeds, guidance, following, scaled, denoised, partial, table,
-    batch, count, span, spans, rescale, TWICE: tl.constexpr, RESCALE: tl.constexpr, PARTIALS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _predicted(
+    x, out, row, guidance, partial, b, batch, count, span, spans, rescale, element, keep,
+    TWICE: tl.constexpr, RESCALE: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK elements of one sample; the formulas are those of ``kernels/sampler_step.py``."""
-    b, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * BLOCK
-    element = first + tl.arange(0, BLOCK)
-    keep = element < count
+    """(x, denoised prediction) of BLOCK elements, neither thresholded nor clamped."""
     at = b * count + element
     here = tl.load(x + at, mask=keep, other=0.0)
     if TWICE:
@@ -113,8 +115,86 @@ def step_kernel(
     if RESCALE:
         o = o * _factor(partial, b, count, span, spans, rescale, PARTIALS)
     nothing = tl.zeros((BLOCK,), tl.float32)
+    return here, _term(_term(nothing, tl.load(row + _P_X), here), tl.load(row + _P_OUT), o)
+
+
+@triton.jit
+def predict_kernel(
+    x, out, row, guidance, denoised, partial, batch, count, span, spans, rescale,
+    TWICE: tl.constexpr, RESCALE: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The denoised prediction of BLOCK elements of one sample, for :func:`limit_kernel`."""
+    b, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * BLOCK
+    element = first + tl.arange(0, BLOCK)
+    keep = element < count
+    _, clean = _predicted(
+        x, out, row, guidance, partial, b, batch, count, span, spans, rescale, element, keep, TWICE, RESCALE, PARTIALS,
+        BLOCK,
+    )  # fmt: skip
+    tl.store(denoised + b * count + element, clean, mask=keep)
+
+
+@triton.jit
+def _sizes(denoised, first, count, WIDE: tl.constexpr):
+    """The bits of |denoised|, and of what is infinite or NaN those of the largest number; -1 where there is nothing."""
+    element = first + tl.arange(0, WIDE)
+    size = tl.abs(tl.load(denoised + element, mask=element < count, other=0.0))
+    size = tl.where(size < _LARGEST, size, _LARGEST)
+    return tl.where(element < count, size.to(tl.int32, bitcast=True), -1)
+
+
+@triton.jit
+def limit_kernel(denoised, limit, count, rank, part, WIDE: tl.constexpr):
+    """max(1, quantile of |denoised|) of each sample: its bits by bisection, then the next value that is there."""
+    b = tl.program_id(0).to(tl.int64)
+    denoised += b * count
+    low, high = tl.cast(0, tl.int32), tl.cast(_LAST, tl.int32)
+    while low < high:
+        step = (high - low) // 4 + 1
+        n0, n1, n2 = tl.zeros((WIDE,), tl.int32), tl.zeros((WIDE,), tl.int32), tl.zeros((WIDE,), tl.int32)
+        for first in range(0, count, WIDE):
+            size = _sizes(denoised, first, count, WIDE)
+            there, key = size >= 0, size - low
+            n0 += (there & (key < step)).to(tl.int32)
+            n1 += (there & (key < 2 * step)).to(tl.int32)
+            n2 += (there & (key < 3 * step)).to(tl.int32)
+        below = (tl.sum(n0, axis=0) <= rank).to(tl.int32) + (tl.sum(n1, axis=0) <= rank).to(tl.int32)
+        below += (tl.sum(n2, axis=0) <= rank).to(tl.int32)
+        low += below * step
+        high = tl.minimum(high, low + step - 1)
+    upto, above = tl.zeros((WIDE,), tl.int32), tl.full((WIDE,), _LAST, tl.int32)
+    for first in range(0, count, WIDE):
+        size = _sizes(denoised, first, count, WIDE)
+        upto += ((size >= 0) & (size <= high)).to(tl.int32)
+        above = tl.where(size > high, tl.minimum(above, size), above)
+    following = tl.where(tl.sum(upto, axis=0) > tl.minimum(rank + 1, count - 1), high, tl.min(above, axis=0))
+    value = high.to(tl.float32, bitcast=True)
+    value += part * (following.to(tl.float32, bitcast=True) - value)
+    tl.store(limit + b, tl.maximum(value, 1.0))
+
+
+@triton.jit
+def step_kernel(
+    x, out, row, history, seeds, guidance, mask, known, following, scaled, denoised, partial, limit, table,
+    batch, count, span, spans, rescale, TWICE: tl.constexpr, RESCALE: tl.constexpr, THRESHOLD: tl.constexpr,
+    INPAINT: tl.constexpr, PARTIALS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK elements of one sample; the formulas are those of ``kernels/sampler_step.py``."""
+    b, first = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64) * BLOCK
+    element = first + tl.arange(0, BLOCK)
+    keep = element < count
+    at = b * count + element
+    nothing = tl.zeros((BLOCK,), tl.float32)
+    if THRESHOLD:
+        here = tl.load(x + at, mask=keep, other=0.0)
+        clean, s = tl.load(denoised + at, mask=keep, other=0.0), tl.load(limit + b) + nothing
+        clean = tl.div_rn(tl.clamp(clean, -s, s, propagate_nan=tl.PropagateNan.ALL), s)
+    else:
+        here, clean = _predicted(
+            x, out, row, guidance, partial, b, batch, count, span, spans, rescale, element, keep, TWICE, RESCALE,
+            PARTIALS, BLOCK,
+        )  # fmt: skip
     clip = tl.load(row + _CLIP)
-    clean = _term(_term(nothing, tl.load(row + _P_X), here), tl.load(row + _P_OUT), o)
     clean = tl.clamp(clean, -clip + nothing, clip + nothing, propagate_nan=tl.PropagateNan.ALL)
     total = _term(_term(nothing, tl.load(row + _X), here), tl.load(row + _D), clean)
     plane = tl.cast(batch, tl.int64) * count
@@ -126,6 +206,14 @@ def step_kernel(
     if strength != 0.0:
         step = tl.load(row + _STEP).to(tl.int64).to(tl.uint32)
         total += strength * normals(tl.load(seeds + b), first, step, 0, table, BLOCK)
+    if INPAINT:
+        kept = _term(nothing, tl.load(row + _KNOWN), tl.load(known + at, mask=keep, other=0.0))
+        strength = tl.load(row + _KNOWN_NOISE)
+        if strength != 0.0:
+            step = tl.load(row + _KNOWN_STEP).to(tl.int64).to(tl.uint32)
+            kept += strength * normals(tl.load(seeds + b), first, step, 0, table, BLOCK)
+        paint = tl.load(mask + at, mask=keep, other=0.0)
+        total = paint * total + (1.0 - paint) * kept
     store_x, store_d = tl.load(row + _STORE_X).to(tl.int32), tl.load(row + _STORE_D).to(tl.int32)
     if store_x >= 0:
         tl.store(history + store_x * plane + at, here, mask=keep)
@@ -140,26 +228,31 @@ def step_kernel(
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]:
-    """One launch, or two where guidance is rescaled."""
-    x, out, _, _, _, _, rescale = args
+    """One launch; before it one where guidance is rescaled, and two where the prediction is thresholded."""
+    x, out, rescale, threshold, mask = args[0], args[1], args[6], args[7], args[8]
     batch = x.shape[0]
     if not x.numel():
         return ()
     count, twice = x.numel() // batch, out.shape[0] != batch
-    use = {name: Use(i) for i, name in enumerate(("x", "out", "row", "history", "seeds", "guidance"))}
-    grid, rescaled = (blocks(count, BLOCK), batch), twice and rescale != 0.0
-    span = BLOCK * blocks(count, BLOCK * PARTIALS)
-    spans = blocks(count, span)
-    values: dict[str, Any] = use | dict(zip(("following", "scaled", "denoised"), outs, strict=True))
+    rescaled, span = twice and rescale != 0.0, BLOCK * blocks(count, BLOCK * PARTIALS)
+    spans, (rank, part) = blocks(count, span), spec.rank(threshold, count)
+    values: dict[str, Any] = {name: Use(0 if args[i] is None else i) for i, name in TENSORS.items()}
+    values |= dict(zip(("following", "scaled", "denoised"), outs, strict=True))
     values |= {"table": table(x.device), "count": count, "batch": batch, "span": span, "spans": spans}
     partial = torch.empty((batch, spans, 4), dtype=torch.float32, device=x.device) if rescaled else Use(0)
-    values |= {"partial": partial, "rescale": float(rescale), "TWICE": twice, "RESCALE": rescaled}
-    values |= {"PARTIALS": PARTIALS, "BLOCK": BLOCK}
-    last = Stage(step_kernel, grid, values, {"num_warps": 4, **EXACT})
-    if not rescaled:
-        return (last,)
-    names = ("out", "guidance", "partial", "batch", "count", "span", "BLOCK")
-    return (Stage(deviation_kernel, (spans, batch), {n: values[n] for n in names}, {"num_warps": 4, **EXACT}), last)
+    limit = torch.empty((batch,), dtype=torch.float32, device=x.device) if threshold else Use(0)
+    values |= {"partial": partial, "limit": limit, "rescale": float(rescale), "rank": rank, "part": part}
+    values |= {"TWICE": twice, "RESCALE": rescaled, "THRESHOLD": threshold != 0.0, "INPAINT": mask is not None}
+    values |= {"PARTIALS": PARTIALS, "BLOCK": BLOCK, "WIDE": WIDE}
+
+    def stage(kernel: Any, *grid: int) -> Stage:
+        warps = 16 if kernel is limit_kernel else 4
+        return Stage(kernel, grid, {name: values[name] for name in kernel.arg_names}, {"num_warps": warps, **EXACT})
+
+    whole = (blocks(count, BLOCK), batch)
+    before = (stage(deviation_kernel, spans, batch),) if rescaled else ()
+    limits = (stage(predict_kernel, *whole), stage(limit_kernel, batch)) if threshold else ()
+    return (*before, *limits, stage(step_kernel, *whole))
 
 
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> TritonLaunch:
@@ -167,25 +260,27 @@ def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> TritonLaunch:
     return TritonLaunch(args, stages(outs, args))
 
 
-def decline(
-    x: Tensor, out: Tensor, row: Tensor, history: Tensor, seeds: Tensor, guidance: Tensor, _: float
-) -> str | None:
-    """Anything not dense, x, row, history or guidance not float32, and batches beyond the grid's second dimension."""
-    given = {"x": x, "out": out, "row": row, "history": history, "seeds": seeds, "guidance": guidance}
-    for name, tensor in given.items():
-        if not tensor.is_contiguous():
+def decline(*args: Any) -> str | None:
+    """Anything not dense, x, row, history, guidance, mask or known not float32, and batches beyond the grid's second
+    dimension."""
+    for index, name in TENSORS.items():
+        tensor = args[index]
+        if tensor is not None and not tensor.is_contiguous():
             return f"{name} of strides {tuple(tensor.stride())} is not contiguous"
-        if name not in ("out", "seeds") and tensor.dtype != torch.float32:
+        if tensor is not None and name not in ("out", "seeds") and tensor.dtype != torch.float32:
             return f"{name} is {tensor.dtype}, not float32"
-    return f"a batch of {x.shape[0]} is beyond the grid's second dimension (65535)" if x.shape[0] > 65535 else None
+    batch = args[0].shape[0]
+    return f"a batch of {batch} is beyond the grid's second dimension (65535)" if batch > 65535 else None
 
 
 def specimens() -> Iterator[Named]:
     x, seeds = meta(2, 4, 64, 64), meta(2, dtype=torch.int64)
     for dtype, kind in SHORT.items():
         for rescale in (0.0, 0.7):
-            args = (x, meta(4, 4, 64, 64, dtype=dtype), meta(18), meta(8, 2, 4, 64, 64), seeds, meta(2), rescale)
-            yield f"{kind} rescale {rescale}", lambda args=args: args  # type: ignore[misc]
+            args = (x, meta(4, 4, 64, 64, dtype=dtype), meta(spec.ROW), meta(8, 2, 4, 64, 64), seeds, meta(2), rescale)
+            plain, all_of_it = (*args, 0.0, None, None), (*args, 0.995, x, x)
+            yield f"{kind} rescale {rescale}", lambda args=plain: args  # type: ignore[misc]
+        yield f"{kind} threshold, inpainting", lambda args=all_of_it: args  # type: ignore[misc]
 
 
 KERNELS = [Kernel("sampler_step.triton", "cuda", decline, bind)]

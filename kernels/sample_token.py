@@ -38,8 +38,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusegen.kernels.noise_normal import philox
-from fusegen.kernels.op import Cost, Op, Tolerance, register
-from fusegen.kernels.sample_token_cases import ARGUMENTS, CASES, SCHEMA, SHARED, Arguments, check
+from fusegen.kernels.op import FLOATS, Cost, Op, Tolerance, register
+from fusegen.kernels.sample_token_cases import ARGUMENTS, CASES, SCHEMA, SHARED, Arguments, check, draw
 
 LANES = 1024  # tokens i, i + LANES, i + 2 LANES ... stand together in the draw's order
 BITS = 40  # the likeliest token's weight is 2^BITS
@@ -281,13 +281,15 @@ OP = register(
         allocate=allocate,
         cost=cost,
         tolerance={
-            torch.int64: Tolerance(rms=0.0, peak=0.0),
-            torch.float32: Tolerance(rms=1e-6, peak=1e-6),
-            torch.bfloat16: Tolerance(rms=1e-6, peak=1e-6),
-            torch.float16: Tolerance(rms=1e-6, peak=1e-6),
+            **dict.fromkeys(FLOATS, Tolerance(rms=1e-6, peak=1e-6)),
+            torch.int64: Tolerance(rms=0.0, peak=0.0),  # of tokens
         },
         cases=CASES,
         eager=eager,
         alone=_alone,
+        draw=draw,
+        formula="token ~ softmax(truncate((penalise(logits) + bias) / temperature)), by the inverse of cumulated mass",
+        source="Holtzman et al. 2020, arXiv:1904.09751; Fan et al. 2018, arXiv:1805.04833; Nguyen et al. 2024, "
+        "arXiv:2407.01082; Meister et al. 2023, arXiv:2202.00666; Keskar et al. 2019, arXiv:1909.05858",
     )
 )

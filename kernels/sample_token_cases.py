@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Case
 
 MOST = 1 << 22  # the largest vocabulary: sums of so many weights fit 63 bits
@@ -256,3 +257,24 @@ CASES = [
     _case("4x131072 min-p", 4, 131072, _draw(temperature=1.0, min_p=0.05), bench=True, small=False),
     _case("32x32000 top-p", 32, 32000, _draw(temperature=0.7, top_p=0.9), bench=True, small=False),
 ]
+
+
+def draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments that nobody chose; the tokens' own dtype stands for float32 logits."""
+    batch, vocabulary, length = draw.integer(0, 3), draw.integer(1, 2100), draw.integer(0, 30)
+    real = lambda *shape: draw.dense(shape, torch.float32)  # noqa: E731
+    logits = draw.tensor((batch, vocabulary), dtype if dtype.is_floating_point else torch.float32, scale=3.0,
+                         layouts=("contiguous", "unaligned", "padded"))  # fmt: skip
+    seeds = torch.tensor([draw.integer(-(2**63), 2**63 - 1) for _ in range(batch)], dtype=torch.int64)
+    made = Arguments(logits, seeds, torch.arange(batch) * draw.integer(0, 2**40), draw.choice((None, seeds)))
+    ranges = {"temperature": (-0.5, 2.0), "top_p": (-0.1, 1.1), "min_p": (-0.1, 0.4), "typical_p": (0.0, 1.1)}
+    penalties = {"repetition": (0.5, 2.0), "frequency": (-1.0, 1.0), "presence": (-1.0, 1.0)}
+    if draw.flag():
+        made = made._replace(history=(vocabulary * real(batch, length)).long())
+        ranges |= penalties
+    for name, (low, high) in ranges.items():
+        if draw.flag():
+            made = made._replace(**{name: low + (high - low) * real(batch).sigmoid()})
+    top_k = (20 * real(batch)).long() if draw.flag() else None
+    mask = real(batch, vocabulary) > draw.choice((-1.0, 0.5, 9.0)) if draw.flag() else None
+    return tuple(made._replace(top_k=top_k, mask=mask, top=draw.integer(0, 5), model=draw.flag()))

@@ -81,13 +81,11 @@ def allocate(
         "mask": mask is None or mask.shape == x.shape,
         "known": known is None or known.shape == x.shape,
     }
-    given = {"out": out, "row": row, "history": history, "seeds": seeds, "guidance": guidance}
-    for name, fit in fits.items():
-        if not fit:
-            got = {**given, "mask": mask, "known": known}[name]
-            assert got is not None
-            shape = tuple(got.shape)
-            raise ValueError(f"sampler_step: {name}, {got.dtype} of shape {shape}, does not fit x {tuple(x.shape)}")
+    given: dict[str, Any] = {"out": out, "row": row, "history": history, "seeds": seeds, "guidance": guidance}
+    given |= {"mask": mask, "known": known}
+    for name in (name for name, fit in fits.items() if not fit):
+        what = f"{name}, {given[name].dtype} of shape {tuple(given[name].shape)}"
+        raise ValueError(f"sampler_step: {what}, does not fit x {tuple(x.shape)}")
     if (mask is None) != (known is None):
         raise ValueError("sampler_step: mask and known go together; one of them is None")
     if not 0 <= threshold <= 1:
@@ -116,7 +114,7 @@ def reference(
     threshold: float = 0.0, mask: Tensor | None = None, known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(next, model input, denoised) in x's dtype (float32; float64 in tests) but the input in out's; writes history."""
-    outs = allocate(x, out, row, history, seeds, guidance, rescale)
+    outs = allocate(x, out, row, history, seeds, guidance, rescale, threshold, mask, known)
     r = [float(v) for v in row.tolist()]
     twice = out.shape[0] != x.shape[0]
     o = guided(out.to(x.dtype), guidance, rescale) if twice else out.to(x.dtype)
@@ -265,15 +263,17 @@ def _alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     batch, inner = draw.integer(0, 3), draw.shape(*[60] * draw.integer(1, 2))
-    coefficients, whole = (0.0, 1.0, -0.5, 0.125), ("CLIP", "STEP", "STORE_X", "STORE_D")
+    coefficients, whole = (0.0, 1.0, -0.5, 0.125), ("CLIP", "STEP", "KNOWN_STEP", "STORE_X", "STORE_D")
     row = {name: draw.choice(coefficients) for name in NAMES if name not in whole}
-    row |= {"STEP": draw.integer(0, 2**24), "CLIP": draw.choice((1.0, float("inf")))}
+    row |= {"STEP": draw.integer(0, 2**24), "KNOWN_STEP": draw.integer(0, 9), "CLIP": draw.choice((1.0, float("inf")))}
     row |= {name: draw.integer(-1, SLOTS - 1) for name in ("STORE_X", "STORE_D")}
     x = draw.dense((batch, *inner), torch.float32)
     out = draw.dense((batch * draw.integer(1, 2), *inner), dtype)
     history = draw.dense((2 * SLOTS, batch, *inner), torch.float32)
     seeds, guidance = torch.arange(batch) * 3 - 1, draw.dense((batch,), torch.float32, mean=2.0)
-    return (x, out, torch.tensor(make_row(**row)), history, seeds, guidance, draw.choice((0.0, 0.5)))
+    options = (draw.choice((0.0, 0.5)), draw.choice((0.0, 0.0, 0.5, 0.995, 1.0)))
+    inpaint = [draw.dense(x.shape, torch.float32).sigmoid() for _ in range(2)] if draw.flag() else (None, None)
+    return (x, out, torch.tensor(make_row(**row)), history, seeds, guidance, *options, *inpaint)
 
 
 OP = register(
@@ -293,6 +293,7 @@ OP = register(
         alone=_alone,
         draw=_draw,
         formula="next x: a linear combination of x, earlier x's, guided denoised predictions and noise",
-        source="Karras et al. 2022, arXiv:2206.00364; Ho & Salimans 2022, arXiv:2207.12598",
+        source="Karras et al. 2022, arXiv:2206.00364; Ho & Salimans 2022, arXiv:2207.12598; Saharia et al. 2022, "
+        "arXiv:2205.11487; Lugmayr et al. 2022, arXiv:2201.09865",
     )
 )

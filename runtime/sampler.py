@@ -55,6 +55,9 @@ Path = Sequence[Level]
 NO_SIGNAL = 1000.0
 
 
+CLEAN = Level(0.0, 1.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """``fill(path, **options)`` returns the rows; ``grid`` says which levels it visits (``schedule.times``)."""
@@ -232,7 +235,8 @@ def coefficients(sampler: str, config: ScheduleConfig, steps: int, **options: An
         raise RequestError("lcm is for models trained on betas", "sampler", "use euler")
     path = levels(config, steps, entry.grid)
     rows = entry.fill(path, **options)
-    table = np.stack([pack(row, config, number) for number, row in enumerate(rows, start=1)])
+    reached = [row.level for row in rows[1:]] + [CLEAN if name == "lcm" else path[-1]]
+    table = np.stack([pack(row, then, config, n) for n, (row, then) in enumerate(zip(rows, reached, strict=True), 1)])
     # Ancestors of the integer and open grids start from unit noise; Karras-form ones from the first level's own share.
     unit = entry.grid != "continuous" or config.spacing == "leading"
     return Coefficients(name, table, np.array([r.level.t for r in rows]), 1.0 if unit else path[0].sigma, 1.0)
@@ -254,14 +258,18 @@ def predict(prediction: str, level: Level) -> tuple[float, float]:
     return 1 / level.alpha, -level.sigma / level.alpha
 
 
-def pack(row: Row, config: ScheduleConfig, number: int) -> Array:
-    """``row`` as the kernel reads it; evaluation ``number`` (from 1) draws its noise at that step of the counter."""
+def pack(row: Row, then: Level, config: ScheduleConfig, number: int) -> Array:
+    """``row`` as the kernel reads it; evaluation ``number`` (from 1) draws its noise at that step of the counter.
+
+    A known part is brought to ``then``, the level the row leads to, with the noise of the first state (step 0).
+    """
     out = np.zeros(kernel.ROW)
     out[kernel.P_X], out[kernel.P_OUT] = predict(config.prediction, row.level)
     out[kernel.CLIP] = math.inf if config.clip is None else config.clip
     out[kernel.X], out[kernel.D], out[kernel.NOISE] = row.x, row.denoised, row.noise
     out[kernel.INPUT], out[kernel.STEP] = 1.0, number
     out[kernel.STORE_X], out[kernel.STORE_D] = row.store_x, row.store_denoised
+    out[kernel.KNOWN], out[kernel.KNOWN_NOISE] = then.alpha, then.sigma
     for slot, value in row.hx.items():
         out[kernel.HX0 + slot] = value
     for slot, value in row.hd.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fusegen.kernels import sampler_step as kernel
 from fusegen.runtime import noise
 from fusegen.runtime.errors import Cancelled, RequestError
-from fusegen.runtime.loop.denoise import Watch, denoise
+from fusegen.runtime.loop.denoise import Inpaint, Watch, denoise
 from fusegen.runtime.sampler import SAMPLERS, coefficients
 from fusegen.runtime.schedule import ScheduleConfig
 
@@ -57,6 +59,40 @@ def test_guidance_may_differ_from_sample_to_sample() -> None:
     assert torch.equal(both[1], denoise(halves, plan, [2], SHAPE, guidance=5.0)[0])
     with pytest.raises(RequestError, match="2 guidance values for 3 seeds"):
         denoise(halves, plan, [1, 2, 3], SHAPE, guidance=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_inpainting_keeps_the_known_part_at_every_level(sampler: str) -> None:
+    """Every state holds alpha known + sigma noise where the mask is 0; the sample ends on what is known."""
+    plan = coefficients(sampler, CONFIG, 6)
+    mask = torch.zeros(1, 1, *SHAPE[1:])
+    mask[..., :3] = 1.0
+    known = torch.linspace(-1, 1, 2 * 3 * 7 * 5).reshape(2, *SHAPE)
+    states: list[Tensor] = []
+    out = denoise(lambda i, x: states.append(x.clone()) or toy(i, x), plan, [8, 9], SHAPE, inpaint=Inpaint(known, mask))  # type: ignore[func-returns-value]
+    drawn = noise.initial(noise.seed_tensor([8, 9]), SHAPE)
+    assert torch.equal(out[..., 3:], known[..., 3:]) and not torch.equal(out[..., :3], known[..., :3])
+    levels = plan.rows[:, [kernel.KNOWN, kernel.KNOWN_NOISE]].tolist()
+    assert levels[-1] == [1.0, 0.0] and all(a[1] > b[1] for a, b in itertools.pairwise(levels) if sampler != "heun")
+    for (alpha, sigma), x in zip(levels, states[1:], strict=False):
+        assert (x - alpha * known - sigma * drawn)[..., 3:].abs().max() < 1e-5
+    alone = denoise(toy, plan, [9], SHAPE, inpaint=Inpaint(known[1:], mask))
+    assert torch.equal(alone[0], out[1])
+
+
+def test_inpainting_that_does_not_fit_is_refused() -> None:
+    plan = coefficients("euler", CONFIG, 2)
+    with pytest.raises(RequestError, match="inpainting mask does not fit"):
+        denoise(toy, plan, [1], SHAPE, inpaint=Inpaint(torch.zeros(SHAPE), torch.ones(4, 4)))
+
+
+def test_a_threshold_bounds_what_is_denoised() -> None:
+    config = ScheduleConfig(betas="cosine", prediction="v_prediction", spacing="trailing")
+    seen: list[Tensor] = []
+    plan, watch = coefficients("ddim", config, 4), Watch(preview=lambda n, x: seen.append(x))
+    denoise(lambda i, x: 9 * toy(i, x), plan, [1, 2], SHAPE, watch=watch, threshold=0.9)
+    assert all(x.abs().max() <= 1 for x in seen)
+    assert all(0.05 < (x.abs() == 1).double().mean() < 0.2 for x in seen)  # a tenth lies past its quantile
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from compare import assert_close
+from peers import diffusers
 from torch import Tensor
 
 from fusegen.kernels import sampler_step as op
@@ -27,9 +29,9 @@ def _tensors(twice: bool = False, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
 
 
 def _step(x: Tensor, out: Tensor, row: dict[str, float], history: Tensor, seeds: Tensor, guidance: Tensor,
-          rescale: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+          *options: Any) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     made: tuple[Tensor, Tensor, Tensor] = torch.ops.fusegen.sampler_step(
-        x, out, torch.tensor(op.make_row(**row)), history, seeds, guidance, rescale
+        x, out, torch.tensor(op.make_row(**row)), history, seeds, guidance, *options
     )
     return made
 
@@ -142,6 +144,48 @@ def test_clipping_keeps_nan() -> None:
     assert bool(denoised[0, 0, 0, 0].isnan()) and denoised.nan_to_num().abs().max() <= 0.5
 
 
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 0.995, 1.0])
+@pytest.mark.parametrize("scale", [0.2, 4.0])
+def test_dynamic_thresholding_is_diffusers(ratio: float, scale: float) -> None:
+    """Saharia et al. 2022, section 2.3; a scale below 1 leaves the sample as it is."""
+    x, out, history, seeds, guidance = _tensors()
+    scheduler = diffusers().DDPMScheduler(
+        thresholding=True, dynamic_thresholding_ratio=ratio, sample_max_value=float("inf")
+    )
+    want = scheduler._threshold_sample(scale * out.double())
+    got, _, denoised = _step(x, out, {"P_OUT": scale, "D": 1}, history, seeds, guidance, 0.0, ratio)
+    assert_close("denoised", denoised, want, EXACT)
+    assert_close("next", got, want, EXACT)
+
+
+def test_what_is_not_finite_counts_as_the_largest_number() -> None:
+    x, out, history, seeds, guidance = _tensors()
+    out[0, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    _, _, denoised = _step(x, 3 * out, {"P_OUT": 1, "D": 1}, history, seeds, guidance, 0.0, 0.5)
+    flat = denoised[0].flatten()
+    assert bool(flat[0].isnan()) and flat[1:3].tolist() == [1.0, -1.0] and bool(flat[3:].isfinite().all())
+    middle = (3 * out[0]).abs().flatten().nan_to_num(nan=torch.inf).sort().values
+    k = (len(middle) - 1) / 2
+    s = (middle[int(k)] + (k - int(k)) * (middle[int(k) + 1] - middle[int(k)])).clamp(min=1)
+    assert (flat[3:] - (3 * out[0].flatten()[3:]).clamp(-s, s) / s).abs().max() < 1e-6
+
+
+def test_a_known_part_is_noised_to_the_new_level_and_kept() -> None:
+    """Lugmayr et al. 2022, equation 8, with the noise of the loop's first state."""
+    x, out, history, seeds, guidance = _tensors()
+    g = torch.Generator().manual_seed(4)
+    known, mask = torch.randn(SHAPE, generator=g), torch.rand(SHAPE, generator=g).round()
+    mask[0, 0, 0, 0] = 0.25
+    row = {"P_OUT": 1.0, "X": 0.5, "D": 0.3, "KNOWN": 0.8, "KNOWN_NOISE": 0.6, "KNOWN_STEP": 5, "INPUT": 2}
+    got, model_input, denoised = _step(x, out, row, history, seeds, guidance, 0.0, 0.0, mask, known)
+    z = torch.from_numpy(normal_numpy(seeds.numpy(), SHAPE[1:], 5)).double()
+    free = 0.5 * x.double() + 0.3 * out.double()
+    want = mask * free + (1 - mask) * (0.8 * known.double() + 0.6 * z)
+    assert_close("next", got, want, EXACT)
+    assert_close("input", model_input, 2 * want, EXACT)
+    assert torch.equal(denoised, out)
+
+
 def test_rows_are_made_by_name() -> None:
     assert op.make_row(HD3=2.0)[op.HD3] == 2.0 and len(op.make_row()) == op.ROW == len(op.NAMES)
     assert op.make_row()[op.CLIP] == math.inf and op.make_row()[op.STORE_X] == -1
@@ -156,5 +200,12 @@ def test_what_does_not_fit_is_refused_or_declined_by_name() -> None:
         args = {"x": x, "out": out, "row": row, "history": history, "seeds": seeds, "guidance": guidance}
         with pytest.raises(ValueError, match=f"sampler_step: {name}"):
             torch.ops.fusegen.sampler_step(*{**args, name: changed}.values())
-    reasons = pick(op.OP, "cpu", (x.double(), out, row, history, seeds, guidance, 0.0)).declined
+    with pytest.raises(ValueError, match="sampler_step: known"):
+        torch.ops.fusegen.sampler_step(x, out, row, history, seeds, guidance, 0.0, 0.0, x, x[:1])
+    with pytest.raises(ValueError, match="mask and known go together"):
+        torch.ops.fusegen.sampler_step(x, out, row, history, seeds, guidance, 0.0, 0.0, x)
+    with pytest.raises(ValueError, match=r"threshold is 1\.5"):
+        torch.ops.fusegen.sampler_step(x, out, row, history, seeds, guidance, 0.0, 1.5)
+    rest = (out, row, history, seeds, guidance, 0.0, 0.0, None, None)
+    reasons = pick(op.OP, "cpu", (x.double(), *rest)).declined
     assert all("x is torch.float64" in d.reason for d in reasons)

@@ -52,6 +52,32 @@ class Watch:
             self.progress(done, total)
 
 
+@dataclass(frozen=True)
+class Inpaint:
+    """A part of the sample that is given (Lugmayr et al. 2022, equation 8).
+
+    ``known``: clean samples in the loop's own scale, (B, *shape) or what broadcasts to it; ``mask``, broadcast
+    likewise, is 1 where the model paints, 0 where ``known`` stays, or between.  After every evaluation the known part
+    is put back at the new level's noise, which is the loop's first: a deterministic sampler with a perfect model would
+    be there too.
+    """
+
+    known: Tensor
+    mask: Tensor
+
+    def expanded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(mask, known) as ``sampler_step`` takes them with the state ``x``; RequestError where they do not fit."""
+        made = []
+        for name in ("mask", "known"):
+            tensor: Tensor = getattr(self, name)
+            try:
+                made.append(tensor.to(x).expand(x.shape).contiguous())
+            except RuntimeError:
+                shapes = f"it is {tuple(tensor.shape)}, the samples are {tuple(x.shape)}"
+                raise RequestError(f"the inpainting {name} does not fit", name, shapes) from None
+        return made[0], made[1]
+
+
 @torch.inference_mode()
 def denoise(
     model: Model,
@@ -63,13 +89,16 @@ def denoise(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     watch: Watch = Watch(),
+    threshold: float = 0.0,
+    inpaint: Inpaint | None = None,
 ) -> Tensor:
     """Run ``plan`` and return the samples, (B, *shape) float32, one per seed.
 
     ``model(i, x)`` is evaluation i (from 0, at time ``plan.times[i]``) of x in ``dtype``.  Without ``guidance`` x and
     its output are (B, *shape).  With guidance, one number or one per sample, both are (2B, *shape): first the
     unconditional half, then the conditional one, combined as u + guidance (c - u) (Ho & Salimans 2022), rescaled by
-    ``rescale`` (Lin et al. 2023).  Raises :class:`Cancelled` where ``watch`` says so.
+    ``rescale`` (Lin et al. 2023).  ``threshold``: the quantile of dynamic thresholding (Saharia et al. 2022),
+    0 for none.  Raises :class:`Cancelled` where ``watch`` says so.
     """
     keys = noise.seed_tensor(seeds, device)
     scale = guidance_tensor(guidance, len(keys), device)
@@ -79,10 +108,12 @@ def denoise(
     if guidance is not None:
         given = torch.cat([given, given])
     history = torch.empty((2 * kernel.SLOTS, *x.shape), dtype=torch.float32, device=device)
+    mask, known = (None, None) if inpaint is None else inpaint.expanded(x)
+    options = (rescale, threshold, mask, known)
     for i in range(len(plan)):
         watch.before(i, len(plan))
         out = model(i, given)
-        x, given, denoised = torch.ops.fusegen.sampler_step(x, out, rows[i], history, keys, scale, rescale)
+        x, given, denoised = torch.ops.fusegen.sampler_step(x, out, rows[i], history, keys, scale, *options)
         watch.after(i + 1, len(plan), denoised)
     return x
 

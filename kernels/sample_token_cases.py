@@ -272,9 +272,10 @@ def draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     if draw.flag():
         made = made._replace(history=(vocabulary * real(batch, length)).long())
         ranges |= penalties
+    drawn: dict[str, Any] = {}
     for name, (low, high) in ranges.items():
         if draw.flag():
-            made = made._replace(**{name: low + (high - low) * real(batch).sigmoid()})
+            drawn[name] = low + (high - low) * real(batch).sigmoid()
     top_k = (20 * real(batch)).long() if draw.flag() else None
     mask = real(batch, vocabulary) > draw.choice((-1.0, 0.5, 9.0)) if draw.flag() else None
-    return tuple(made._replace(top_k=top_k, mask=mask, top=draw.integer(0, 5), model=draw.flag()))
+    return tuple(made._replace(**drawn, top_k=top_k, mask=mask, top=draw.integer(0, 5), model=draw.flag()))

@@ -78,7 +78,7 @@ def bound(op: Op, args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Launch]:
     """(outputs full of NaN, the launch of the GPU kernel); raises where every kernel declines."""
     picked = registry.pick(op, "cuda", args)
     if picked.kernel is None:
-        raise RuntimeError("; ".join(f"{d.kernel}: {d.reason}" for d in picked.declined) or "no kernel")
+        raise RuntimeError(picked.refusal())
     outs = op.allocate(*args)
     for out in outs:
         out.fill_(math.nan if out.is_floating_point() else -1)

@@ -119,6 +119,11 @@ class Picked:
     kernel: Kernel | None
     declined: tuple[Declined, ...]
 
+    def refusal(self) -> str:
+        """Why no kernel serves; empty where one does."""
+        reasons = "; ".join(f"{d.kernel}: {d.reason}" for d in self.declined)
+        return "" if self.kernel is not None else reasons or "there is no kernel"
+
 
 def first_sample(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
     """Sample ``b`` alone where only the first argument has a batch."""

@@ -239,10 +239,10 @@ def run(op: Op, args: tuple[Any, ...]) -> Any:
     ops()
     args = complete(op, args)
     device = next(a.device.type for a in args if isinstance(a, Tensor))
+    outs = op.allocate(*args)  # refuses what does not fit, before a kernel looks at it
     kernel = pick(op, device, args).kernel
     if kernel is None:
-        outs = op.reference(*args)
-        return outs if isinstance(outs, Tensor) else _returned(outs)
-    outs = op.allocate(*args)
+        made = op.reference(*args)
+        return made if isinstance(made, Tensor) else _returned(made)
     kernel.bind(outs, args).run()
     return _returned(outs)

@@ -16,9 +16,10 @@ namespace {
 
 constexpr int64_t kResident = 1 << 20;   // bytes of x that one work item may hold in cache
 constexpr int64_t kSmall = 1 << 15;      // bytes of x below which one thread is enough
+constexpr int64_t kRun = 8;              // work items, at most, that a thread takes together
 constexpr int64_t kChunk = 4096;         // elements of a contiguous chunk
 constexpr int64_t kRows = 256;           // pixels of a channels-last chunk
-constexpr int64_t kTile = 256;           // channels of it handled together
+constexpr int64_t kTile = 1024;          // channels of it handled together
 
 template <class T, bool kSilu>
 FG_INLINE vf normalized(vf x, vf mean, vf scale, vf shift) {
@@ -33,6 +34,7 @@ struct Shared {
   Moments *partial;              // [batch][chunk][group]
   float *channel;                // [batch][3][C]
   float *added;                  // [batch][C], or null where nothing is added
+  int64_t ahead;                 // elements from those being normalized to those to be prefetched, or 0
   Moments *at(int64_t b, int64_t chunk_index, int64_t group) const {
     return partial + (b * chunks + chunk_index) * a->groups + group;
   }
@@ -102,14 +104,18 @@ struct Contiguous {
         int64_t c = e / pixels, end = (c + 1) * pixels < last ? (c + 1) * pixels : last;
         const float *own = means + g * s.width + c;
         row(input<T>(s.a, b) + g * slab + e, output<T>(s.a, b) + g * slab + e, end - e, own[0], own[channels],
-            own[2 * channels]);
+            own[2 * channels], s.ahead);
         e = end;
       }
   }
-  FG_INLINE void row(const T *x, T *out, int64_t n, float mean, float scale, float shift) {
+  FG_INLINE void row(const T *x, T *out, int64_t n, float mean, float scale, float shift, int64_t ahead) {
     const vf m = set1(mean), a = set1(scale), b = set1(shift);
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
+      if (ahead) {  // the next groups: memory would be idle while these, which are in the cache, are normalized
+        __builtin_prefetch(x + i + ahead);
+        if (sizeof(T) == 4) __builtin_prefetch(x + i + ahead + W);
+      }
       vf y = normalized<T, kSilu>(load(x + i), m, a, b), z = normalized<T, kSilu>(load(x + i + W), m, a, b);
       store(out + i, y);
       store(out + i + W, z);
@@ -152,6 +158,8 @@ struct ChannelsLast {
         const T *p = x + r * stride + c;
         int n = columns - c < W ? static_cast<int>(columns - c) : W;
         vf m = load(centre + c);
+        __builtin_prefetch(p + 4 * stride);
+        __builtin_prefetch(p + 5 * stride);
         vf d = sub(load_some(p, n), m), e = sub(load_some(p + stride, n), m);
         store(sum + c, add(load(sum + c), add(d, e)));
         store(square + c, fma(e, e, fma(d, d, load(square + c))));
@@ -169,7 +177,8 @@ struct ChannelsLast {
   // each column, where not null.
   static void tile(const T *x, int64_t stride, int64_t rows, int64_t groups, int64_t width, const float *added,
                    Moments *out) {
-    float sum[kTile + W] = {}, centre[kTile + W] = {}, square[kTile + W] = {}, middle[kTile];
+    float sum[kTile + W], centre[kTile + W], square[kTile + W], middle[kTile];
+    for (int64_t c = 0; c < groups * width + W; ++c) sum[c] = centre[c] = square[c] = 0;
     const int64_t head = rows < 16 ? 1 : rows / 16;
     const double count = static_cast<double>(rows * width);
     sums(x, stride, head, groups * width, sum);
@@ -180,7 +189,7 @@ struct ChannelsLast {
       middle[g] = total / static_cast<float>(head * width);
       for (int64_t c = g * width; c < (g + 1) * width; ++c) centre[c] = added ? middle[g] - added[c] : middle[g];
     }
-    for (int64_t c = groups * width; c < kTile + W; ++c) sum[c] = 0;
+    for (int64_t c = groups * width; c < groups * width + W; ++c) sum[c] = 0;
     squares(x, stride, rows, groups * width, centre, sum, square);
     for (int64_t g = 0; g < groups; ++g) {
       double s = 0, q = 0;
@@ -235,8 +244,10 @@ struct ChannelsLast {
         vf m = n == W ? load(mean + c) : load_n(mean + c, n), k = n == W ? load(scale + c) : load_n(scale + c, n);
         vf h = n == W ? load(shift + c) : load_n(shift + c, n);
         if (n == W && rows == 4)
-          for (int64_t i = 0; i < 4; ++i)
+          for (int64_t i = 0; i < 4; ++i) {
+            __builtin_prefetch(x + (i + 4) * channels + c);
             store(out + i * channels + c, normalized<T, kSilu>(load(x + i * channels + c), m, k, h));
+          }
         else
           for (int64_t i = 0; i < rows; ++i)
             store_n(out + i * channels + c, normalized<T, kSilu>(load_n(x + i * channels + c, n), m, k, h), n);
@@ -288,7 +299,7 @@ int64_t groups_an_item(const fg_group_norm_args *a, int64_t group_bytes, int64_t
 template <template <class, bool> class Layout, class T, bool kSilu, bool kLast>
 int normalize(const fg_group_norm_args *a) {
   using Sweep = Layout<T, kSilu>;
-  Shared s{a, a->channels / a->groups, 0, kLast ? kRows : kChunk, nullptr, nullptr, nullptr};
+  Shared s{a, a->channels / a->groups, 0, kLast ? kRows : kChunk, nullptr, nullptr, nullptr, 0};
   s.chunks = ceil_div(kLast ? a->pixels : a->pixels * s.width, s.chunk);
   const int64_t partials = a->batch * s.chunks * a->groups * static_cast<int64_t>(sizeof(Moments));
   const int64_t values = a->batch * a->channels;
@@ -304,12 +315,17 @@ int normalize(const fg_group_norm_args *a) {
   const int64_t element = static_cast<int64_t>(sizeof(T)), group_bytes = s.width * a->pixels * element;
   const int64_t grain = a->batch * a->groups * group_bytes < kSmall ? a->batch * a->groups * s.chunks + 1 : 1;
   if (int64_t step = groups_an_item<kLast>(a, group_bytes, element)) {
-    const int64_t items = ceil_div(a->groups, step);
-    return parallel_for(a->batch * items, grain, [&](int64_t item) {
-      int64_t b = item / items, g0 = item % items * step, g1 = g0 + step < a->groups ? g0 + step : a->groups;
-      for (int64_t i = 0; i < s.chunks; ++i) Sweep::statistics(s, b, i, g0, g1);
-      finish<kLast>(s, b, g0, g1);
-      for (int64_t i = 0; i < s.chunks; ++i) Sweep::apply(s, b, i, g0, g1);
+    const int64_t items = ceil_div(a->groups, step), all = a->batch * items;
+    int64_t run = all / (4 * fg_threads());  // what one thread does in a row
+    run = run < 1 ? 1 : run > kRun ? kRun : run;
+    if (!kLast && !a->other && run > 1 && 2 * step * group_bytes <= kResident) s.ahead = step * s.width * a->pixels;
+    return parallel_for(ceil_div(all, run), grain, [&](int64_t first) {
+      for (int64_t item = first * run; item < all && item < (first + 1) * run; ++item) {
+        int64_t b = item / items, g0 = item % items * step, g1 = g0 + step < a->groups ? g0 + step : a->groups;
+        for (int64_t i = 0; i < s.chunks; ++i) Sweep::statistics(s, b, i, g0, g1);
+        finish<kLast>(s, b, g0, g1);
+        for (int64_t i = 0; i < s.chunks; ++i) Sweep::apply(s, b, i, g0, g1);
+      }
       return 0;
     });
   }

@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int64_t kItem = 1 << 15;  // bytes of x that one work item takes, at least one row
+constexpr int64_t kItem = 1 << 17;   // bytes of x that one work item takes, at least one row
+constexpr int64_t kSmall = 1 << 15;  // bytes of x below which one thread is enough
 
 // A tensor of x's shape, broadcast or not: row (outer, inner) starts at outer * far + inner * near.
 template <class S>
@@ -39,69 +40,88 @@ FG_INLINE float square_sum_of(const T *x, int64_t n) {
   return hsum(add(add(a, b), add(c, d)));
 }
 
-// out = norm(x) * weight + bias, times 1 + scale, plus shift where kModulated.
+// out = norm(x) * weight + bias, times 1 + scale, plus shift where kModulated.  Memory would be idle while a row that is
+// in the cache is normalized: `next` and `more`, what will be read after it, are prefetched meanwhile.
 template <bool kRms, bool kModulated, class T, class S>
 FG_INLINE void norm_row(const T *x, T *out, int64_t width, const float *weight, const float *bias, const S *scale,
-                        const S *shift, double eps) {
+                        const S *shift, double eps, const T *next, const T *more) {
   const Moments moments = kRms ? Moments{0, square_sum_of(x, width)} : moments_of(x, width);
   const float mean = static_cast<float>(moments.mean);
   const float deviation = 1.0f / __builtin_sqrtf(static_cast<float>(moments.m2 / static_cast<double>(width) + eps));
   const vf m = set1(mean), k = set1(deviation), one = set1(1.0f);
   const vf rest = set1(static_cast<float>(static_cast<double>(mean) - moments.mean) * deviation);
   vectors(width, [&](int64_t i, int n) {
+    __builtin_prefetch(next + i);
+    if (more) __builtin_prefetch(more + i);
     vf y = kRms ? mul(part(x + i, n), k) : fma(sub(part(x + i, n), m), k, rest);
-    y = kRms ? mul(y, part(weight + i, n)) : fma(y, part(weight + i, n), part(bias + i, n));
+    y = fma(y, part(weight + i, n), part(bias + i, n));
     if (kModulated) y = fma(y, add(one, part(scale + i, n)), part(shift + i, n));
     put(out + i, y, n);
   });
 }
 
-// weight (+ offset) and bias in float32: as they are, or widened into the scratch; null where memory is short.
+// What is multiplied with and added to a normalized row, in float32: weight and bias, modulated where the modulation is
+// that of all rows of an outer step (then `step` is where the next one's begin, else 0).
 struct Affine {
   const float *weight, *bias;
+  int64_t step;
 };
-FG_INLINE Affine affine_of(const fg_row_norm_args *a, float *scratch) {
-  const bool ready = a->weight && a->bias && a->weight_dtype == FG_FLOAT32 && a->bias_dtype == FG_FLOAT32;
-  if (ready && a->offset == 0) return {static_cast<const float *>(a->weight), static_cast<const float *>(a->bias)};
+template <class S>
+FG_INLINE Affine affine_of(const fg_row_norm_args *a, bool folded, Spread<S> scale, Spread<S> shift, float *scratch) {
+  const int64_t width = a->width, step = folded ? 2 * width : 0;
   const float offset = a->weight ? static_cast<float>(a->offset) : 0.0f;
-  for (int64_t i = 0; i < a->width; ++i) {
+  for (int64_t i = 0; i < width; ++i) {
     scratch[i] = parameter(a->weight, a->weight_dtype, i, 1.0f) + offset;
-    scratch[a->width + i] = parameter(a->bias, a->bias_dtype, i, 0.0f);
+    scratch[width + i] = parameter(a->bias, a->bias_dtype, i, 0.0f);
   }
-  return {scratch, scratch + a->width};
+  for (int64_t o = folded ? a->outer - 1 : -1; o >= 0; --o)  // the first, which the others are made of, comes last
+    vectors(width, [&](int64_t i, int n) {
+      const vf gain = add(set1(1.0f), part(scale.row(o, 0) + i, n));
+      put(scratch + o * step + i, mul(part(scratch + i, n), gain), n);
+      put(scratch + o * step + width + i, fma(part(scratch + width + i, n), gain, part(shift.row(o, 0) + i, n)), n);
+    });
+  return {scratch, scratch + width, step};
 }
 
 template <bool kRms, class T, class S>
 int rows(const fg_row_norm_args *a) {
   const int64_t total = a->outer * a->inner, width = a->width;
-  float *scratch = static_cast<float *>(fg_scratch(static_cast<size_t>(3 * width) * sizeof(float)));
-  if (!scratch) return FG_NO_MEMORY;
-  const Affine affine = affine_of(a, scratch);
-  float *zeros = scratch + 2 * width;  // of any type: what a scale or shift that is not there adds
-  for (int64_t i = 0; i < width; ++i) zeros[i] = 0;
+  const bool modulated = a->scale || a->shift;
+  const bool folded = modulated && !a->scale_inner && !a->shift_inner && a->inner >= 16;  // else it would cost more
+  const int64_t floats = (2 * (folded ? a->outer : 1) + 1) * width;
+  float *zeros = static_cast<float *>(fg_scratch(static_cast<size_t>(floats) * sizeof(float)));
+  if (!zeros) return FG_NO_MEMORY;
+  for (int64_t i = 0; i < width; ++i) zeros[i] = 0;  // of any type: what a scale or shift that is not there adds
   const auto scale = Spread<S>::of(a->scale, a->scale_outer, a->scale_inner, zeros);
   const auto shift = Spread<S>::of(a->shift, a->shift_outer, a->shift_inner, zeros);
   const auto gate = Spread<S>::of(a->gate, a->gate_outer, a->gate_inner, nullptr);
   const auto x = Spread<T>::of(a->x, a->x_outer, a->x_inner, nullptr);
   const auto branch = Spread<T>::of(a->branch, a->branch_outer, a->branch_inner, nullptr);
-  const bool modulated = a->scale || a->shift;
-  int64_t step = kItem / (width * static_cast<int64_t>(sizeof(T)));
-  step = step < 1 ? 1 : step;
+  const Affine affine = affine_of(a, folded, scale, shift, zeros + width);
+  const int64_t bytes = width * static_cast<int64_t>(sizeof(T)), share = (total + 4 * fg_threads() - 1) / (4 * fg_threads());
+  int64_t step = kItem / bytes < share ? kItem / bytes : share;
+  step = total * bytes < kSmall ? total : step < 1 ? 1 : step;
   return parallel_for((total + step - 1) / step, 1, [&](int64_t item) {
     const int64_t last = (item + 1) * step < total ? (item + 1) * step : total;
+    int64_t o = item * step / a->inner, i = item * step % a->inner;
     for (int64_t r = item * step; r < last; ++r) {
-      const int64_t o = r / a->inner, i = r % a->inner;
-      const T *from = x.row(o, i);
+      const int64_t next_o = r + 1 == last || i + 1 < a->inner ? o : o + 1;
+      const int64_t next_i = r + 1 == last ? i : next_o == o ? i + 1 : 0;
+      const T *from = x.row(o, i), *next = x.row(next_o, next_i), *more = nullptr;
       T *out = static_cast<T *>(a->out) + r * width;
       if (a->branch) {
         T *sum = static_cast<T *>(a->sum) + r * width;
         add_row<T, S>(from, branch.row(o, i), a->gate ? gate.row(o, i) : nullptr, sum, width);
         from = sum;
+        more = branch.row(next_o, next_i);
       }
-      if (modulated)
-        norm_row<kRms, true, T, S>(from, out, width, affine.weight, affine.bias, scale.row(o, i), shift.row(o, i), a->eps);
+      const float *weight = affine.weight + o * affine.step, *bias = affine.bias + o * affine.step;
+      if (modulated && !folded)
+        norm_row<kRms, true, T, S>(from, out, width, weight, bias, scale.row(o, i), shift.row(o, i), a->eps, next, more);
       else
-        norm_row<kRms, false, T, S>(from, out, width, affine.weight, affine.bias, nullptr, nullptr, a->eps);
+        norm_row<kRms, false, T, S>(from, out, width, weight, bias, nullptr, nullptr, a->eps, next, more);
+      o = next_o;
+      i = next_i;
     }
     return 0;
   });

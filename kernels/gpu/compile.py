@@ -24,8 +24,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 from fusegen.kernels import catalogue
 from fusegen.kernels import op as registry
@@ -118,6 +120,16 @@ def source(stage: Stage, args: Sequence[Any]) -> ASTSource:
             if value % ALIGNMENT == 0 and not param.do_not_specialize:
                 attributes[(i,)] = [["tt.divisibility", ALIGNMENT]]
     return ASTSource(stage.fn, signature, constants, attributes)
+
+
+def lower(stage: Stage, args: Sequence[Any], arch: int) -> None:
+    """Take a launch through Triton's front end alone: milliseconds, and what its specialisation breaks shows here."""
+    target, given = GPUTarget("cuda", arch, 32), source(stage, args)
+    backend, context = make_backend(target), ir.context()
+    options = backend.parse_options(dict(stage.options))
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    given.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
 
 
 def _tool(name: str, *args: str) -> str:

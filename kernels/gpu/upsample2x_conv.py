@@ -38,7 +38,7 @@ def upsample2x_conv_kernel(
     k = tl.arange(0, BLOCK_K)
     b, row, column = (m // (height * width)).to(tl.int64), m // width % height, m % width
     start = x + b * x_b + row * x_h + column * x_w
-    weights = filters + phase * 4 * inputs.to(tl.int64) * outputs + k[:, None] * outputs + n[None, :]
+    weights = filters + phase * 4 * tl.cast(inputs, tl.int64) * outputs + k[:, None] * outputs + n[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(inputs, BLOCK_K)
     for step in tl.range(0, 4 * steps):

@@ -183,6 +183,22 @@ def _composed(form: str, masked: bool, upcast: bool) -> Spelling:
     return Spelling(name, with_mask if masked else plain, _inputs(masked), call)
 
 
+def _unscaled(masked: bool, upcast: bool) -> Spelling:
+    """As T5 has it: its relative position bias is the mask."""
+
+    def weights(s: Tensor, q: Tensor) -> Tensor:
+        return s.float().softmax(-1).type_as(q) if upcast else s.softmax(-1)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return weights(q @ k.transpose(-1, -2), q) @ v
+
+    def with_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return weights(q @ k.transpose(-1, -2) + mask, q) @ v
+
+    name = " ".join(["unscaled scores", *(["masked"] if masked else []), *(["softmax in float32"] if upcast else [])])
+    return Spelling(name, with_mask if masked else plain, _inputs(masked), lambda **c: {**c, "scale": 1.0})
+
+
 def _baddbmm(masked: bool) -> Spelling:
     def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, scale: float = 0.3) -> Tensor:
         scores = torch.baddbmm(bias, q, k.transpose(-1, -2), beta=1 if masked else 0, alpha=scale)
@@ -199,6 +215,7 @@ SPELLINGS = [
     *(_sdpa(masked, False, grouped) for masked in _BOTH for grouped in _BOTH),
     *(_sdpa(False, True, grouped) for grouped in _BOTH),
     *(_composed(form, masked, upcast) for form in _SCORES for masked in _BOTH for upcast in _BOTH),
+    *(_unscaled(masked, upcast) for masked in _BOTH for upcast in _BOTH),
     *(_baddbmm(masked) for masked in _BOTH),
 ]
 

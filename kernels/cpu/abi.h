@@ -31,6 +31,49 @@ struct fg_attention_args {
   double scale;
 };
 
+// Attention of the newest `queries` tokens of each sequence over its key-value cache; see attention_decode.cpp.
+struct fg_attention_decode_args {
+  const void *q, *k, *v;
+  const void *lengths;  // (batch,): the keys of each sequence
+  const void *table;    // null: block b is sequence b's; (batch, ...) int32: the blocks of each sequence in order
+  const void *sinks;    // null: none; (heads,): a logit more in each head's softmax
+  void *out;
+  int64_t dtype, lengths_dtype, sinks_dtype;
+  int64_t batch, heads, kv_heads, queries, dim;
+  int64_t blocks, block, most;  // of the cache: blocks, keys of each, keys that a sequence can have
+  int64_t q_batch, q_head, q_row;
+  int64_t k_block, k_head, k_row;
+  int64_t v_block, v_head, v_row;
+  int64_t out_batch, out_head, out_row;
+  int64_t table_batch, table_block, lengths_stride, sinks_stride;
+  int64_t window;  // 0: none; else a query attends no key so far before it
+  double scale, softcap;
+};
+
+// Attention of packed sequences, rows cu_q[s] to cu_q[s + 1] of q over cu_k[s] to cu_k[s + 1] of k and v; see
+// attention_varlen.cpp.
+struct fg_attention_varlen_args {
+  const void *q, *k, *v, *cu_q, *cu_k, *sinks;
+  void *out;
+  int64_t dtype, sinks_dtype;
+  int64_t sequences, queries, keys, heads, kv_heads, dim;
+  int64_t q_row, q_head, k_row, k_head, v_row, v_head, out_row, out_head;
+  int64_t cu_q_stride, cu_k_stride, sinks_stride;
+  int64_t causal, window;
+  double scale, softcap;
+};
+
+// New rows (batch, heads, rows, dim) of k and v written into the cache; see kv_append.cpp.
+struct fg_kv_append_args {
+  const void *k, *v, *positions, *table;
+  void *k_cache, *v_cache;
+  int64_t size, positions_dtype;  // bytes of an element
+  int64_t batch, heads, rows, dim, blocks, block, most;
+  int64_t k_batch, k_head, k_row, k_dim, v_batch, v_head, v_row, v_dim;
+  int64_t k_cache_block, k_cache_head, k_cache_row, k_cache_dim, v_cache_block, v_cache_head, v_cache_row, v_cache_dim;
+  int64_t positions_stride, table_batch, table_block;
+};
+
 // Normalization and sampling.  Weight and bias may be null; each has its own dtype: float32 or x's.
 
 // Group normalization of (batch, channels, pixels), then SiLU where `silu`; see group_norm.h.
@@ -111,16 +154,19 @@ struct fg_sample_token_args {
 };
 
 // Every op with a struct above; pool.cpp gives their sizes out.
-#define FG_OPS(X) \
-  X(add_norm)     \
-  X(attention)    \
-  X(group_norm)   \
-  X(join_group_norm) \
-  X(layer_norm)   \
-  X(noise_normal) \
-  X(pixel_shuffle) \
-  X(rms_norm)     \
-  X(sample_token) \
+#define FG_OPS(X)     \
+  X(add_norm)         \
+  X(attention)        \
+  X(attention_decode) \
+  X(attention_varlen) \
+  X(group_norm)       \
+  X(join_group_norm)  \
+  X(kv_append)        \
+  X(layer_norm)       \
+  X(noise_normal)     \
+  X(pixel_shuffle)    \
+  X(rms_norm)         \
+  X(sample_token)     \
   X(sampler_step)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.

@@ -13,12 +13,23 @@ constexpr int TQ = 2 * W;  // queries of a tile
 constexpr float LOWEST = -3.402823466e38f;
 constexpr float LOG2E = 1.44269504088896341f;
 
+// What other ops have beyond attention: with `causal`, key j is open to query i where j <= i + diagonal; `window` > 0:
+// only where it is less than that far from i + diagonal; `softcap` > 0: scores become softcap tanh(score / softcap);
+// `sink`: a logit more in the softmax.  With a `table`, key j is row j % block of the cache's block table[j / block].
+struct Extras {
+  int64_t diagonal = 0, window = 0;
+  float softcap = 0.0f, sink = -__builtin_inff();
+  const int32_t *table = nullptr;
+  int64_t table_step = 0, block = 1, k_block = 0, v_block = 0;
+};
+
 // One (batch, head): where its rows begin, and how far.
 struct Head {
   const fg_attention_args *a;
   int64_t batch, head, keys;
   const char *q, *k, *v;
   char *out;
+  Extras e;
 };
 
 FG_INLINE float infinity() { return __builtin_inff(); }
@@ -52,13 +63,22 @@ FG_INLINE vf exp2_falling(vf t) {
 #endif
 }
 
+// softcap tanh(x) in units of log 2, `cap` being softcap log2(e).
+FG_INLINE vf capped(vf x, vf cap) {
+  vf size = max(x, sub(set1(0.0f), x)), fall = exp2_falling<5>(mul(size, set1(-2.0f * LOG2E)));
+  vf bent = mul(div(sub(set1(1.0f), fall), add(set1(1.0f), fall)), cap);
+  return select_gt(set1(0.0f), x, sub(set1(0.0f), bent), bent);
+}
+
 // Running maximum (of score times rate, in units of log 2) and sum of each query, and what the tile's earlier sums must
 // be multiplied by.
 struct alignas(64) State {
   float maximum[TQ], sum[TQ], alpha[TQ];
+  int64_t blocks;  // of keys met so far
 };
 
 FG_INLINE void reset(State *s) {
+  s->blocks = 0;
   for (int i = 0; i < TQ; i += W) {
     store(s->maximum + i, set1(-infinity()));
     store(s->sum + i, set1(0.0f));
@@ -94,24 +114,21 @@ FG_INLINE bool take_maximum(const float *scores, int n, float rate, State *state
   return moved;
 }
 
+// An element of any floating type.
+FG_INLINE float element_at(const void *from, int64_t dtype, int64_t offset) {
+  float lanes[W];
+  switch (dtype) {
+    case FG_FLOAT32: store(lanes, load_n(static_cast<const float *>(from) + offset, 1)); break;
+    case FG_BFLOAT16: store(lanes, load_n(static_cast<const bf16 *>(from) + offset, 1)); break;
+    default: store(lanes, load_n(static_cast<const fp16 *>(from) + offset, 1));
+  }
+  return lanes[0];
+}
+
 // An element of the mask as what is added to the scaled score.
 FG_INLINE float mask_at(const fg_attention_args *a, int64_t offset) {
-  const char *mask = static_cast<const char *>(a->mask);
-  float added;
-  switch (a->mask_dtype) {
-    case FG_BOOL: return mask[offset] ? 0.0f : -infinity();
-    case FG_FLOAT32: memcpy(&added, mask + 4 * offset, 4); break;
-    case FG_BFLOAT16: {
-      uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t *>(mask)[offset]) << 16;
-      memcpy(&added, &bits, 4);
-      break;
-    }
-    default: {
-      float lanes[W];
-      store(lanes, load_n(reinterpret_cast<const fp16 *>(mask) + offset, 1));
-      added = lanes[0];
-    }
-  }
+  if (a->mask_dtype == FG_BOOL) return static_cast<const char *>(a->mask)[offset] ? 0.0f : -infinity();
+  float added = element_at(a->mask, a->mask_dtype, offset);
   // The lowest finite number stays finite after the change of base to 2: rows that it closes whole are averaged, as they
   // are in PyTorch.
   return added < -1e38f && added > -infinity() ? -1e38f : added;
@@ -138,16 +155,52 @@ inline void add_mask(const Head &h, float *scores, int64_t q0, int64_t k0, int n
   }
 }
 
-// Closes key j to query i where j > i.
-inline void close_future(float *scores, int64_t q0, int64_t k0, int n) {
-  alignas(64) float index[TQ];
-  for (int i = 0; i < TQ; ++i) index[i] = static_cast<float>(i);
+// Keys [first, last) are open to query i, as far as causality and the window go.
+FG_INLINE int64_t first_open(const Head &h, int64_t i) {
+  int64_t first = i + h.e.diagonal - h.e.window + 1;
+  return h.e.window && first > 0 ? first : 0;
+}
+FG_INLINE int64_t last_open(const Head &h, int64_t i) {
+  int64_t at = i + h.e.diagonal, last = h.a->causal ? at + 1 : h.e.window ? at + h.e.window : h.keys;
+  return last < 0 ? 0 : last < h.keys ? last : h.keys;
+}
+
+// Whether keys [k0, k0 + n) are closed to all of the tile's queries, and whether they are to some of them.
+FG_INLINE bool all_closed(const Head &h, int64_t q0, int64_t k0, int n) {
+  return k0 >= last_open(h, q0 + TQ - 1) || k0 + n <= first_open(h, q0);
+}
+FG_INLINE bool some_closed(const Head &h, int64_t q0, int64_t k0, int n) {
+  return k0 + n > last_open(h, q0) || k0 < first_open(h, q0 + TQ - 1);
+}
+
+inline void close_keys(const Head &h, float *scores, int64_t q0, int64_t k0, int n) {
+  alignas(64) float first[TQ], last[TQ];
+  for (int i = 0; i < TQ; ++i) {
+    first[i] = static_cast<float>(first_open(h, q0 + i) - k0);
+    last[i] = static_cast<float>(last_open(h, q0 + i) - k0);
+  }
   for (int r = 0; r < n; ++r) {
-    vf key = set1(static_cast<float>(k0 + r - q0));
+    vf key = set1(static_cast<float>(r) + 0.5f);
     for (int i = 0; i < TQ; i += W) {
       float *at = scores + r * TQ + i;
-      store(at, select_gt(key, load(index + i), set1(-infinity()), load(at)));
+      vf open = select_gt(load(last + i), key, load(at), set1(-infinity()));
+      store(at, select_gt(key, load(first + i), open, set1(-infinity())));
     }
+  }
+}
+
+// S = softcap tanh(S rate / softcap), in units of log 2.
+inline void cap_scores(float *scores, int n, float rate, float softcap) {
+  vf factor = set1(rate / softcap), cap = set1(softcap * LOG2E);
+  for (int i = 0; i < n * TQ; i += W) store(scores + i, capped(mul(load(scores + i), factor), cap));
+}
+
+// Takes the sink into the sums.  Where it drowns the keys, the sum becomes infinite and the output 0.
+inline void take_sink(State *state, float sink) {
+  for (int i = 0; i < TQ; i += W) {
+    vf most = load(state->maximum + i), top = max(set1(sink * LOG2E), most);
+    vf weight = div(exp2_falling<5>(sub(set1(sink * LOG2E), top)), exp2_falling<5>(sub(most, top)));
+    store(state->sum + i, add(load(state->sum + i), weight));
   }
 }
 

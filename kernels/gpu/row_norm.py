@@ -80,10 +80,10 @@ def key(x: Tensor, *rest: Any) -> str:
 
 
 def default(x: Tensor, *rest: Any, limit: int = 0) -> Config:
-    """About 1024 elements a program, one warp for every 512 of them."""
+    """About 1024 elements a program, one warp for every 1024 bytes of them: with twice that, float32 may spill."""
     block = power(x.shape[-1])
     rows = max(1, min(16, 1024 // block))
-    return Config(rows, max(1, min(32, rows * block // 512)))
+    return Config(rows, max(1, min(32, rows * block * x.element_size() // 1024)))
 
 
 def space(x: Tensor, *rest: Any) -> Iterator[Config]:

@@ -3,8 +3,8 @@
 A filter along one axis, upsampling or downsampling included, is a banded matrix, and the same one for every tile that
 starts at the same phase.  So a tile is U = sum_k Y_k X W_k, the leaky ReLU, and D = sum_k B_k U C_k on the matrix
 units: one term for a separable filter, one a row for a filter (y, x).  A first launch writes the matrices.  An infinity
-or NaN in x spreads over its tile (0 times infinity), not only over the filters' reach.  Products are of tf32, for
-float32 tensors three each, whose error is near float32's.
+or NaN in x spreads over its tile (0 times infinity), not only over the filters' reach.  Products are of
+three tf32 each, whose error is near float32's: of one each, four in a row were too coarse for bfloat16 on an H200.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def filtered_lrelu_kernel(
     x, bias, out, up_y, up_x, down_y, down_x, channels, height, width, out_h, out_w, x_b, x_c, x_y, x_x,
     y_b, y_c, y_y, y_x, step_y, step_x, first_y, first_x, count_y, count_x, tiles_x, gain, slope, clamp,
     UPS: tl.constexpr, DOWNS: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr, IN: tl.constexpr,
-    LONG: tl.constexpr, OUT: tl.constexpr, PRECISION: tl.constexpr,
+    LONG: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     """count_y x count_x outputs of one plane; tile t reads IN inputs from step t + first on, along each axis."""
     tile_x, tile_y = tl.program_id(0) % tiles_x, tl.program_id(0) // tiles_x
@@ -92,8 +92,8 @@ def filtered_lrelu_kernel(
     for k in range(UPS):
         left = tl.load(up_y + k * LONG * IN + near_l[:, None] * IN + near_i[None, :])
         right = tl.load(up_x + k * LONG * IN + near_i[:, None] * LONG + near_l[None, :])
-        part = tl.dot(left, tile, input_precision=PRECISION)
-        high = tl.dot(part, right, high, input_precision=PRECISION)
+        part = tl.dot(left, tile, input_precision="tf32x3")
+        high = tl.dot(part, right, high, input_precision="tf32x3")
     high = tl.where(high < 0.0, high * slope, high) * gain
     if CLAMP:
         high = tl.where(high > clamp, clamp, tl.where(high < -clamp, -clamp, high))  # NaN stays
@@ -101,8 +101,8 @@ def filtered_lrelu_kernel(
     for k in range(DOWNS):
         left = tl.load(down_y + k * OUT * LONG + near_o[:, None] * LONG + near_l[None, :])
         right = tl.load(down_x + k * OUT * LONG + near_l[:, None] * OUT + near_o[None, :])
-        part = tl.dot(left, high, input_precision=PRECISION)
-        low = tl.dot(part, right, low, input_precision=PRECISION)
+        part = tl.dot(left, high, input_precision="tf32x3")
+        low = tl.dot(part, right, low, input_precision="tf32x3")
     tl.store(out + b * y_b + c * y_c + writes, low.to(out.dtype.element_ty), mask=ours)
 
 
@@ -137,10 +137,10 @@ def tiling(rise: Axis, fall: Axis, tile: int) -> Tiling | None:
 def tilings(x: Tensor, *rest: Any) -> tuple[int, Tiling, Tiling] | None:
     """The size of a tile and the tilings of the axes x and y, or None where the filters leave no tile an output.
 
-    Three products of tf32 for one of float32 need the registers of several: its tiles are smaller where they can be.
+    Three products of tf32 for one of float32 need the registers of several: tiles are as small as they can be.
     """
     along = axes(x, *rest)
-    for tile in TILES if x.dtype == torch.float32 else TILES[-1:]:
+    for tile in TILES:
         found = [tiling(*pair, tile) for pair in along]
         if found[0] is not None and found[1] is not None:
             return tile, found[0], found[1]
@@ -193,7 +193,6 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]
         "first_y": tiles[1].first, "first_x": tiles[0].first, "count_y": tiles[1].count, "count_x": tiles[0].count,
         "tiles_x": tiles_x, "gain": gain, "slope": slope, "clamp": 0.0 if clamp is None else clamp, "UPS": ups,
         "DOWNS": downs, "BIAS": bias is not None, "CLAMP": clamp is not None, "IN": size, "LONG": long, "OUT": most,
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     grid = (tiles_x * blocks(y.shape[2], tiles[1].count), planes)
     return (

@@ -153,6 +153,17 @@ struct fg_sample_token_args {
   int64_t logits_row, bias_row, pairs_row, mask_row;  // strides; 0 where all rows share one
 };
 
+// 2x2 convolutions of (batch, inputs, height, width), one for each of the four phases of (batch, outputs, 2 height,
+// 2 width); see upsample2x_conv.cpp.
+struct fg_upsample2x_conv_args {
+  const void *x, *filters, *bias;  // filters are dense, of x's dtype; bias may be null
+  void *out;
+  int64_t dtype, bias_dtype;
+  int64_t batch, inputs, outputs, height, width;
+  int64_t x_batch, x_channel, x_row, x_column;  // strides; x_channel or x_column is 1
+  int64_t out_batch, out_channel, out_row, out_column;
+};
+
 // Every op with a struct above; pool.cpp gives their sizes out.
 #define FG_OPS(X)     \
   X(add_norm)         \
@@ -167,7 +178,8 @@ struct fg_sample_token_args {
   X(pixel_shuffle)    \
   X(rms_norm)         \
   X(sample_token)     \
-  X(sampler_step)
+  X(sampler_step)     \
+  X(upsample2x_conv)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {

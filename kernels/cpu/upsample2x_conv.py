@@ -30,6 +30,8 @@ class Args(ctypes.Structure):
 
 
 def decline(x: Tensor, filters: Tensor, bias: Tensor | None) -> str | None:
+    if x.dim() != 4 or filters.dim() != 6:
+        return f"x has {x.dim()} dimensions and filters have {filters.dim()}, not 4 and 6"
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}"
     if x.numel() and x.stride(1) != 1 and x.stride(3) != 1 and x.shape[3] > 1:

@@ -144,6 +144,8 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
 
 def decline(x: Tensor, filters: Tensor, bias: Tensor | None) -> str | None:
     """Strided filters, other dtypes, and a sample past 32-bit offsets."""
+    if x.dim() != 4 or filters.dim() != 6:
+        return f"x has {x.dim()} dimensions and filters have {filters.dim()}, not 4 and 6"
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}"
     for name, tensor in (("filters", filters), ("bias", bias)):

@@ -181,6 +181,77 @@ struct fg_upsample2x_conv_args {
   X(sampler_step)     \
   X(upsample2x_conv)
 
+// clamp(gain act(x + bias)) of outer x channels x inner elements; out is dense in that order; see bias_act.cpp.
+struct fg_bias_act_args {
+  const void *x, *bias;
+  void *out;
+  int64_t dtype, bias_dtype;
+  int64_t outer, channels, inner;
+  int64_t x_outer, x_channel;  // strides; the innermost axis that is not of size 1 has stride 1
+  int64_t act;
+  double alpha, gain, clamp;
+};
+
+// Resampling of planes of rows of pixels; see fir.h.  A pixel is one element, or the channels where they are innermost.
+struct fg_upfirdn2d_args {
+  const void *x, *filter;  // filter: null, (taps) or (taps y, taps x)
+  void *out;
+  int64_t dtype, filter_dtype, separable, filter_y, filter_x;  // strides of the filter
+  int64_t batch, channels, pixel;                             // planes: batch x channels, each with `pixel` channels
+  int64_t size_x, out_x, up_x, down_x, before_x, taps_x;
+  int64_t size_y, out_y, up_y, down_y, before_y, taps_y;
+  int64_t x_batch, x_channel, x_row;
+  int64_t flip;
+  double gain;
+};
+
+// Bias, upsampling, leaky ReLU, clamp and downsampling; see filtered_lrelu.cpp.  `mid`: the sizes between the two.
+struct fg_filtered_lrelu_args {
+  const void *x, *up_filter, *down_filter, *bias;
+  void *out;
+  int64_t dtype, up_dtype, down_dtype, bias_dtype;
+  int64_t up_separable, up_filter_y, up_filter_x, down_separable, down_filter_y, down_filter_x;
+  int64_t batch, channels, pixel;
+  int64_t size_x, mid_x, out_x, before_x, up_taps_x, down_taps_x;
+  int64_t size_y, mid_y, out_y, before_y, up_taps_y, down_taps_y;
+  int64_t up, down;
+  int64_t x_batch, x_channel, x_row;
+  int64_t flip;
+  double gain, slope, clamp;
+};
+
+// A convolution by weights scaled for each sample; see modulated_conv2d.cpp.  Weights and styles are dense.
+struct fg_modulated_conv2d_args {
+  const void *x, *weight, *styles, *noise, *bias;  // noise: (batch or 1, 1, out_y, out_x)
+  void *out;
+  int64_t dtype, weight_dtype, styles_dtype, noise_dtype, bias_dtype;
+  int64_t batch, channels, outputs, height, width, taps_y, taps_x, up, pad_y, pad_x, out_y, out_x;
+  int64_t x_batch, x_channel, x_row, x_col, noise_batch;
+  int64_t channels_last;  // of out
+  int64_t demodulate, act;
+  double alpha, gain, clamp, eps;
+};
+
+// Every op with a struct above; pool.cpp gives their sizes out.
+#define FG_OPS(X)      \
+  X(add_norm)          \
+  X(attention)         \
+  X(attention_decode)  \
+  X(attention_varlen)  \
+  X(bias_act)          \
+  X(filtered_lrelu)    \
+  X(group_norm)        \
+  X(join_group_norm)   \
+  X(kv_append)         \
+  X(layer_norm)        \
+  X(modulated_conv2d)  \
+  X(noise_normal)      \
+  X(pixel_shuffle)     \
+  X(rms_norm)          \
+  X(sample_token)      \
+  X(sampler_step)      \
+  X(upfirdn2d)
+
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {
   int (*function)(const void *);

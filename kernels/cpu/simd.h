@@ -6,6 +6,7 @@
 //   set1 add sub mul div fma max min sqrt round     lane by lane; fma(a, b, c) is a b + c, rounded once except at scalar
 //   select_gt(a, b, x, y)     a > b ? x : y
 //   scale2(a, n)              a 2^n for integral n in [-252, 254], exact save for overflow and underflow
+//   interleave(a, b, low, high)   a0 b0 a1 b1 ... in low, then high;  deinterleave(low, high, even, odd) undoes it
 //   hsum hmax                 over the lanes, always in the same order
 //   exp(x), exp2(x)           within 2 units in the last place; exp(-inf) = 0; NaN stays NaN
 //

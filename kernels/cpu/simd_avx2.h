@@ -65,6 +65,18 @@ FG_INLINE vf scale2(vf a, vf n) {  // in two factors, so that neither overflows 
   __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
   return mul(mul(a, power2(half)), power2(_mm256_sub_epi32(whole, half)));
 }
+FG_INLINE void interleave(vf a, vf b, vf &low, vf &high) {
+  vf x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
+  low = _mm256_permute2f128_ps(x, y, 0x20);
+  high = _mm256_permute2f128_ps(x, y, 0x31);
+}
+FG_INLINE vf quarters(vf a) {  // 64-bit lanes 0 2 1 3
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8));
+}
+FG_INLINE void deinterleave(vf low, vf high, vf &even, vf &odd) {
+  even = quarters(_mm256_shuffle_ps(low, high, 0x88));
+  odd = quarters(_mm256_shuffle_ps(low, high, 0xdd));
+}
 FG_INLINE float hsum(vf a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));

@@ -56,6 +56,14 @@ FG_INLINE vf scale2(vf a, vf n) {  // in two factors, so that neither overflows 
   int32x4_t whole = vcvtnq_s32_f32(n), half = vshrq_n_s32(whole, 1);
   return mul(mul(a, power2(half)), power2(vsubq_s32(whole, half)));
 }
+FG_INLINE void interleave(vf a, vf b, vf &low, vf &high) {
+  low = vzip1q_f32(a, b);
+  high = vzip2q_f32(a, b);
+}
+FG_INLINE void deinterleave(vf low, vf high, vf &even, vf &odd) {
+  even = vuzp1q_f32(low, high);
+  odd = vuzp2q_f32(low, high);
+}
 FG_INLINE float hsum(vf a) {
   float32x2_t x = vadd_f32(vget_low_f32(a), vget_high_f32(a));
   return vget_lane_f32(x, 0) + vget_lane_f32(x, 1);

@@ -73,6 +73,14 @@ FG_INLINE vf scale2(vf a, vf n) {
   int whole = static_cast<int>(n), half = whole >> 1;
   return a * from_bits(static_cast<uint32_t>(half + 127) << 23) * from_bits(static_cast<uint32_t>(whole - half + 127) << 23);
 }
+FG_INLINE void interleave(vf a, vf b, vf &low, vf &high) {
+  low = a;
+  high = b;
+}
+FG_INLINE void deinterleave(vf low, vf high, vf &even, vf &odd) {
+  even = low;
+  odd = high;
+}
 FG_INLINE float hsum(vf a) { return a; }
 FG_INLINE float hmax(vf a) { return a; }
 

@@ -115,7 +115,8 @@ def resampled(
     f = (f if flip_filter else f.flip(0, 1)) * gain
     batch, channels, height, width = x.shape
     y = F.pad(x.reshape(batch, channels, height, 1, width, 1), (0, up[0] - 1, 0, 0, 0, up[1] - 1))
-    y = F.pad(y.reshape(batch * channels, 1, height * up[1], width * up[0]), tuple(padding))
+    y = F.pad(y.reshape(batch * channels, 1, height * up[1], width * up[0]), [max(p, 0) for p in padding])
+    y = F.pad(y, [min(p, 0) for p in padding])  # last: more may be taken away on one side than x itself has
     y = F.conv2d(y, f[None, None], stride=(down[1], down[0]))
     return y.reshape(batch, channels, *y.shape[2:])
 

@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t kMostTaps = 1024;  // taps that one output may meet
+constexpr int64_t kMostUp = 64;
 constexpr int64_t kSlack = 4 * W;    // floats past a run that may be read, and count for nothing
 
 struct Axis {
@@ -187,10 +188,12 @@ class Stage {
   int64_t plan(const Axis &x, const Axis &y, const Filter &f, int64_t pixel, int64_t q0, int64_t q1) {
     x_ = x, y_ = y, filter_ = f, pixel_ = pixel, n_ = (q1 - q0) * pixel, next_ = INT64_MIN;
     int64_t low = INT64_MAX, high = INT64_MIN;
+    Phase phases[kMostUp];
+    for (int64_t r = 0; r < y.up; ++r) down_[r] = phase_of(y, r);
     for (int64_t r = 0; r < x.up; ++r) {
-      Phase p = phase_of(x, r);
-      low = least(low, p.start);
-      high = most(high, p.start + p.count);
+      phases[r] = phase_of(x, r);
+      low = least(low, phases[r].start);
+      high = most(high, phases[r].start + phases[r].count);
     }
     low_ = floor_div(low, x.down) * x.down;
     from_ = low_ + x.down * q0;
@@ -200,6 +203,15 @@ class Stage {
     slots_ = (y.taps + y.up - 1) / y.up;
     across_ = n_ + kSlack;
     slot_ = f.separable ? x.up * across_ : x.down * pitch_;
+    int64_t n = 0;
+    for (int64_t r = 0; r < x.up; ++r) {
+      begin_[r] = n;
+      for (int64_t j = 0; j < phases[r].count; ++j) {
+        const int64_t m = phases[r].start - low_ + j;
+        met_[n++] = {m % x.down * pitch_ + m / x.down * pixel, phases[r].first + j * x.up};
+      }
+      begin_[r + 1] = n;
+    }
     return slots_ * slot_ + x.down * pitch_;
   }
   void use(float *memory) {
@@ -214,7 +226,7 @@ class Stage {
   // The taps of phase r of output row o: `load_row(row, streams)` is called for each input row not met before.
   template <class Load>
   void row(int64_t o, Load load_row) {
-    const Phase p = phase_of(y_, o % y_.up);
+    const Phase &p = down_[o % y_.up];
     top_ = p.first, rows_ = p.count, start_ = o / y_.up * y_.down + p.start;
     for (int64_t i = most(next_, most(start_, 0)); i < least(start_ + rows_, y_.size); ++i) {
       float *slot = ring_ + i % slots_ * slot_;
@@ -248,15 +260,17 @@ class Stage {
 
  private:
   int along(int64_t r, const float *streams, const float *weights, Tap *to, int n) const {
-    const Phase p = phase_of(x_, r);
-    for (int64_t j = 0; j < p.count; ++j) {
-      const int64_t m = p.start - low_ + j;
-      to[n++] = {streams + m % x_.down * pitch_ + m / x_.down * pixel_, weights[p.first + j * x_.up]};
-    }
+    for (int64_t i = begin_[r]; i < begin_[r + 1]; ++i) to[n++] = {streams + met_[i].offset, weights[met_[i].tap]};
     return n;
   }
+  struct Met {
+    int64_t offset, tap;  // from the streams; of the filter along x
+  };
   Axis x_, y_;
   Filter filter_;
+  Phase down_[kMostUp];
+  Met met_[kMostTaps];
+  int64_t begin_[kMostUp + 1];  // phase r along x: met_[begin_[r]] to met_[begin_[r + 1]]
   int64_t pixel_, n_, next_, low_, from_, count_, pitch_, slots_, across_, slot_, top_, rows_, start_;
   float *ring_, *streams_;
 };

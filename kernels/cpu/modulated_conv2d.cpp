@@ -27,6 +27,7 @@ constexpr int64_t kMostTaps = 1024;
 
 struct Tap {
   int64_t weight, offset;
+  int64_t ahead;  // from the offset to what is fetched for the channel after the next: the taps share the lines out
 };
 
 // Sizes that all items share.
@@ -162,6 +163,7 @@ FG_INLINE void product(const float *const *w, const float *x, int64_t channels, 
     for (int64_t t = 0; t < count; ++t) {
       const float *p = from + taps[t].offset;
       const int64_t k = i * all + taps[t].weight;
+      __builtin_prefetch(p + taps[t].ahead);
       vf pixel[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) pixel[v] = load(p + v * W);
@@ -209,7 +211,9 @@ FG_INLINE int64_t taps_of(const fg_modulated_conv2d_args *a, const Shape &s, int
     for (int64_t kx = 0; kx < a->taps_x; ++kx) {
       bool in_y, in_x;
       const int64_t y = reach(a->up, a->pad_y, phase_y, ky, &in_y), x = reach(a->up, a->pad_x, phase_x, kx, &in_x);
-      if (in_y && in_x) taps[n++] = {ky * a->taps_x + kx, (y - s.low_y) * s.pitch + x - s.low_x};
+      if (!in_y || !in_x) continue;
+      taps[n] = {ky * a->taps_x + kx, (y - s.low_y) * s.pitch + x - s.low_x, 2 * s.plane + n % 3 * W};
+      ++n;
     }
   }
   return n;

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusegen.kernels.op import FLOATS
 
-MOST_TAPS = 1024  # kMostTaps of fir.h
+MOST_TAPS, MOST_UP = 1024, 64  # kMostTaps and kMostUp of fir.h
 
 
 def planes(x: Tensor, channels_last: bool) -> dict[str, int]:
@@ -26,7 +26,7 @@ def steps(filter: Tensor | None) -> tuple[int, int, int]:
     """Whether a filter is separable, and its strides along y and x."""
     if filter is None:
         return 0, 0, 0
-    return (1, 0, filter.stride(0)) if filter.dim() == 1 else (0, *filter.stride())
+    return (1, 0, filter.stride(0)) if filter.dim() == 1 else (0, filter.stride(0), filter.stride(1))
 
 
 def declined(x: Tensor, channels_last: bool, passes: Sequence[tuple[Tensor | None, Sequence[Any]]]) -> str | None:
@@ -39,7 +39,8 @@ def declined(x: Tensor, channels_last: bool, passes: Sequence[tuple[Tensor | Non
         if filter is not None and filter.dtype not in FLOATS:
             return f"a filter is {filter.dtype}"
         whole = filter is None or filter.dim() == 1
-        count = max(a.taps for a in along) if whole else along[0].taps * along[1].taps
-        if count > MOST_TAPS:
-            return f"a filter has {count} taps (limit {MOST_TAPS})"
+        taps = [-(-a.taps // a.up) * a.up for a in along]  # of all phases
+        count = max(taps) if whole else taps[0] * taps[1]
+        if count > MOST_TAPS or max(a.up for a in along) > MOST_UP:
+            return f"{count} taps or {[a.up for a in along]} phases are too many (limits {MOST_TAPS} and {MOST_UP})"
     return None

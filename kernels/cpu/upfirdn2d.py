@@ -44,7 +44,9 @@ def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
         flip=flip,
         gain=gain,
         **planes(x, is_channels_last(x)),
-        **{f"{n}_{d}": getattr(a, n) for d, a in along.items() for n in ("size", "out", "up", "down", "before", "taps")},
+        **{
+            f"{n}_{d}": getattr(a, n) for d, a in along.items() for n in ("size", "out", "up", "down", "before", "taps")
+        },
     )
     return CpuLaunch("upfirdn2d", struct, {0: "x", 1: "filter"}, outs, args)
 

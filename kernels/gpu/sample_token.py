@@ -96,7 +96,7 @@ def bias_kernel(y, ids, values, size, pairs, row, BLOCK: tl.constexpr):
 @triton.jit
 def row_kernel(
     y, logits, seeds, positions, requests, temperature, top_k, top_p, min_p, typical_p, token, logprob, settings,
-    least_of, size, logits_row, REQUESTS: tl.constexpr, TEMPERATURE: tl.constexpr, TOP_K: tl.constexpr,
+    least_of, size, REQUESTS: tl.constexpr, TEMPERATURE: tl.constexpr, TOP_K: tl.constexpr,
     TOP_P: tl.constexpr, MIN_P: tl.constexpr, TYPICAL: tl.constexpr, MODEL: tl.constexpr,
 ):  # fmt: skip
     """Thresholds, draw and log-probability of row b; ``settings`` (B, 8) is what ``top_kernel`` needs of them."""
@@ -145,7 +145,7 @@ def row_kernel(
         reach = (largest - tl.load(y + picked)) * inverse
     none = largest == -float("inf")
     if MODEL:
-        logits += b * logits_row
+        logits += b * size
         largest, _ = largest_of(logits, size)
         everything = masses_of(logits, size, largest, 1.0, float("inf"), tl.cast(0, tl.int64), 0.0, float("inf"))
         norm = tl.log(tl.sum(everything, axis=0).to(tl.float64) * _UNIT).to(tl.float32)
@@ -218,18 +218,21 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]
     (batch, size), device = a.logits.shape, a.logits.device
     use: dict[str, Any] = {name: Use(0 if getattr(a, name) is None else i) for i, name in enumerate(spec.ARGUMENTS)}
     y = torch.empty((batch, size), dtype=torch.float32, device=device)
+    given = torch.empty_like(y) if a.model else y  # the model's own logits: converted once, like y
     counts = Use(0) if a.history is None else torch.zeros((batch, size), dtype=torch.int32, device=device)
     settings = torch.empty((batch, 8), dtype=torch.float32, device=device)
     least = torch.empty((batch,), dtype=torch.int64, device=device)
-    names = ("seeds", "positions", "requests", "temperature", "top_k", "top_p", "min_p", "typical_p", "logits")
+    names = ("seeds", "positions", "requests", "temperature", "top_k", "top_p", "min_p", "typical_p")
     row: dict[str, Any] = {name: use[name] for name in names} | {"y": y, "token": outs[0], "logprob": outs[1]}
-    row |= {"settings": settings, "least_of": least, "size": size, "logits_row": a.logits.stride(0), "MODEL": a.model}
+    row |= {"settings": settings, "least_of": least, "size": size, "logits": given, "MODEL": a.model}
     row |= {name.upper(): getattr(a, name) is not None for name in names[2:7]} | {"TYPICAL": a.typical_p is not None}
-    top = {"y": use["logits"] if a.model else y, "settings": settings, "least_of": least, "ids": outs[2]}
-    top |= {"logprobs": outs[3], "size": size, "row": a.logits.stride(0) if a.model else size, "top": a.top}
+    top = {"y": given if a.model else y, "settings": settings, "least_of": least, "ids": outs[2]}
+    top |= {"logprobs": outs[3], "size": size, "row": size, "top": a.top}
     wide = {"num_warps": WARPS, **EXACT}
     made: tuple[Stage, ...] = () if a.history is None else (_count(a, counts, use),)
     made += (_prepare(a, counts, y, use),) + (() if a.bias_ids is None else (_biases(a, y, use),))
+    if a.model:
+        made += (_prepare(spec.Arguments(a.logits, a.seeds, a.positions), Use(0), given, use),)
     made += (Stage(row_kernel, (batch,), row, wide),)
     return made + ((Stage(top_kernel, (batch,), top, wide),) if a.top else ())
 

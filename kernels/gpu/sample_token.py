@@ -226,7 +226,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]
     row: dict[str, Any] = {name: use[name] for name in names} | {"y": y, "token": outs[0], "logprob": outs[1]}
     row |= {"settings": settings, "least_of": least, "size": size, "logits": given, "MODEL": a.model}
     row |= {name.upper(): getattr(a, name) is not None for name in names[2:7]} | {"TYPICAL": a.typical_p is not None}
-    top = {"y": given if a.model else y, "settings": settings, "least_of": least, "ids": outs[2]}
+    top: dict[str, Any] = {"y": given if a.model else y, "settings": settings, "least_of": least, "ids": outs[2]}
     top |= {"logprobs": outs[3], "size": size, "row": size, "top": a.top}
     wide = {"num_warps": WARPS, **EXACT}
     made: tuple[Stage, ...] = () if a.history is None else (_count(a, counts, use),)

@@ -233,6 +233,46 @@ struct fg_modulated_conv2d_args {
 };
 
 // Every op with a struct above; pool.cpp gives their sizes out.
+// up * act(gate) over three loops of rows and `width` neighbours; see gated_mlp_act.cpp.
+struct fg_gated_mlp_act_args {
+  const void *x, *up;  // up null: both lie in x
+  void *out;           // dense, in the order of the loops
+  int64_t dtype, activation;
+  int64_t n0, n1, n2, width;
+  int64_t gate_0, gate_1, gate_2, gate_start;  // strides, and where the gate starts in x
+  int64_t up_0, up_1, up_2, up_start;          // in up, or in x
+};
+
+// Rotary embedding: two loops over table rows, within which `repeat` rows of x take the same one; see rotate.h.
+struct fg_rope_args {
+  const void *x, *cos, *sin;
+  const void *positions;  // null: none; else which of the `entries` table rows
+  void *out;
+  int64_t dtype, table_dtype, positions_dtype;
+  int64_t rows_0, rows_1, repeat, width;
+  int64_t x_0, x_1, x_repeat;        // strides; the last axis of x and out has stride 1
+  int64_t out_0, out_1, out_repeat;
+  int64_t table_0, table_1, table_step, entries;
+  int64_t positions_0, positions_1;
+  int64_t half, full, interleaved;  // pairs that turn; whether the tables have an entry for each feature
+};
+
+// RMS norm over `width`, then as fg_rope_args.
+struct fg_qk_norm_rope_args {
+  const void *x, *weight, *cos, *sin;  // weight null: ones
+  const void *positions;
+  void *out;
+  int64_t dtype, weight_dtype, table_dtype, positions_dtype;
+  int64_t rows_0, rows_1, repeat, width;
+  int64_t x_0, x_1, x_repeat;
+  int64_t out_0, out_1, out_repeat;
+  int64_t table_0, table_1, table_step, entries;
+  int64_t positions_0, positions_1;
+  int64_t half, full, interleaved;
+  double eps;
+};
+
+// Every op with a struct above; pool.cpp gives their sizes out.
 #define FG_OPS(X)      \
   X(add_norm)          \
   X(attention)         \
@@ -240,6 +280,7 @@ struct fg_modulated_conv2d_args {
   X(attention_varlen)  \
   X(bias_act)          \
   X(filtered_lrelu)    \
+  X(gated_mlp_act)     \
   X(group_norm)        \
   X(join_group_norm)   \
   X(kv_append)         \
@@ -251,6 +292,13 @@ struct fg_modulated_conv2d_args {
   X(sample_token)      \
   X(sampler_step)      \
   X(upfirdn2d)
+  X(noise_normal)      \
+  X(pixel_shuffle)     \
+  X(qk_norm_rope)      \
+  X(rms_norm)          \
+  X(rope)              \
+  X(sample_token)      \
+  X(sampler_step)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {

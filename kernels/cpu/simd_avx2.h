@@ -57,7 +57,9 @@ FG_INLINE vf max(vf a, vf b) { return _mm256_max_ps(a, b); }
 FG_INLINE vf min(vf a, vf b) { return _mm256_min_ps(a, b); }
 FG_INLINE vf sqrt(vf a) { return _mm256_sqrt_ps(a); }
 FG_INLINE vf round(vf a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FG_INLINE vf floor(vf a) { return _mm256_floor_ps(a); }
 FG_INLINE vf select_gt(vf a, vf b, vf x, vf y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+FG_INLINE vf swap_pairs(vf a) { return _mm256_permute_ps(a, 0xb1); }
 FG_INLINE vf power2(__m256i n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
 }

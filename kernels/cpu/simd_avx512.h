@@ -47,9 +47,11 @@ FG_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
 FG_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
 FG_INLINE vf sqrt(vf a) { return _mm512_sqrt_ps(a); }
 FG_INLINE vf round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+FG_INLINE vf floor(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
 FG_INLINE vf select_gt(vf a, vf b, vf x, vf y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
 }
+FG_INLINE vf swap_pairs(vf a) { return _mm512_permute_ps(a, 0xb1); }
 FG_INLINE vf scale2(vf a, vf n) { return _mm512_scalef_ps(a, n); }
 FG_INLINE void interleave(vf a, vf b, vf &low, vf &high) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

@@ -50,7 +50,9 @@ FG_INLINE vf max(vf a, vf b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
 FG_INLINE vf min(vf a, vf b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
 FG_INLINE vf sqrt(vf a) { return vsqrtq_f32(a); }
 FG_INLINE vf round(vf a) { return vrndnq_f32(a); }
+FG_INLINE vf floor(vf a) { return vrndmq_f32(a); }
 FG_INLINE vf select_gt(vf a, vf b, vf x, vf y) { return vbslq_f32(vcgtq_f32(a, b), x, y); }
+FG_INLINE vf swap_pairs(vf a) { return vrev64q_f32(a); }
 FG_INLINE vf power2(int32x4_t n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23)); }
 FG_INLINE vf scale2(vf a, vf n) {  // in two factors, so that neither overflows or is subnormal
   int32x4_t whole = vcvtnq_s32_f32(n), half = vshrq_n_s32(whole, 1);

@@ -67,6 +67,10 @@ FG_INLINE vf sqrt(vf a) { return __builtin_sqrtf(a); }
 FG_INLINE vf round(vf a) {  // to nearest even, for |a| < 2^22: all that exp needs
   return (a + 12582912.0f) - 12582912.0f;
 }
+FG_INLINE vf floor(vf a) {  // for |a| < 2^22, as round
+  float n = round(a);
+  return n > a ? n - 1.0f : n;
+}
 FG_INLINE vf select_gt(vf a, vf b, vf x, vf y) { return a > b ? x : y; }
 FG_INLINE vf scale2(vf a, vf n) {
   if (n != n) return n;

@@ -34,8 +34,9 @@ def merged(
     return sizes, found
 
 
-def dense_like(x: Tensor) -> Tensor:
-    """An uninitialised tensor of x's shape and dtype: rows of the last dimension, in the order x has them in memory."""
+def dense_like(x: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """An uninitialised tensor of x's shape and dtype, on x's device where None is given: rows of the last dimension, in
+    the order x has them in memory."""
     order = sorted(range(x.dim() - 1), key=lambda d: x.stride(d), reverse=True)
-    out = torch.empty([x.shape[d] for d in order] + [x.shape[-1]], dtype=x.dtype, device=x.device)
+    out = torch.empty([x.shape[d] for d in order] + [x.shape[-1]], dtype=x.dtype, device=device or x.device)
     return out.permute([order.index(d) for d in range(x.dim() - 1)] + [x.dim() - 1])

@@ -10,12 +10,8 @@
 namespace {
 
 constexpr int64_t kTable = 1 << 14;  // bytes of factors that a work item spreads, at least one row
+constexpr int64_t kTogether = 8;     // rows whose norms are worked out at once, at most
 constexpr int64_t kRows = 1 << 16;   // bytes of x that a work item takes, at least one row of each position
-
-// Where one row's factors lie; `rest` is the weight past the features that turn.
-struct Factors {
-  const float *keep, *cross, *rest;
-};
 
 // A row of a table as float.
 template <class T>
@@ -71,66 +67,98 @@ FG_INLINE vf turned(vf x, vf partner, vf keep, vf cross, vf scale) {
 
 // Pairs (i, half + i).
 template <class T, bool kNorm>
-FG_INLINE void turn_halves(const T *x, T *out, int64_t half, const Factors &f, vf scale) {
+FG_INLINE void turn_halves(const T *x, T *out, int64_t half, const float *keep, const float *cross, vf scale) {
   int64_t i = 0;
   for (; i + W <= half; i += W) {
     vf a = load(x + i), b = load(x + half + i);
-    store(out + i, turned<kNorm>(a, b, load(f.keep + i), load(f.cross + i), scale));
-    store(out + half + i, turned<kNorm>(b, a, load(f.keep + half + i), load(f.cross + half + i), scale));
+    store(out + i, turned<kNorm>(a, b, load(keep + i), load(cross + i), scale));
+    store(out + half + i, turned<kNorm>(b, a, load(keep + half + i), load(cross + half + i), scale));
   }
   if (i < half) {
     int n = static_cast<int>(half - i);
     vf a = load_n(x + i, n), b = load_n(x + half + i, n);
-    store_n(out + i, turned<kNorm>(a, b, load_n(f.keep + i, n), load_n(f.cross + i, n), scale), n);
-    vf keep = load_n(f.keep + half + i, n), cross = load_n(f.cross + half + i, n);
-    store_n(out + half + i, turned<kNorm>(b, a, keep, cross, scale), n);
+    store_n(out + i, turned<kNorm>(a, b, load_n(keep + i, n), load_n(cross + i, n), scale), n);
+    vf k = load_n(keep + half + i, n), c = load_n(cross + half + i, n);
+    store_n(out + half + i, turned<kNorm>(b, a, k, c, scale), n);
   }
 }
 
 // Pairs (2 i, 2 i + 1).
 template <class T, bool kNorm>
-FG_INLINE void turn_pairs(const T *x, T *out, int64_t half, const Factors &f, vf scale) {
+FG_INLINE void turn_pairs(const T *x, T *out, int64_t half, const float *keep, const float *cross, vf scale) {
 #if defined(FG_LEVEL_SCALAR)
   for (int64_t i = 0; i < 2 * half; i += 2) {
     vf a = load(x + i), b = load(x + i + 1);
-    store(out + i, turned<kNorm>(a, b, f.keep[i], f.cross[i], scale));
-    store(out + i + 1, turned<kNorm>(b, a, f.keep[i + 1], f.cross[i + 1], scale));
+    store(out + i, turned<kNorm>(a, b, keep[i], cross[i], scale));
+    store(out + i + 1, turned<kNorm>(b, a, keep[i + 1], cross[i + 1], scale));
   }
 #else
   int64_t i = 0;
   for (; i + W <= 2 * half; i += W) {
     vf a = load(x + i);
-    store(out + i, turned<kNorm>(a, swap_pairs(a), load(f.keep + i), load(f.cross + i), scale));
+    store(out + i, turned<kNorm>(a, swap_pairs(a), load(keep + i), load(cross + i), scale));
   }
   if (i < 2 * half) {
     int n = static_cast<int>(2 * half - i);
     vf a = load_n(x + i, n);
-    store_n(out + i, turned<kNorm>(a, swap_pairs(a), load_n(f.keep + i, n), load_n(f.cross + i, n), scale), n);
+    store_n(out + i, turned<kNorm>(a, swap_pairs(a), load_n(keep + i, n), load_n(cross + i, n), scale), n);
   }
 #endif
 }
 
-// The features that do not turn.
+template <bool kNorm>
+FG_INLINE vf passed(vf x, vf weight, vf scale) {
+  return kNorm ? mul(mul(x, scale), weight) : x;
+}
+
+// The features that do not turn; `weight` may be null.
 template <class T, bool kNorm>
 FG_INLINE void pass(const T *x, T *out, int64_t n, const float *weight, vf scale) {
-  for (int64_t i = 0; i < n; i += W) {
-    int m = static_cast<int>(n - i < W ? n - i : W);
-    vf y = load_n(x + i, m);
-    if (kNorm) y = mul(y, scale);
-    if (weight) y = mul(y, load_n(weight + i, m));
-    store_n(out + i, y, m);
+  const vf one = set1(1.0f);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, passed<kNorm>(load(x + i), weight ? load(weight + i) : one, scale));
+  if (i < n) {
+    int m = static_cast<int>(n - i);
+    store_n(out + i, passed<kNorm>(load_n(x + i, m), weight ? load_n(weight + i, m) : one, scale), m);
   }
 }
 
+// Rows of x and out, and their factors, each a stride after the one before; no weight where `weight` is null.
+template <class T>
+struct Run {
+  const T *x;
+  T *out;
+  const float *factors, *weight;
+  int64_t rows, x_step, out_step, factors_step;
+};
+
 template <class T, bool kNorm, bool kPairs, class Args>
-FG_INLINE void turn_row(const Args *a, const T *x, T *out, const Factors &f, double eps) {
-  const vf scale = set1(kNorm ? inverse_rms(x, a->width, eps) : 1.0f);
-  if (kPairs)
-    turn_pairs<T, kNorm>(x, out, a->half, f, scale);
-  else
-    turn_halves<T, kNorm>(x, out, a->half, f, scale);
-  if (a->width > 2 * a->half)
-    pass<T, kNorm>(x + 2 * a->half, out + 2 * a->half, a->width - 2 * a->half, f.rest, scale);
+FG_INLINE void turn_run(const Args *a, const Run<T> &run, double eps) {
+  const int64_t width = a->width, turning = 2 * a->half, kept = turning / W * W;
+  const int64_t together = kTogether * 2 / static_cast<int64_t>(sizeof(T));
+  float scale[kTogether] = {};
+  for (int64_t first = 0; first < run.rows; first += together) {
+    const int64_t last = first + together < run.rows ? first + together : run.rows;
+    if (kNorm)  // of several rows at once: each ends in a chain of slow operations
+      for (int64_t r = first; r < last; ++r) {
+        const T *x = run.x + r * run.x_step;
+        scale[r - first] = inverse_rms(x, width, eps);
+        for (int64_t i = 0; i < width; i += 64 / static_cast<int64_t>(sizeof(T)))
+          __builtin_prefetch(x + together * run.x_step + i);
+      }
+    for (int64_t r = first; r < last; ++r) {
+      const T *x = run.x + r * run.x_step;
+      T *out = run.out + r * run.out_step;
+      const float *f = run.factors + r * run.factors_step, *w = run.weight;
+      const vf by = set1(scale[r - first]);
+      // From a whole vector on, and overwritten by what turns: stores that stay in a cache line.
+      if (width > turning) pass<T, kNorm>(x + kept, out + kept, width - kept, w ? w + kept : nullptr, by);
+      if (kPairs)
+        turn_pairs<T, kNorm>(x, out, a->half, f, f + turning, by);
+      else
+        turn_halves<T, kNorm>(x, out, a->half, f, f + turning, by);
+    }
+  }
 }
 
 // The table row of position r (of rows_0 x rows_1), counted in elements; -1 where it lies outside the table.
@@ -164,14 +192,14 @@ FG_INLINE void spread_block(const Args *a, int64_t first, int64_t last, const fl
 template <class T, bool kNorm, bool kPairs, class Args>
 int rotate(const Args *a, const void *weight, int64_t weight_dtype, double eps) {
   const int64_t rows = a->rows_0 * a->rows_1, turning = 2 * a->half, size = sizeof(T);
-  int64_t step = kTable / (turning * 8 + 1), most = kRows / (a->width * size);
+  // Whichever of the loops has the shorter stride is the inner one, and whole, so that x is read as it lies.
+  const bool heads_inside = a->out_repeat < a->out_1;
+  int64_t step = kTable / (turning * 8 + 1), most = kRows / (a->width * size * (heads_inside ? a->repeat : 1));
   step = step < most ? step : most;
   step = step < 1 ? 1 : step > rows ? rows : step;
   int64_t heads = kRows / (step * a->width * size);
   heads = heads < 1 ? 1 : heads > a->repeat ? a->repeat : heads;
   const int64_t across = (a->repeat + heads - 1) / heads, down = (rows + step - 1) / step;
-  // Whichever of the loops has the shorter stride is the inner one, so that x is read in the order it lies in.
-  const bool heads_inside = a->out_repeat < a->out_1;
   return parallel_for(down * across, 1, [&](int64_t item) {
     float *scratch = static_cast<float *>(fg_scratch(static_cast<size_t>(a->width + 2 * turning * (step + 1)) * 4));
     if (!scratch) return static_cast<int>(FG_NO_MEMORY);
@@ -181,20 +209,29 @@ int rotate(const Args *a, const void *weight, int64_t weight_dtype, double eps) 
     const int64_t first = item / across * step, last = first + step < rows ? first + step : rows;
     const int64_t from = item % across * heads, to = from + heads < a->repeat ? from + heads : a->repeat;
     spread_block<kPairs>(a, first, last, w, factors + 2 * turning * step, factors);
-    auto row = [&](int64_t r, int64_t h) {
+    auto run = [&](int64_t r, int64_t h) {
       const int64_t i0 = r / a->rows_1, i1 = r % a->rows_1;
-      const float *f = factors + (r - first) * 2 * turning;
       const T *x = static_cast<const T *>(a->x) + i0 * a->x_0 + i1 * a->x_1 + h * a->x_repeat;
       T *out = static_cast<T *>(a->out) + i0 * a->out_0 + i1 * a->out_1 + h * a->out_repeat;
-      turn_row<T, kNorm, kPairs>(a, x, out, Factors{f, f + turning, w ? w + turning : nullptr}, eps);
+      return Run<T>{x, out, factors + (r - first) * 2 * turning, w, 1, a->x_1, a->out_1, 2 * turning};
     };
     if (heads_inside) {
-      for (int64_t r = first; r < last; ++r)
-        for (int64_t h = from; h < to; ++h) row(r, h);
-    } else {
-      for (int64_t h = from; h < to; ++h)
-        for (int64_t r = first; r < last; ++r) row(r, h);
+      for (int64_t r = first; r < last; ++r) {
+        Run<T> heads_of = run(r, from);
+        heads_of.rows = to - from, heads_of.x_step = a->x_repeat, heads_of.out_step = a->out_repeat;
+        heads_of.factors_step = 0;
+        turn_run<T, kNorm, kPairs>(a, heads_of, eps);
+      }
+      return static_cast<int>(FG_OK);
     }
+    for (int64_t h = from; h < to; ++h)
+      for (int64_t r = first; r < last;) {  // as far as one stride goes
+        Run<T> positions = run(r, h);
+        const int64_t end = r - r % a->rows_1 + a->rows_1;
+        positions.rows = (end < last ? end : last) - r;
+        turn_run<T, kNorm, kPairs>(a, positions, eps);
+        r += positions.rows;
+      }
     return static_cast<int>(FG_OK);
   });
 }

@@ -32,12 +32,8 @@ def halves(x: Tensor, up: Tensor | None, gate_first: bool) -> tuple[Tensor, Tens
     return (first, second) if gate_first else (second, first)
 
 
-def allocate(
-    x: Tensor, up: Tensor | None = None, activation: str = "silu", gate_first: bool = True
-) -> tuple[Tensor, ...]:
-    """The uninitialised output (*, H) of x's dtype: contiguous, or with ``up`` in the order that x has in memory.
-
-    Raises ValueError where the arguments do not fit."""
+def check(x: Tensor, up: Tensor | None, activation: str) -> None:
+    """Raises ValueError, one line, where the arguments do not fit together."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"gated_mlp_act: no activation is called {activation!r}; there are {', '.join(ACTIVATIONS)}")
     if x.dim() < 1:
@@ -47,6 +43,13 @@ def allocate(
     if up is not None and (up.shape != x.shape or up.dtype != x.dtype):
         two = f"{tuple(x.shape)} {x.dtype} and {tuple(up.shape)} {up.dtype}"
         raise ValueError(f"gated_mlp_act: gate and up differ: {two}")
+
+
+def allocate(
+    x: Tensor, up: Tensor | None = None, activation: str = "silu", gate_first: bool = True
+) -> tuple[Tensor, ...]:
+    """The uninitialised output (*, H) of x's dtype: contiguous, or with ``up`` in the order that x has in memory."""
+    check(x, up, activation)
     return (_like(x, up, x.device),)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
-from fusegen.kernels.gated_mlp_act import ACTIVATIONS, loops
+from fusegen.kernels.gated_mlp_act import ACTIVATIONS, check, loops
 from fusegen.kernels.op import FLOATS, Kernel
 
 
@@ -24,6 +24,7 @@ class Args(ctypes.Structure):
 
 
 def decline(x: Tensor, up: Tensor | None, activation: str, gate_first: bool) -> str | None:
+    check(x, up, activation)
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}"
     if not x.numel():

@@ -10,7 +10,7 @@ from torch import Tensor
 from fusegen.kernels.cpu import rotate
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.op import FLOATS, Kernel
-from fusegen.kernels.qk_norm_rope import seen
+from fusegen.kernels.qk_norm_rope import check_all, seen
 
 
 class Args(ctypes.Structure):
@@ -28,6 +28,7 @@ def decline(
     x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None, eps: float,
     interleaved: bool, rotary_dim: int | None, transpose: bool,
 ) -> str | None:  # fmt: skip
+    check_all(x, weight, cos, sin, positions, rotary_dim, transpose)
     if weight is not None and (weight.dtype not in FLOATS or not weight.is_contiguous()):
         return f"weight is {weight.dtype} of stride {weight.stride(0)}"
     return rotate.decline(seen(x, transpose), cos, sin, positions, interleaved, rotary_dim)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fusegen.kernels.cpu import rotate
 from fusegen.kernels.cpu.library import CpuLaunch
 from fusegen.kernels.op import Kernel
+from fusegen.kernels.rope import check
 
 
 class Args(ctypes.Structure):
@@ -25,6 +26,7 @@ class Args(ctypes.Structure):
 def decline(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, rotary_dim: int | None
 ) -> str | None:
+    check("rope", x, cos, sin, positions, rotary_dim)
     return rotate.decline(x, cos, sin, positions, interleaved, rotary_dim)
 
 

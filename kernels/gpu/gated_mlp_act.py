@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusegen.kernels.gated_mlp_act import loops
+from fusegen.kernels.gated_mlp_act import check, loops
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power, unit
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
@@ -129,6 +129,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
 
 def decline(x: Tensor, up: Tensor | None = None, activation: str = "silu", gate_first: bool = True) -> str | None:
     """Layouts that need more than four strides."""
+    check(x, up, activation)
     if x.numel() and loops(x, up, gate_first) is None:
         return (
             f"strides {tuple(x.stride())} and {tuple(up.stride()) if up is not None else ()} are more than four loops"

@@ -12,7 +12,7 @@ from fusegen.kernels.gpu import rotate
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, meta
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
-from fusegen.kernels.qk_norm_rope import seen
+from fusegen.kernels.qk_norm_rope import check_all, seen
 
 X, WEIGHT, COS, SIN, POSITIONS = 0, 1, 2, 3, 4  # positions of the tensors in the schema
 
@@ -44,6 +44,7 @@ def decline(
     interleaved: bool, rotary_dim: int | None, transpose: bool,
 ) -> str | None:  # fmt: skip
     """A strided weight, and as :func:`rotate.decline`."""
+    check_all(x, weight, cos, sin, positions, rotary_dim, transpose)
     if weight is not None and not weight.is_contiguous():
         return "weight is strided"
     return rotate.decline(x, cos, sin, positions)

@@ -13,6 +13,7 @@ from fusegen.kernels.gpu import rotate
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, meta
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
+from fusegen.kernels.rope import check
 
 X, COS, SIN, POSITIONS = 0, 1, 2, 3  # positions of the tensors in the schema
 
@@ -34,6 +35,7 @@ def decline(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, rotary_dim: int | None
 ) -> str | None:
     """As :func:`rotate.decline`."""
+    check("rope", x, cos, sin, positions, rotary_dim)
     return rotate.decline(x, cos, sin, positions)
 
 

@@ -1,4 +1,4 @@
-"""rewrite() on transformers of diffusers and transformers: gates and rotary embeddings are replaced, the meaning stays."""
+"""rewrite() on transformers of diffusers and transformers: gates and rotations are replaced, the meaning stays."""
 
 from __future__ import annotations
 

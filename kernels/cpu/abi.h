@@ -112,6 +112,24 @@ struct fg_layer_norm_args : fg_row_norm_args {};
 struct fg_rms_norm_args : fg_row_norm_args {};
 struct fg_add_norm_args : fg_row_norm_args {};
 
+// Linear layers on quantized weights; see linear_int4.py and linear_int8.py of kernels/.  x has outer x inner rows of
+// `width`, bias, residual and zeros may be null, out and residual are dense; activation: quantized.h.
+struct fg_linear_int4_args {
+  const void *x, *weight, *scales, *zeros, *bias, *residual;
+  void *out;
+  int64_t dtype, scale_dtype, bias_dtype;
+  int64_t outer, inner, width, x_outer, x_inner;
+  int64_t out_features, groups, group, activation;
+};
+
+struct fg_linear_int8_args {
+  const void *x, *weight, *scale, *bias, *residual;
+  void *out;
+  int64_t dtype, bias_dtype;
+  int64_t outer, inner, width, x_outer, x_inner;
+  int64_t out_features, activation;
+};
+
 // Normal noise (batch, count) of (seed, step, sample, element); see normal.h.
 struct fg_noise_normal_args {
   const void *seeds;  // (batch,) int64
@@ -174,6 +192,8 @@ struct fg_upsample2x_conv_args {
   X(join_group_norm)  \
   X(kv_append)        \
   X(layer_norm)       \
+  X(linear_int4)      \
+  X(linear_int8)      \
   X(noise_normal)     \
   X(pixel_shuffle)    \
   X(rms_norm)         \

@@ -1,20 +1,13 @@
 // The two products of attention's bfloat16 engine on AMX tiles: 16 x 16 float sums of 32-element bfloat16 rows.
 #pragma once
 #include "attention_bf16.h"
+#include "tiles.h"
 
 namespace {
 
 struct AmxEngine : Bf16Pack {
-  struct alignas(64) Config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  };
-
   static void begin() {
-    Config config = {};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
+    TileConfig config = whole_tiles();
     _tile_loadconfig(&config);
   }
   static void end() { _tile_release(); }

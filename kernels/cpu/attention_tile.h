@@ -204,36 +204,6 @@ inline void take_sink(State *state, float sink) {
   }
 }
 
-#if defined(FG_HAS_AVX512)
-// Rows become columns, 32-bit elements.
-FG_INLINE void transpose(__m512i (&x)[16]) {
-  __m512i y[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    __m512i a = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), b = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
-    __m512i c = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88), d = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
-    y[i] = _mm512_shuffle_i32x4(a, c, 0x88);
-    y[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
-    y[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
-    y[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) x[i] = y[i];
-}
-#endif
-
 // to[j][i] = from[i][j] for W x W floats; strides count elements.
 FG_INLINE void transpose(const float *from, int from_stride, float *to, int to_stride) {
 #if defined(FG_HAS_AVX512)

@@ -28,7 +28,7 @@ inline void few(const Job &job, int64_t panel, int64_t m, float *y) {
   const S *scale = static_cast<const S *>(a->scales) + panel * a->groups * 16;
   const uint8_t *zero = ZEROS ? static_cast<const uint8_t *>(a->zeros) + panel * a->groups * 16 : nullptr;
   const int8_t *x = job.codes + m * job.stride;
-  const float *by = job.scale + m * a->groups, *total = job.sum + m * a->groups;
+  const float *by = job.scale + m, *total = job.sum + m;
   vf acc[ROWS][PARTS];
   for (int r = 0; r < ROWS; ++r)
     for (int v = 0; v < PARTS; ++v) acc[r][v] = set1(0.0f);
@@ -47,8 +47,10 @@ inline void few(const Job &job, int64_t panel, int64_t m, float *y) {
     }
     for (int v = 0; v < PARTS; ++v) {
       vf s = load(scale + g * 16 + W * v), z = ZEROS ? load_zeros(zero + g * 16 + W * v) : set1(8.0f);
-      for (int r = 0; r < ROWS; ++r)
-        acc[r][v] = group_into(acc[r][v], sum[r][v], z, total[r * a->groups + g], s, by[r * a->groups + g]);
+      for (int r = 0; r < ROWS; ++r) {  // the zero point's part is an exact integer, too
+        vf rest = sub(to_float(sum[r][v]), mul(z, set1(total[g * job.rows + r])));
+        acc[r][v] = group_into(acc[r][v], rest, s, by[g * job.rows + r]);
+      }
     }
   }
   for (int r = 0; r < ROWS; ++r)
@@ -115,8 +117,8 @@ int linear(const fg_linear_int4_args *a) {
       int64_t left = a->width - g * a->group;
       Scaled found = quantize(x + g * a->group, left < a->group ? left : a->group, a->group,
                               codes + r * stride + g * a->group);
-      scale[r * groups + g] = found.scale;
-      sum[r * groups + g] = found.sum;
+      scale[g * rows + r] = found.scale;
+      sum[g * rows + r] = found.sum;
     }
     return 0;
   });

@@ -11,14 +11,12 @@ struct Job {
   int64_t rows, padded;      // of x; columns, up to whole groups
   int64_t stride;            // of codes
   const int8_t *codes;       // (rows up to 16s, stride)
-  const float *scale, *sum;  // (rows, groups)
+  const float *scale, *sum;  // (groups, rows)
   const float *bias;         // or null
 };
 
-// acc + (sum - zero * total) * (s * by); the first factor is an integer below 2^24, hence exact.
-FG_INLINE vf group_into(vf acc, vi sum, vf zero, float total, vf s, float by) {
-  return fma(sub(to_float(sum), mul(zero, set1(total))), mul(s, set1(by)), acc);
-}
+// acc + sum * (s * by), where sum is an integer below 2^24.
+FG_INLINE vf group_into(vf acc, vf sum, vf s, float by) { return fma(sum, mul(s, set1(by)), acc); }
 
 FG_INLINE vf load_zeros(const uint8_t *p) {
 #if defined(FG_HAS_AVX512)

@@ -1,7 +1,7 @@
 // Products of 8-bit integers, summed exactly in int32, at the level of this translation unit.
 //
 //   vi                       a vector of W int32 lanes
-//   zero_i, to_float         0; the lanes as floats (exact below 2^24)
+//   zero_i, load_i, to_float  0; W of them from memory; the lanes as floats (exact below 2^24)
 //   to_codes(p, v, n)        the first n lanes of v, integral and in [-127, 127], to int8
 //
 // Four bits by eight (the packed layout of linear_int4.py; lane r is a row of the weight):
@@ -26,8 +26,10 @@ struct Nibbles {
   __m512i low, high;
 };
 FG_INLINE vi zero_i() { return _mm512_setzero_si512(); }
+FG_INLINE vi load_i(const int32_t *p) { return _mm512_loadu_si512(p); }
 FG_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
 FG_INLINE void to_codes(int8_t *p, vf v, int n) {
+  if (n == W) return _mm512_mask_cvtepi32_storeu_epi8(p, 0xffff, _mm512_cvtps_epi32(v));
   _mm_mask_storeu_epi8(p, lanes_below(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 FG_INLINE Nibbles unpack(const uint8_t *p) {
@@ -80,6 +82,7 @@ struct Nibbles {
   __m256i low, high;
 };
 FG_INLINE vi zero_i() { return _mm256_setzero_si256(); }
+FG_INLINE vi load_i(const int32_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
 FG_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
 FG_INLINE void to_codes(int8_t *p, vf v, int n) {
   __m256i wide = _mm256_cvtps_epi32(v);
@@ -126,6 +129,7 @@ struct Nibbles {
   int8x16_t low, high;
 };
 FG_INLINE vi zero_i() { return vdupq_n_s32(0); }
+FG_INLINE vi load_i(const int32_t *p) { return vld1q_s32(p); }
 FG_INLINE vf to_float(vi a) { return vcvtq_f32_s32(a); }
 FG_INLINE void to_codes(int8_t *p, vf v, int n) {
   int16x4_t half = vqmovn_s32(vcvtnq_s32_f32(v));
@@ -171,6 +175,7 @@ struct Nibbles {
   uint8_t codes[8];
 };
 FG_INLINE vi zero_i() { return 0; }
+FG_INLINE vi load_i(const int32_t *p) { return *p; }
 FG_INLINE vf to_float(vi a) { return static_cast<float>(a); }
 FG_INLINE void to_codes(int8_t *p, vf v, int n) {
   if (n > 0) *p = static_cast<int8_t>(static_cast<int>(v));

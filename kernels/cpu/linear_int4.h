@@ -33,12 +33,11 @@ FG_INLINE void ahead(const uint8_t *w) { __builtin_prefetch(w + 4096, 0, 2); }
 
 // Row m of the output where it meets the panel, from its sixteen sums.
 template <class T>
-inline void write(const Job &job, int64_t panel, int64_t m, const float *y) {
-  const fg_linear_int4_args *a = job.a;
-  const int64_t column = panel * 16, n = a->out_features - column < 16 ? a->out_features - column : 16;
-  const int64_t at = m * a->out_features + column;
-  finish(y, n, job.bias ? job.bias + column : nullptr, a->activation,
-         a->residual ? static_cast<const T *>(a->residual) + at : nullptr, static_cast<T *>(a->out) + at);
+FG_INLINE void write(const Job &job, int64_t panel, int64_t m, const float *y) {
+  const int64_t left = job.a->out_features - panel * 16;
+  const Tail<T> tail = tail_of<T>(job.a, job.bias, m);
+  for (int64_t i = 0; i < 16 && i < left; i += W)
+    tail.put(load(y + i), panel * 16 + i, static_cast<int>(left - i < W ? left - i : W));
 }
 
 }  // namespace

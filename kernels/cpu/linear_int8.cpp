@@ -62,7 +62,9 @@ void few(const Job &job, int64_t n, int64_t first, int64_t last) {
         default: dots<4>(job, w, m, sums + i);
       }
     }
-    for (int64_t r = 0; r < rows; ++r) write<T>(job, n, m + r, sums + r * 16);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < end; i += W)
+        write<T>(job, n + i, m + r, load_i(sums + r * 16 + i), static_cast<int>(end - i < W ? end - i : W));
   }
 }
 

@@ -18,16 +18,11 @@ FG_INLINE const int8_t *weight_row(const Job &job, int64_t n) {
   return static_cast<const int8_t *>(job.a->weight) + n * job.a->width;
 }
 
-// Row m of the output from column `first` on, from its sixteen sums (fewer where the weight ends).
+// `n` <= W columns of row m of the output from column `first` on, from their sums.
 template <class T>
-inline void write(const Job &job, int64_t first, int64_t m, const int32_t *sums) {
-  const fg_linear_int8_args *a = job.a;
-  const int64_t n = a->out_features - first < 16 ? a->out_features - first : 16, at = m * a->out_features + first;
-  const float *scale = static_cast<const float *>(a->scale) + first;
-  float y[16];
-  for (int64_t i = 0; i < n; ++i) y[i] = static_cast<float>(sums[i]) * (job.scale[m] * scale[i]);
-  finish(y, n, job.bias ? job.bias + first : nullptr, a->activation,
-         a->residual ? static_cast<const T *>(a->residual) + at : nullptr, static_cast<T *>(a->out) + at);
+FG_INLINE void write(const Job &job, int64_t first, int64_t m, vi sums, int n) {
+  vf by = mul(set1(job.scale[m]), load_n(static_cast<const float *>(job.a->scale) + first, n));
+  tail_of<T>(job.a, job.bias, m).put(mul(to_float(sums), by), first, n);
 }
 
 }  // namespace

@@ -15,26 +15,37 @@ struct Scaled {
 // The first n of x to `padded` codes, the rest 0; kernels/linear_int8.py says by which arithmetic.
 template <class T>
 inline Scaled quantize(const T *x, int64_t n, int64_t padded, int8_t *codes) {
-  vf top = set1(0.0f), bad = top, sum = top;
-  for (int64_t i = 0; i < n; i += W) {
-    vf v = n - i < W ? load_n(x + i, static_cast<int>(n - i)) : load(x + i);
-    top = max(top, max(v, sub(set1(0.0f), v)));
-    bad = fma(v, set1(0.0f), bad);  // NaN from the first infinity or NaN on
-  }
-  const float absmax = hmax(top), broken = hsum(bad);
+  constexpr int WAYS = 4;  // as many sums as an addition takes cycles; their order is of no account
+  vf top[WAYS], bad[WAYS], sum[WAYS];
+  for (int j = 0; j < WAYS; ++j) top[j] = bad[j] = sum[j] = set1(0.0f);
+  auto look = [&](int j, vf v) {
+    top[j] = max(top[j], max(v, sub(set1(0.0f), v)));
+    bad[j] = fma(v, set1(0.0f), bad[j]);  // NaN from the first infinity or NaN on
+  };
+  int64_t i = 0;
+  for (; i + WAYS * W <= n; i += WAYS * W)
+    for (int j = 0; j < WAYS; ++j) look(j, load(x + i + j * W));
+  for (; i < n; i += W) look(0, load_n(x + i, static_cast<int>(n - i < W ? n - i : W)));
+  const float absmax = hmax(max(max(top[0], top[1]), max(top[2], top[3])));
+  const float broken = hsum(add(add(bad[0], bad[1]), add(bad[2], bad[3])));
   if (broken != 0.0f || !(absmax >= 0x1p-100f)) {
     memset(codes, 0, static_cast<size_t>(padded));
     return {broken, 0.0f};
   }
   const vf rate = set1(127.0f / absmax);
-  for (int64_t i = 0; i < n; i += W) {
-    int left = static_cast<int>(n - i < W ? n - i : W);
-    vf v = round(mul(load_n(x + i, left), rate));
-    sum = add(sum, v);
-    to_codes(codes + i, v, left);
+  auto code = [&](int j, vf v, int64_t at, int left) {
+    v = round(mul(v, rate));
+    sum[j] = add(sum[j], v);
+    to_codes(codes + at, v, left);
+  };
+  for (i = 0; i + WAYS * W <= n; i += WAYS * W)
+    for (int j = 0; j < WAYS; ++j) code(j, load(x + i + j * W), i + j * W, W);
+  for (; i < n; i += W) {
+    const int left = static_cast<int>(n - i < W ? n - i : W);
+    code(0, load_n(x + i, left), i, left);
   }
   memset(codes + n, 0, static_cast<size_t>(padded - n));
-  return {absmax * (1.0f / 127.0f), hsum(sum)};
+  return {absmax * (1.0f / 127.0f), hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3])))};
 }
 
 enum : int64_t { NONE, RELU, GELU, GELU_TANH, SILU };
@@ -50,17 +61,36 @@ FG_INLINE vf activate(vf y, int64_t kind) {
   }
 }
 
-// act(y + bias) + residual for n neighbouring columns of a row, to `out`; bias and residual may be null.
+// What is fused behind one row of a product, at one of its columns; bias and residual may be null.
 template <class T>
-inline void finish(const float *y, int64_t n, const float *bias, int64_t kind, const T *residual, T *out) {
-  for (int64_t i = 0; i < n; i += W) {
-    int left = static_cast<int>(n - i < W ? n - i : W);
-    vf v = load_n(y + i, left);
-    if (bias) v = add(v, load_n(bias + i, left));
-    v = activate<T>(v, kind);
-    if (residual) v = add(v, load_n(residual + i, left));
-    store_n(out + i, v, left);
+struct Tail {
+  const float *bias;
+  const T *residual;
+  T *out;
+  int64_t kind;
+
+  // act(y + bias) + residual for n <= W columns from column i on.
+  inline __attribute__((always_inline)) void put(vf y, int64_t i, int n) const {
+    if (n == W) {
+      if (bias) y = add(y, load(bias + i));
+      y = activate<T>(y, kind);
+      if (residual) y = add(y, load(residual + i));
+      store(out + i, y);
+    } else {
+      if (bias) y = add(y, load_n(bias + i, n));
+      y = activate<T>(y, kind);
+      if (residual) y = add(y, load_n(residual + i, n));
+      store_n(out + i, y, n);
+    }
   }
+};
+
+// Row m of an op's output; `bias` in float32 or null.
+template <class T, class A>
+FG_INLINE Tail<T> tail_of(const A *a, const float *bias, int64_t m) {
+  const int64_t at = m * a->out_features;
+  return {bias, a->residual ? static_cast<const T *>(a->residual) + at : nullptr, static_cast<T *>(a->out) + at,
+          a->activation};
 }
 
 // The bias in float32, in `to` where it has to be converted; null where there is none.

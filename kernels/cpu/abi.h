@@ -120,6 +120,7 @@ struct fg_linear_int4_args {
   int64_t dtype, scale_dtype, bias_dtype;
   int64_t outer, inner, width, x_outer, x_inner;
   int64_t out_features, groups, group, activation;
+  int64_t quantize;  // x to int8, by groups
 };
 
 struct fg_linear_int8_args {

@@ -2,6 +2,7 @@
 //
 //   vi                       a vector of W int32 lanes
 //   zero_i, load_i, to_float  0; W of them from memory; the lanes as floats (exact below 2^24)
+//   code_at<SHIFT>(a)         four bits of each lane
 //   to_codes(p, v, n)        the first n lanes of v, integral and in [-127, 127], to int8
 //
 // Four bits by eight (the packed layout of linear_int4.py; lane r is a row of the weight):
@@ -28,6 +29,10 @@ struct Nibbles {
 FG_INLINE vi zero_i() { return _mm512_setzero_si512(); }
 FG_INLINE vi load_i(const int32_t *p) { return _mm512_loadu_si512(p); }
 FG_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a); }
+template <int SHIFT>
+FG_INLINE vi code_at(vi a) {
+  return _mm512_and_si512(_mm512_srli_epi32(a, SHIFT), _mm512_set1_epi32(15));
+}
 FG_INLINE void to_codes(int8_t *p, vf v, int n) {
   if (n == W) return _mm512_mask_cvtepi32_storeu_epi8(p, 0xffff, _mm512_cvtps_epi32(v));
   _mm_mask_storeu_epi8(p, lanes_below(n), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
@@ -84,6 +89,10 @@ struct Nibbles {
 FG_INLINE vi zero_i() { return _mm256_setzero_si256(); }
 FG_INLINE vi load_i(const int32_t *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
 FG_INLINE vf to_float(vi a) { return _mm256_cvtepi32_ps(a); }
+template <int SHIFT>
+FG_INLINE vi code_at(vi a) {
+  return _mm256_and_si256(_mm256_srli_epi32(a, SHIFT), _mm256_set1_epi32(15));
+}
 FG_INLINE void to_codes(int8_t *p, vf v, int n) {
   __m256i wide = _mm256_cvtps_epi32(v);
   __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
@@ -131,6 +140,10 @@ struct Nibbles {
 FG_INLINE vi zero_i() { return vdupq_n_s32(0); }
 FG_INLINE vi load_i(const int32_t *p) { return vld1q_s32(p); }
 FG_INLINE vf to_float(vi a) { return vcvtq_f32_s32(a); }
+template <int SHIFT>
+FG_INLINE vi code_at(vi a) {
+  return vandq_s32(vshlq_s32(a, vdupq_n_s32(-SHIFT)), vdupq_n_s32(15));
+}
 FG_INLINE void to_codes(int8_t *p, vf v, int n) {
   int16x4_t half = vqmovn_s32(vcvtnq_s32_f32(v));
   int8x8_t eight = vqmovn_s16(vcombine_s16(half, half));
@@ -177,6 +190,10 @@ struct Nibbles {
 FG_INLINE vi zero_i() { return 0; }
 FG_INLINE vi load_i(const int32_t *p) { return *p; }
 FG_INLINE vf to_float(vi a) { return static_cast<float>(a); }
+template <int SHIFT>
+FG_INLINE vi code_at(vi a) {
+  return a >> SHIFT & 15;
+}
 FG_INLINE void to_codes(int8_t *p, vf v, int n) {
   if (n > 0) *p = static_cast<int8_t>(static_cast<int>(v));
 }

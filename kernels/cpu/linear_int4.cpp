@@ -4,7 +4,7 @@
 // x is quantized once; a panel of sixteen rows of W is then one stream of memory, taken against one to eight rows of x
 // at a time (many rows: on AMX tiles, linear_int4_amx.h).  A group's integer sums are exact, and every path adds the
 // groups in order with the same roundings: a row's result does not depend on how many others there are.
-#include "linear_int4.h"
+#include "linear_int4_float.h"
 #if defined(FG_LEVEL_AMX)
 #include "linear_int4_amx.h"
 #endif
@@ -133,9 +133,9 @@ int linear(const fg_linear_int4_args *a) {
 extern "C" int FG_EXPORT(linear_int4)(const fg_linear_int4_args *a) {
   if (!a->outer || !a->inner || !a->out_features) return FG_OK;
   switch (a->dtype) {
-    case FG_FLOAT32: return linear<float>(a);
-    case FG_BFLOAT16: return linear<bf16>(a);
-    case FG_FLOAT16: return linear<fp16>(a);
+    case FG_FLOAT32: return a->quantize ? linear<float>(a) : linear_float<float>(a);
+    case FG_BFLOAT16: return a->quantize ? linear<bf16>(a) : linear_float<bf16>(a);
+    case FG_FLOAT16: return a->quantize ? linear<fp16>(a) : linear_float<fp16>(a);
     default: return FG_BAD_ARGUMENT;
   }
 }

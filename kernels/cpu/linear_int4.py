@@ -17,7 +17,7 @@ _POINTERS = ("x", "weight", "scales", "zeros", "bias", "residual", "out")
 _PLACES = {0: "x", 1: "weight", 2: "scales", 4: "zeros", 5: "bias", 6: "residual"}  # in the schema
 _INTEGERS = (
     "dtype", "scale_dtype", "bias_dtype", "outer", "inner", "width", "x_outer", "x_inner", "out_features", "groups",
-    "group", "activation",
+    "group", "activation", "quantize",
 )  # fmt: skip
 
 
@@ -31,20 +31,19 @@ def decline(
     x: Tensor, weight: Tensor, scales: Tensor, out_features: int, zeros: Any, bias: Any, residual: Any,
     activation: str, inputs: str,
 ) -> str | None:  # fmt: skip
-    if inputs != "int8":
-        return "x is to be multiplied in floating point: this kernel quantizes it"
     if scales.dtype not in (torch.float16, torch.float32):
         return f"scales are {scales.dtype}"
     return unserved(x, bias, residual, weight=weight, scales=scales, zeros=zeros)
 
 
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
-    x, weight, scales, out_features, _, bias, _, activation, _ = args
+    x, weight, scales, out_features, _, bias, _, activation, inputs = args
     struct = Args(
         scale_dtype=DTYPES[scales.dtype],
         out_features=out_features,
         groups=scales.shape[1],
         group=group_of(weight, scales),
+        quantize=inputs == "int8",
         **fields(x, outs[0], bias, activation),
     )
     return CpuLaunch("linear_int4", struct, _PLACES, outs, args)

@@ -183,25 +183,6 @@ struct fg_upsample2x_conv_args {
   int64_t out_batch, out_channel, out_row, out_column;
 };
 
-// Every op with a struct above; pool.cpp gives their sizes out.
-#define FG_OPS(X)     \
-  X(add_norm)         \
-  X(attention)        \
-  X(attention_decode) \
-  X(attention_varlen) \
-  X(group_norm)       \
-  X(join_group_norm)  \
-  X(kv_append)        \
-  X(layer_norm)       \
-  X(linear_int4)      \
-  X(linear_int8)      \
-  X(noise_normal)     \
-  X(pixel_shuffle)    \
-  X(rms_norm)         \
-  X(sample_token)     \
-  X(sampler_step)     \
-  X(upsample2x_conv)
-
 // clamp(gain act(x + bias)) of outer x channels x inner elements; out is dense in that order; see bias_act.cpp.
 struct fg_bias_act_args {
   const void *x, *bias;
@@ -253,7 +234,6 @@ struct fg_modulated_conv2d_args {
   double alpha, gain, clamp, eps;
 };
 
-// Every op with a struct above; pool.cpp gives their sizes out.
 // up * act(gate) over three loops of rows and `width` neighbours; see gated_mlp_act.cpp.
 struct fg_gated_mlp_act_args {
   const void *x, *up;  // up null: both lie in x
@@ -294,32 +274,30 @@ struct fg_qk_norm_rope_args {
 };
 
 // Every op with a struct above; pool.cpp gives their sizes out.
-#define FG_OPS(X)      \
-  X(add_norm)          \
-  X(attention)         \
-  X(attention_decode)  \
-  X(attention_varlen)  \
-  X(bias_act)          \
-  X(filtered_lrelu)    \
-  X(gated_mlp_act)     \
-  X(group_norm)        \
-  X(join_group_norm)   \
-  X(kv_append)         \
-  X(layer_norm)        \
-  X(modulated_conv2d)  \
-  X(noise_normal)      \
-  X(pixel_shuffle)     \
-  X(rms_norm)          \
-  X(sample_token)      \
-  X(sampler_step)      \
-  X(upfirdn2d)
-  X(noise_normal)      \
-  X(pixel_shuffle)     \
-  X(qk_norm_rope)      \
-  X(rms_norm)          \
-  X(rope)              \
-  X(sample_token)      \
-  X(sampler_step)
+#define FG_OPS(X)     \
+  X(add_norm)         \
+  X(attention)        \
+  X(attention_decode) \
+  X(attention_varlen) \
+  X(bias_act)         \
+  X(filtered_lrelu)   \
+  X(gated_mlp_act)    \
+  X(group_norm)       \
+  X(join_group_norm)  \
+  X(kv_append)        \
+  X(layer_norm)       \
+  X(linear_int4)      \
+  X(linear_int8)      \
+  X(modulated_conv2d) \
+  X(noise_normal)     \
+  X(pixel_shuffle)    \
+  X(qk_norm_rope)     \
+  X(rms_norm)         \
+  X(rope)             \
+  X(sample_token)     \
+  X(sampler_step)     \
+  X(upfirdn2d)        \
+  X(upsample2x_conv)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {

@@ -54,8 +54,8 @@ template <class T>
 FG_INLINE vf activate(vf y, int64_t kind) {
   switch (kind) {
     case RELU: return select_gt(set1(0.0f), y, set1(0.0f), y);  // NaN stays
-    case GELU: return gelu(y);
-    case GELU_TANH: return gelu_tanh(y);
+    case GELU: return gelu<T>(y);
+    case GELU_TANH: return gelu_tanh<T>(y);
     case SILU: return silu<T>(y);
     default: return y;
   }

@@ -46,7 +46,7 @@ class Scaling:
         Raises RequestError for a ``rope_type`` that is not known.
         """
         known = {f.name for f in fields(Scaling)}
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items() if k in known}
+        given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in parameters.items() if k in known}
         scaling = Scaling(**{k: v for k, v in given.items() if v is not None})
         if scaling.rope_type not in KINDS:
             mend = f"there are {', '.join(KINDS)}"

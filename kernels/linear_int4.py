@@ -242,10 +242,10 @@ OP = register(
         reference=reference,
         allocate=allocate,
         cost=cost,
-        tolerance={
+        tolerance={  # of the short types the output's rounding (2^-8, 2^-11) and, on GPUs, the unpacked weight's
             torch.float32: Tolerance(rms=2e-6, peak=4e-6),
-            torch.bfloat16: Tolerance(rms=3.5e-3, peak=5e-3),
-            torch.float16: Tolerance(rms=5e-4, peak=8e-4),
+            torch.bfloat16: Tolerance(rms=5e-3, peak=6e-3),
+            torch.float16: Tolerance(rms=6e-4, peak=8e-4),
         },
         cases=CASES,
         eager=_eager,

@@ -232,10 +232,10 @@ OP = register(
         reference=reference,
         allocate=allocate,
         cost=cost,
-        tolerance={
+        tolerance={  # of the short types the output's own rounding, 2^-8 and 2^-11 where there is one element
             torch.float32: Tolerance(rms=1e-6, peak=2e-6),
-            torch.bfloat16: Tolerance(rms=2.5e-3, peak=4e-3),
-            torch.float16: Tolerance(rms=3e-4, peak=5e-4),
+            torch.bfloat16: Tolerance(rms=4e-3, peak=4.2e-3),
+            torch.float16: Tolerance(rms=5e-4, peak=5.2e-4),
         },
         cases=CASES,
         eager=_eager,

@@ -267,6 +267,8 @@ def _sample(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
 OP = register(
     Op(
         name="bias_act",
+        formula="clamp(gain act(x + bias)), one of nine activations",
+        source="Karras et al. 2020, arXiv:2006.06676 (the official code's bias_act)",
         schema=SCHEMA,
         reference=reference,
         allocate=allocate,

@@ -181,6 +181,8 @@ SPELLINGS = [
 OP = register(
     Op(
         name="filtered_lrelu",
+        formula="downsample(filter(clamp(gain lrelu(filter(upsample(x + bias))))))",
+        source="Karras et al. 2021, arXiv:2106.12423, appendix D",
         schema=SCHEMA,
         reference=reference,
         allocate=allocate,

@@ -174,6 +174,8 @@ def _sample(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
 OP = register(
     Op(
         name="modulated_conv2d",
+        formula="act(d conv2d(x, s w) + noise + bias), d = 1 / sqrt(sum (s w)^2 + eps)",
+        source="Karras et al. 2020, arXiv:1912.04958, section 2.2",
         schema=SCHEMA,
         reference=reference,
         allocate=allocate,

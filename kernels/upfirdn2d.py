@@ -155,6 +155,8 @@ def _eager(x: Tensor, filter: Any, up: Any, down: Any, padding: Any, flip: bool,
 OP = register(
     Op(
         name="upfirdn2d",
+        formula="downsample(filter(pad(upsample(x)))), upsampling by zeros",
+        source="Karras et al. 2020, arXiv:1912.04958; the official code's upfirdn2d",
         schema=SCHEMA,
         reference=reference,
         allocate=allocate,

@@ -59,7 +59,13 @@ def test_large_cases_are_served_by_a_kernel(op: Op, case: Case, dtype: torch.dty
     assert kernel is not None, pick(op, "cpu", args).declined
     if op.cost(*args).flops > 2**32:
         pytest.skip("the float64 reference takes too long")
-    assert_all_close(op, f"{case.name} / {dtype} / {kernel.name}", run_fenced(op, kernel, args), truth(op, args))
+    try:
+        want = truth(op, args)
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):
+            raise
+        pytest.skip("the float64 reference takes too much memory")
+    assert_all_close(op, f"{case.name} / {dtype} / {kernel.name}", run_fenced(op, kernel, args), want)
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), EVERY, ids=_name)

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusegen.kernels.bias_act_cases import CASES
-from fusegen.kernels.group_norm import is_channels_last
-from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, is_channels_last, register
 
 SCHEMA = (
     '(Tensor x, Tensor? bias=None, int dim=1, str act="linear", float? alpha=None, float? gain=None,'

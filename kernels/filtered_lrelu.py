@@ -19,8 +19,7 @@ from torch import Tensor
 
 from fusegen.kernels import upfirdn2d
 from fusegen.kernels.filtered_lrelu_cases import CASES
-from fusegen.kernels.group_norm import is_channels_last
-from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, is_channels_last, register
 from fusegen.kernels.upfirdn2d import Axis, axis, check_filter, resampled
 
 SCHEMA = (

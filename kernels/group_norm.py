@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusegen.kernels.draw import Draw
 from fusegen.kernels.group_norm_cases import CASES
-from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, register
+from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, is_channels_last, register
 from fusegen.kernels.rows import alone, size_of
 
 ACTIVATIONS = ("none", "silu")
@@ -28,11 +28,6 @@ SCHEMA = (
     "(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-5,"
     ' str activation="none", Tensor? add=None, Tensor? scale=None, Tensor? shift=None) -> Tensor'
 )
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` (B, C, H, W) is dense with channels innermost; what is also contiguous counts as contiguous."""
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def per_channel(tensor: Tensor, x: Tensor) -> Tensor:

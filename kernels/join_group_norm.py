@@ -14,7 +14,6 @@ from torch import Generator, Tensor
 
 from fusegen.kernels import group_norm
 from fusegen.kernels.draw import LAYOUTS, Draw
-from fusegen.kernels.group_norm import is_channels_last as is_channels_last
 from fusegen.kernels.group_norm_cases import Inputs
 from fusegen.kernels.op import Case, Cost, Op, Tolerance, register
 from fusegen.kernels.rows import alone, size_of

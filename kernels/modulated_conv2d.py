@@ -20,16 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusegen.kernels.bias_act import ACTIVATIONS, Finish, finish, finished
-from fusegen.kernels.group_norm import is_channels_last
 from fusegen.kernels.modulated_conv2d_cases import CASES, SPELLINGS
-from fusegen.kernels.op import Cost, Op, Tolerance, register
+from fusegen.kernels.op import Cost, Op, Tolerance, is_channels_last, register
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor styles, Tensor? noise=None, Tensor? bias=None, bool demodulate=True, int up=1,"
     ' int[2] padding=0, str act="linear", float? alpha=None, float? gain=None, float? clamp=None, float eps=1e-8)'
     " -> Tensor"
 )
-__all__ = ["ACTIVATIONS", "OP", "Finish", "Sizes", "finish", "finished", "is_channels_last", "reference", "sizes"]
+__all__ = ["ACTIVATIONS", "OP", "Finish", "Sizes", "finish", "finished", "reference", "sizes"]
 
 
 @dataclass(frozen=True)

@@ -130,8 +130,8 @@ def first_sample(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
     return (args[0][b : b + 1], *args[1:])
 
 
-def by_pixel(x: Tensor) -> bool:
-    """Whether x (N, C, H, W) is channels-last and not also contiguous."""
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x (B, C, H, W) is dense with channels innermost; what is also contiguous counts as contiguous."""
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fusegen.kernels.draw import Draw, laid_out
-from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, by_pixel, register
+from fusegen.kernels.op import Case, Cost, Op, Spelling, Tolerance, is_channels_last, register
 
 SCHEMA = "(Tensor x, int factor, bool down=False) -> Tensor"
 
@@ -31,7 +31,7 @@ def allocate(x: Tensor, factor: int, down: bool = False) -> tuple[Tensor, ...]:
         shape = (*x.shape[:-3], channels * factor**2, height // factor, width // factor)
     else:
         shape = (*x.shape[:-3], channels // factor**2, height * factor, width * factor)
-    layout = torch.channels_last if by_pixel(x) else torch.contiguous_format
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),)
 
 

@@ -19,8 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusegen.kernels.group_norm import is_channels_last
-from fusegen.kernels.op import Cost, Op, Tolerance, register
+from fusegen.kernels.op import Cost, Op, Tolerance, is_channels_last, register
 from fusegen.kernels.upfirdn2d_cases import CASES, SPELLINGS
 
 SCHEMA = (

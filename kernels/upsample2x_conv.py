@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from fusegen.kernels import upsample2x_filters
 from fusegen.kernels.draw import Draw, laid_out
-from fusegen.kernels.op import Case, Cost, Op, Tolerance, by_pixel, register
+from fusegen.kernels.op import Case, Cost, Op, Tolerance, is_channels_last, register
 
 SCHEMA = "(Tensor x, Tensor filters, Tensor? bias=None) -> Tensor"
 
@@ -35,7 +35,7 @@ def allocate(x: Tensor, filters: Tensor, bias: Tensor | None = None) -> tuple[Te
     outputs = filters.shape[5]
     if bias is not None and tuple(bias.shape) != (outputs,):
         raise ValueError(f"upsample2x_conv: bias has shape {tuple(bias.shape)}, not ({outputs},)")
-    layout = torch.channels_last if by_pixel(x) else torch.contiguous_format
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     shape = (x.shape[0], outputs, 2 * x.shape[2], 2 * x.shape[3])
     return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.cpu.planes import declined, planes, steps
-from fusegen.kernels.filtered_lrelu import axes, is_channels_last
-from fusegen.kernels.op import FLOATS, Kernel
+from fusegen.kernels.filtered_lrelu import axes
+from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
 
 class Args(ctypes.Structure):

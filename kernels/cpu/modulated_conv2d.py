@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
-from fusegen.kernels.modulated_conv2d import finish, is_channels_last, sizes
-from fusegen.kernels.op import FLOATS, Kernel
+from fusegen.kernels.modulated_conv2d import finish, sizes
+from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
 MOST_TAPS = 1024  # kMostTaps of modulated_conv2d.cpp
 _SIZES = (

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fusegen.kernels.cpu.library import CpuLaunch
-from fusegen.kernels.op import FLOATS, Kernel, by_pixel
+from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
 
 class Args(ctypes.Structure):
@@ -27,7 +27,7 @@ def decline(x: Tensor, factor: int, down: bool) -> str | None:
         return f"x is {x.dtype}"
     if x.dim() != 4:
         return f"x has {x.dim()} dimensions, not 4"
-    if x.shape[3] > 1 and x.stride(3) != 1 and not by_pixel(x):
+    if x.shape[3] > 1 and x.stride(3) != 1 and not is_channels_last(x):
         return "x's rows are strided"
     return None
 
@@ -38,7 +38,7 @@ def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
     struct = Args(
         out=outs[0].data_ptr(),
         element_bytes=x.element_size(),
-        channels_last=by_pixel(x),
+        channels_last=is_channels_last(x),
         down=down,
         factor=factor,
         batch=batch,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.cpu.planes import declined, planes, steps
-from fusegen.kernels.op import Kernel
-from fusegen.kernels.upfirdn2d import axes, is_channels_last
+from fusegen.kernels.op import Kernel, is_channels_last
+from fusegen.kernels.upfirdn2d import axes
 
 
 class Args(ctypes.Structure):

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusegen.kernels.bias_act import finish, folded, is_channels_last
+from fusegen.kernels.bias_act import finish, folded
 from fusegen.kernels.gpu.activation import activated
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, TritonLaunch, Use, blocks, meta
-from fusegen.kernels.op import Kernel
+from fusegen.kernels.op import Kernel, is_channels_last
 
 X, BIAS = 0, 1  # positions of the tensors in the schema
 BLOCK = 2048

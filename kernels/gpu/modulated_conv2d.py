@@ -21,8 +21,8 @@ from torch import Tensor
 from fusegen.kernels.gpu.activation import activated
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
 from fusegen.kernels.gpu.tune import Tunable
-from fusegen.kernels.modulated_conv2d import finish, is_channels_last, sizes
-from fusegen.kernels.op import FLOATS, Kernel
+from fusegen.kernels.modulated_conv2d import finish, sizes
+from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
 X, WEIGHT, STYLES, NOISE, BIAS = range(5)  # positions of the tensors in the schema
 SMALLEST = 16  # tl.dot's least extent

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, power
 from fusegen.kernels.gpu.tune import Tunable
-from fusegen.kernels.op import Kernel, by_pixel
+from fusegen.kernels.op import Kernel, is_channels_last
 
 X = 0  # its position in the schema
 
@@ -56,15 +56,15 @@ class Config:
 
 def _row(x: Tensor, factor: int, down: bool) -> int:
     """Elements in a row of the output."""
-    size = x.shape[1] if by_pixel(x) else x.shape[3]
-    if by_pixel(x):
+    size = x.shape[1] if is_channels_last(x) else x.shape[3]
+    if is_channels_last(x):
         return size * factor**2 if down else size // factor**2
     return size // factor if down else size * factor
 
 
 def key(x: Tensor, factor: int, down: bool) -> str:
     """The length and kind of a row."""
-    kind = f"{'down' if down else 'up'} {factor} {'last' if by_pixel(x) else 'first'}"
+    kind = f"{'down' if down else 'up'} {factor} {'last' if is_channels_last(x) else 'first'}"
     return f"{_row(x, factor, down)} {kind} {x.element_size()}"
 
 
@@ -102,7 +102,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
         "width": y.shape[3],
         "R": factor,
         "DOWN": down,
-        "LAST": by_pixel(x),
+        "LAST": is_channels_last(x),
         "ROWS": config.rows,
         "BLOCK": config.block,
     }

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, TritonLaunch, Use, blocks, power
-from fusegen.kernels.op import Kernel
-from fusegen.kernels.upfirdn2d import Axis, axes, is_channels_last
+from fusegen.kernels.op import Kernel, is_channels_last
+from fusegen.kernels.upfirdn2d import Axis, axes
 
 X, FILTER = 0, 1  # positions of the tensors in the schema
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
-from fusegen.kernels.op import FLOATS, Kernel, by_pixel
+from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
 X, FILTERS, BIAS = range(3)  # positions of the tensors in the schema
 SMALLEST = 16  # tl.dot's least extent
@@ -75,7 +75,7 @@ class Config:
 
 def key(x: Tensor, filters: Tensor, *rest: Any) -> str:
     """Sizes of one sample, layout and dtype."""
-    layout = "last" if by_pixel(x) else "first"
+    layout = "last" if is_channels_last(x) else "first"
     kind = f"{layout} {str(x.dtype).removeprefix('torch.')}"
     return f"{x.shape[2]}x{x.shape[3]} {x.shape[1]}->{filters.shape[5]} {kind}"
 

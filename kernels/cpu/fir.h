@@ -142,7 +142,7 @@ FG_INLINE void fill(const T *row, int64_t size, int64_t from, int64_t count, int
   const int64_t a = most(0, -from), b = most(a, least(count, size - from));  // the pixels there are
   if (pixel == 1 && down <= 2) {
     const vf added = set1(bias ? *bias : 0.0f);
-    const T *x = row + from;
+    const T *x = b > a ? row + from : nullptr;  // an empty image may have no memory
     int64_t i = 0;
     if (down == 1) {
       for (; i < a; ++i) streams[i] = 0.0f;
@@ -171,8 +171,8 @@ FG_INLINE void fill(const T *row, int64_t size, int64_t from, int64_t count, int
   }
   for (int64_t i = 0; i < count; ++i) {
     float *to = streams + i % down * pitch + i / down * pixel;
-    const T *x = row + (from + i) * pixel;
     const bool there = i >= a && i < b;
+    const T *x = there ? row + (from + i) * pixel : nullptr;
     for (int64_t c = 0; c < pixel; c += W) {
       const int n = static_cast<int>(least(pixel - c, W));
       vf y = there ? load_n(x + c, n) : set1(0.0f);

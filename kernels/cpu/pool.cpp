@@ -16,6 +16,14 @@
 
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool KEEP_SCRATCH = false;  // just what was asked for, anew each time: a step beyond it is seen
+constexpr size_t SCRATCH_UNIT = 64;
+#else
+constexpr bool KEEP_SCRATCH = true;
+constexpr size_t SCRATCH_UNIT = 4096;
+#endif
+
 using gomp_parallel_t = void (*)(void (*)(void *), void *, unsigned, unsigned);
 using max_threads_t = int (*)();
 
@@ -84,9 +92,9 @@ extern "C" void *fg_scratch(size_t bytes) {
     scratch = static_cast<Scratch *>(std::calloc(1, sizeof(Scratch)));
     if (!scratch || pthread_setspecific(scratch_key, scratch)) return std::free(scratch), nullptr;
   }
-  if (scratch->bytes < bytes) {
+  if (!KEEP_SCRATCH || scratch->bytes < bytes) {
     std::free(scratch->memory);
-    size_t rounded = (bytes + 4095) / 4096 * 4096;
+    size_t rounded = (bytes + SCRATCH_UNIT - 1) / SCRATCH_UNIT * SCRATCH_UNIT;
     scratch->memory = std::aligned_alloc(64, rounded);
     scratch->bytes = scratch->memory ? rounded : 0;
   }

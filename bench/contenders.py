@@ -60,7 +60,7 @@ def onednn(op: Op, args: tuple[Any, ...]) -> Call | None:
     x, weight, scale, bias, residual, activation = args
     rows = x.reshape(-1, x.shape[-1])
     step = float(rows.float().abs().max()) / 127
-    codes = (rows.float() / step).round().add(128).to(torch.uint8)  # by signed ones it is a hundred times slower
+    codes = (rows.float() / step).round().add(128).to(torch.uint8)  # signed ones take it seconds without AMX
     packed = torch.ops.onednn.qlinear_prepack(weight, list(codes.shape))
     zero, bias = torch.zeros(weight.shape[0], dtype=torch.int64), None if bias is None else bias.float()
     post, how = {"silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}.get(

@@ -192,8 +192,8 @@ _prepacked: Any = WeakTensorKeyDictionary()  # weight -> oneDNN's form of it, ma
 
 
 def _eager(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, residual: Any, activation: str) -> Tensor:
-    """PyTorch's own int8 product over the same codes: oneDNN's with a prepacked weight on a CPU (the codes unsigned: by
-    signed ones it is a hundred times slower without AMX), cuBLAS's on a GPU."""
+    """PyTorch's own int8 product over the same codes: oneDNN's with a prepacked weight on a CPU (the codes unsigned:
+    signed ones took it seconds on a CPU with VNNI and no AMX), cuBLAS's on a GPU."""
     codes, scales = codes_of(x.reshape(-1, x.shape[-1]))
     if x.device.type == "cpu":
         if weight not in _prepacked:

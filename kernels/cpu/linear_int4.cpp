@@ -86,7 +86,7 @@ int products(const Job &job) {
 #if defined(FG_LEVEL_AMX)
   if (job.rows > kMost) return tiled<T, S, ZEROS>(job);
 #elif defined(FG_HAS_AVX512_BF16)
-  if (job.rows > kShared) return blocked<BYTES, T, S, ZEROS>(job, job.codes);
+  if (job.rows > kShared && a->group > 32) return blocked<BYTES, T, S, ZEROS>(job, job.codes);
 #endif
   int64_t step = kItem / (job.padded * 8 + 1), wanted = 4 * fg_threads();
   if (panels / wanted < step) step = panels / wanted;

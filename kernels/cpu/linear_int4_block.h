@@ -11,7 +11,7 @@ namespace {
 
 enum Kind : int { FLOATS = 1, HALVES = 2, BYTES = 4 };  // columns of a step
 
-constexpr int64_t kShared = 128;    // rows of int8 inputs past which it pays to share what is unpacked
+constexpr int64_t kShared = 128;    // rows of int8 inputs past which sharing pays, but for groups of 32
 constexpr int64_t kLong = 512;      // rows of a strip: their block of x, and their sums, stay in the second-level cache
 constexpr int64_t kSteps = 128;     // of a block: 32 KiB, whole groups
 constexpr int kWide = 4, kTall = 6;  // panels, rows of x: 24 sums

@@ -38,8 +38,9 @@ inline void tile(const Job &job, const int8_t *const (&w)[DOWN], int64_t at, int
   };
   int64_t k = 0;
   for (; k + 4 <= job.a->width; k += 4) {
-    const int64_t row = k / 4 % 16;  // a line of each of the rows that come next, while sixteen steps go through one
-    if (row < DOWN) __builtin_prefetch(w[0] + (DOWN + row) * job.a->width + k / 64 * 64, 0, 2);
+    // A line of each of the rows that come next, while sixteen steps go through one; by one vector loads are the limit.
+    const int64_t row = k / 4 % 16;
+    if (ACROSS > 1 && row < DOWN) __builtin_prefetch(w[0] + (DOWN + row) * job.a->width + k / 64 * 64, 0, 2);
     step(k, four);
   }
   if (k < job.a->width)  // x's codes are 0 there; the weight's row ends

@@ -17,7 +17,7 @@ constexpr int64_t FEW = 4;   // queries up to which this is the faster way
 constexpr int PIECE = 512;   // keys of a piece
 constexpr int ROWS = 8;      // queries of an item over one head of the keys
 constexpr int MOST_ROWS = 32;  // and over all of its heads
-constexpr int WIDE = 256 + 32;  // room for a row along the head dimension: padded, so that rows fall in other cache sets
+constexpr int WIDE = 256 + 32;  // room for a row along the head dimension, and so that rows fall in other cache sets
 constexpr int AHEAD = 16;    // keys between the one in use and the one prefetched
 
 // Where key j's row begins, in elements from the first block's first.
@@ -121,25 +121,21 @@ FG_INLINE void dots(const typename Few<T>::query_t *q, const T *k, const T *ahea
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sum[m][r] = set1(0.0f);
-  int d = 0;
-  for (; d + F::STEP <= dim; d += F::STEP) {
-    typename F::vector x[R];
+  int whole = dim / F::STEP * F::STEP;
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < R; ++r)  // row after row: memory is read in its own order
+    for (int d = 0; d < whole; d += F::STEP) {
       __builtin_prefetch(ahead + r * stride + d);
-      x[r] = F::key(k + r * stride + d);
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) sum[m][r] = F::dot(sum[m][r], F::query(q + m * WIDE + d), x[r]);
-  }
-  if (d < dim) {
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      typename F::vector x = F::key_n(k + r * stride + d, dim - d);
+      typename F::vector x = F::key(k + r * stride + d);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) sum[m][r] = F::dot(sum[m][r], F::query(q + m * WIDE + d), x);
+    }
+  if (whole < dim) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      typename F::vector x = F::key_n(k + r * stride + whole, dim - whole);
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) sum[m][r] = F::dot(sum[m][r], F::query(q + m * WIDE + whole), x);
     }
   }
 #pragma GCC unroll 4
@@ -210,64 +206,99 @@ inline void weigh_row(const Head &h, int64_t head, int64_t row, int64_t k0, int 
 }
 
 // An item: some heads of the keys, whose rows lie side by side where there are more than one, and of the queries over
-// each the rows [first, last): query i is row i % queries of head i / queries from the key head's first.
+// each the rows [first, first + rows): query i is row i % queries of head i / queries from the key head's first.
 struct Item {
   int heads, rows;
   int64_t first;
   Head of[MOST_ROWS];  // the first query head of each
+
+  int64_t head(int m) const { return (first + m % rows) / of[0].a->queries; }
+  int64_t row(int m) const { return (first + m % rows) % of[0].a->queries; }
 };
 
-// An item over the n keys from k0 on.  Each query leaves a part of `size` floats; a key head's are `apart` from the next's.
+// An item over the n keys from k0 on: query m of head g stands at g * rows + m.
+//
+// What will be read next is fetched row after row: by the products where the item is one head alone, here where it is
+// several.  It stays inside the sequence.
 template <class T>
-void few_piece(const Item &item, int64_t k0, int n, float *parts, int64_t size, int64_t apart) {
+struct Piece {
   using F = Few<T>;
-  const Head &h = item.of[0];
-  const fg_attention_args *a = h.a;
-  int dim = static_cast<int>(a->dim), rows = item.rows;
+  const Item &item;
+  const int64_t k0;
+  const int n, dim = static_cast<int>(item.of[0].a->dim), rows = item.rows, queries = item.heads * item.rows;
+  const bool alone = item.heads == 1;
   alignas(64) float o[MOST_ROWS * WIDE], s[MOST_ROWS * PIECE];
   alignas(64) typename F::query_t q[MOST_ROWS * WIDE];
-  for (int m = 0; m < item.heads * rows; ++m) {
-    int64_t head = (item.first + m % rows) / a->queries, row = (item.first + m % rows) % a->queries;
-    const T *from = reinterpret_cast<const T *>(item.of[m / rows].q) + head * a->q_head + row * a->q_row;
-    F::take_query(from, dim, q + m * WIDE);
-    memset(o + m * WIDE, 0, WIDE * sizeof(float));
+
+  Piece(const Item &item, int64_t k0, int n) : item(item), k0(k0), n(n) {}
+
+  int64_t k_at(int r) const { return row_at(item.of[0], item.of[0].e.k_block, item.of[0].a->k_row, k0 + r); }
+  int64_t v_at(int r) const { return row_at(item.of[0], item.of[0].e.v_block, item.of[0].a->v_row, k0 + r); }
+  const T *k(int g) const { return reinterpret_cast<const T *>(item.of[g].k); }
+  const T *v(int g) const { return reinterpret_cast<const T *>(item.of[g].v); }
+  int near(int r) const { return r < n ? r : n - 1; }
+
+  void fetch(const T *from, int64_t stride, int count) const {
+    for (int r = 0; r < count; ++r)
+      for (int d = 0; d < dim; d += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(from + r * stride + d);
   }
-  auto near = [&](int64_t j) { return k0 + (j < n ? j : n - 1); };  // what is prefetched stays inside the sequence
-  for (int r = 0, count; r < n; r += count) {
-    count = run_of(h, k0 + r, n - r < 4 ? n - r : 4);
-    int64_t here = row_at(h, h.e.k_block, a->k_row, k0 + r);
-    int64_t ahead = row_at(h, h.e.k_block, a->k_row, near(r + AHEAD));
-    for (int g = 0; g < item.heads; ++g) {
-      const T *k = reinterpret_cast<const T *>(item.of[g].k);
-      in_groups(rows, [&](auto M, int m) {
-        m += g * rows;
-        all_dots<M.value>(q + m * WIDE, k + here, k + ahead, a->k_row, count, dim, s + m * PIECE + r);
-      });
+
+  void take_queries() {
+    const fg_attention_args *a = item.of[0].a;
+    for (int m = 0; m < queries; ++m) {
+      const T *from = reinterpret_cast<const T *>(item.of[m / rows].q);
+      F::take_query(from + item.head(m) * a->q_head + item.row(m) * a->q_row, dim, q + m * WIDE);
+      memset(o + m * WIDE, 0, WIDE * sizeof(float));
     }
   }
-  for (int m = 0; m < item.heads * rows; ++m) {
-    int64_t head = item.of[m / rows].head + (item.first + m % rows) / a->queries;
-    float *part = parts + m / rows * apart + m % rows * size;
-    weigh_row(h, head, (item.first + m % rows) % a->queries, k0, n, s + m * PIECE, part);
-    F::take_weights(s + m * PIECE, n);
-  }
-  int most = item.heads > 1 ? 4 : 16;  // side by side: rows are taken whole, before the next are
-  for (int r = 0, count; r < n; r += count) {
-    count = F::whole_run(run_of(h, k0 + r, n - r < most ? n - r : most), n - r);
-    int64_t here = row_at(h, h.e.v_block, a->v_row, k0 + r);
-    int64_t ahead = row_at(h, h.e.v_block, a->v_row, near(r + AHEAD));
-    int64_t step = count > 1 ? row_at(h, h.e.v_block, a->v_row, k0 + r + 1) - here : 0;
-    for (int g = 0; g < item.heads; ++g) {
-      const T *v = reinterpret_cast<const T *>(item.of[g].v);
-      in_groups(rows, [&](auto M, int m) {
-        m += g * rows;
-        F::template blends<M.value>(s + m * PIECE, r, v + here, v + ahead, step, count, dim, o + m * WIDE);
-      });
+
+  void scores() {
+    const int64_t stride = item.of[0].a->k_row;
+    for (int r = 0, count; r < n; r += count) {
+      count = run_of(item.of[0], k0 + r, n - r < 4 ? n - r : 4);
+      bool keys = r + AHEAD < n;  // else the values, which come next
+      int64_t here = k_at(r), ahead = keys ? k_at(r + AHEAD) : v_at(near(r + AHEAD - n));
+      for (int g = 0; g < item.heads; ++g) {
+        const T *from = k(g) + here, *next = (keys ? k(g) : v(g)) + ahead;
+        if (!alone) fetch(next, keys ? stride : item.of[0].a->v_row, count);
+        in_groups(rows, [&](auto M, int m) {
+          m += g * rows;
+          all_dots<M.value>(q + m * WIDE, from, alone ? next : from, stride, count, dim, s + m * PIECE + r);
+        });
+      }
     }
   }
-  for (int m = 0; m < item.heads * rows; ++m)
-    F::give(o + m * WIDE, dim, parts + m / rows * apart + m % rows * size + PART_HEAD);
-}
+
+  void values() {
+    const int most = alone ? 16 : 4;  // side by side: rows are taken whole before the next are
+    for (int r = 0, count; r < n; r += count) {
+      count = F::whole_run(run_of(item.of[0], k0 + r, n - r < most ? n - r : most), n - r);
+      int64_t here = v_at(r), ahead = v_at(near(r + AHEAD)), step = count > 1 ? v_at(r + 1) - here : 0;
+      for (int g = 0; g < item.heads; ++g) {
+        const T *from = v(g) + here, *next = v(g) + ahead;
+        if (!alone) fetch(next, item.of[0].a->v_row, count);
+        in_groups(rows, [&](auto M, int m) {
+          m += g * rows;
+          F::template blends<M.value>(s + m * PIECE, r, from, alone ? next : from, step, count, dim, o + m * WIDE);
+        });
+      }
+    }
+  }
+
+  // Each query leaves a part of `size` floats; a key head's stand `apart` from the next one's.
+  void run(float *parts, int64_t size, int64_t apart) {
+    auto part = [&](int m) { return parts + m / rows * apart + m % rows * size; };
+    take_queries();
+    scores();
+    for (int m = 0; m < queries; ++m) {
+      const Head &h = item.of[m / rows];
+      weigh_row(h, h.head + item.head(m), item.row(m), k0, n, s + m * PIECE, part(m));
+      F::take_weights(s + m * PIECE, n);
+    }
+    values();
+    for (int m = 0; m < queries; ++m) F::give(o + m * WIDE, dim, part(m) + PART_HEAD);
+  }
+};
 
 // One query's output from its parts, `apart` floats from one piece's to the next.
 template <class T>
@@ -296,8 +327,8 @@ inline Pieces pieces_of(const Head &h) {
   return {first_open(h, 0) / PIECE, (last_open(h, h.a->queries - 1) + PIECE - 1) / PIECE};
 }
 
-// How many heads of the keys an item takes: where their rows lie side by side, as many as leave every thread some items,
-// so that memory is read in its own order; else one.
+// How many heads of the keys an item takes: where their rows lie side by side, as many as leave every thread some
+// items, so that memory is read in its own order; else one.
 template <class T, class F>
 int64_t heads_together(const fg_attention_args *a, const F &head_at, int64_t rows, int64_t pieces) {
   int64_t apart = a->kv_heads > 1 ? head_at(0, a->heads / a->kv_heads).k - head_at(0, 0).k : 0;
@@ -334,7 +365,7 @@ int few(const fg_attention_args *a, const F &head_at) {
     begin = begin < lowest ? lowest : begin;  // down to 16: what is added to what stays
     int64_t n = (end < (own + 1) * PIECE ? end : (own + 1) * PIECE) - begin;
     float *to = parts + i * apart + ((batch * a->kv_heads + kv) * rows + item.first) * size;
-    if (n > 0) few_piece<T>(item, begin, static_cast<int>(n), to, size, rows * size);
+    if (n > 0) Piece<T>(item, begin, static_cast<int>(n)).run(to, size, rows * size);
     return FG_OK;
   };
   int64_t work = PIECE * a->dim * (rows < ROWS ? rows : ROWS) * together;

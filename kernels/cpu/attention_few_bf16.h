@@ -1,5 +1,5 @@
-// The products of a few queries in bfloat16 with float32 sums (AVX512-BF16): a key's pairs of elements against a query's,
-// and a value's elements in pairs of keys against the weights', rounded to bfloat16 as attention_bf16.h has them.
+// The products of a few queries in bfloat16 with float32 sums (AVX512-BF16): a key's pairs of elements against those of
+// a query, and the values of a pair of keys against its weights, rounded to bfloat16 as attention_bf16.h has them.
 //
 // A pair is always the keys 2 i and 2 i + 1 of a piece, whatever blocks of a paged cache they lie in.
 #pragma once
@@ -32,7 +32,9 @@ struct Few<bf16> {
 
   // How many of `count` keys that lie one after another are taken in one go, `left` being those up to the end: pairs
   // alone, and at a block's end the pair of which it has one.
-  static int whole_run(int count, int left) { return count % 2 == 0 || count == left ? count : count == 1 ? 2 : count - 1; }
+  static int whole_run(int count, int left) {
+    return count % 2 == 0 || count == left ? count : count == 1 ? 2 : count - 1;
+  }
 
   // o[m] += sum over n keys of p[m][key] v[key], for M queries and C steps of dims, the last of `lanes`.  In o a step's
   // sums stand as give() takes them: those of dims 8 i to 8 i + 3, then those of 8 i + 4 to 8 i + 7.
@@ -74,7 +76,8 @@ struct Few<bf16> {
   }
 
   template <int M>
-  static void blends(const float *s, int r, const bf16 *v, const bf16 *ahead, int64_t stride, int n, int dim, float *o) {
+  static void blends(const float *s, int r, const bf16 *v, const bf16 *ahead, int64_t stride, int n, int dim,
+                     float *o) {
     const bf16 *p = reinterpret_cast<const bf16 *>(s) + r;
     int d = 0;
     for (; d + 32 < dim; d += 64)
@@ -83,7 +86,8 @@ struct Few<bf16> {
   }
 
   static void give(const float *o, int dim, float *to) {
-    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     for (int d = 0; d < dim; d += 32) {
       __m512d x = _mm512_loadu_pd(o + d), y = _mm512_loadu_pd(o + d + W);
       store(to + d, _mm512_castpd_ps(_mm512_permutex2var_pd(x, low, y)));

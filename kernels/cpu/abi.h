@@ -226,6 +226,8 @@ struct fg_filtered_lrelu_args {
 struct fg_modulated_conv2d_args {
   const void *x, *weight, *styles, *noise, *bias;  // noise: (batch or 1, 1, out_y, out_x)
   void *out;
+  void *scaled;         // null, or all that is made: x times the styles, (batch, height, width, channels)
+  const void *product;  // null, or the convolution of that, (batch, out_y, out_x, outputs): what follows it is done
   int64_t dtype, weight_dtype, styles_dtype, noise_dtype, bias_dtype;
   int64_t batch, channels, outputs, height, width, taps_y, taps_x, up, pad_y, pad_x, out_y, out_x;
   int64_t x_batch, x_channel, x_row, x_col, noise_batch;

@@ -54,6 +54,7 @@ def _library() -> ctypes.CDLL | str:
     lib.fg_sizeof.argtypes = [ctypes.c_char_p]
     lib.fg_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     lib.fg_set_pool.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    lib.fg_set_cache.argtypes = [ctypes.c_int64]
     _share_pool(lib)
     return lib
 
@@ -120,6 +121,16 @@ def forced(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextlib.contextmanager
+def cached(nbytes: int) -> Iterator[None]:
+    """Kernels run inside this block as if the last cache had that many bytes: what is larger is written past it."""
+    opened().fg_set_cache(nbytes)
+    try:
+        yield
+    finally:
+        opened().fg_set_cache(0)  # what the machine has
 
 
 @functools.cache

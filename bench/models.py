@@ -23,8 +23,9 @@ PROMPT, STEPS, GUIDANCE, SAMPLER = "pig face", 20, 3.0, "dpmpp_2m"
 BATCHES = {"batch 1": 1, "batch 8": 8}
 COLD = "first picture of a process"
 CASES = (*BATCHES, COLD)  # each can be run by itself: torch.compile takes minutes for every batch, dtype and process
-# Bounds on pictures in [0, 1] against eager float32: bfloat16 rounds every activation of 40 network runs.
-BOUNDS = {"float32": Tolerance(2e-3, 2e-2), "bfloat16": Tolerance(5e-2, 5e-1)}
+# Bounds on pictures in [0, 1] against eager float32, three times what was measured: bfloat16 rounds every activation of
+# 40 network runs, and float32 may turn a value of 256.
+BOUNDS = {"float32": Tolerance(1e-4, 1.2e-2), "bfloat16": Tolerance(6e-3, 5e-2)}
 WHO = ("eager", "compile", "fusegen")
 
 Make = Callable[[int], Callable[[], Any]]

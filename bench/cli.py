@@ -23,11 +23,11 @@ def parser() -> argparse.ArgumentParser:
     sub = p.add_subparsers(dest="what", required=True)
     kernels = sub.add_parser("kernels", help="every fused op against its eager form and torch.compile")
     kernels.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
-    kernels.add_argument("--case", action="append", default=[], help="only this case (may be repeated)")
     kernels.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     models = sub.add_parser("models", help="whole models against eager PyTorch and torch.compile")
     models.add_argument("--model", action="append", default=[], help="only this model (may be repeated)")
     for one in (kernels, models):
+        one.add_argument("--case", action="append", default=[], help="only this case (may be repeated)")
         one.add_argument("--dtype", action="append", default=[], choices=sorted(DTYPES), help="only this dtype")
         one.add_argument("--contender", action="append", default=[], help="only this contender (may be repeated)")
         one.add_argument("--seconds", type=float, default=0.5, help="about how long each contender is timed, per case")
@@ -70,10 +70,12 @@ def _models(args: argparse.Namespace) -> list[Row]:
     out: list[Row] = []
     with Progress(transient=True) as progress:
         todo = chosen(args.model, models.MODELS, "model")
+        who, cases = chosen(args.contender, models.WHO, "contender"), chosen(args.case, models.CASES, "case")
         task = progress.add_task("models", total=len(todo))
         for name in todo:
             progress.update(task, description=name)
-            out += _kept(models.MODELS[name](args.contender, args.dtype, args.seconds), args)
+            for rows in models.MODELS[name](who, args.dtype, cases, args.seconds):
+                out += _kept(rows, args)
             progress.advance(task)
     return out
 

@@ -183,6 +183,13 @@ struct fg_upsample2x_conv_args {
   int64_t out_batch, out_channel, out_row, out_column;
 };
 
+// A 3x3 convolution with padding 1 of (batch, height, width, inputs) float32, + bias + residual; see winograd_conv2d.cpp.
+struct fg_winograd_conv2d_args {
+  const void *x, *filters, *bias, *residual;  // dense float32, channels innermost; bias and residual may be null
+  void *out;
+  int64_t batch, inputs, outputs, height, width;
+};
+
 // clamp(gain act(x + bias)) of outer x channels x inner elements; out is dense in that order; see bias_act.cpp.
 struct fg_bias_act_args {
   const void *x, *bias;
@@ -299,7 +306,8 @@ struct fg_qk_norm_rope_args {
   X(sample_token)     \
   X(sampler_step)     \
   X(upfirdn2d)        \
-  X(upsample2x_conv)
+  X(upsample2x_conv)  \
+  X(winograd_conv2d)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {

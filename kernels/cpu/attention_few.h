@@ -34,7 +34,8 @@ FG_INLINE int run_of(const Head &h, int64_t j, int most) {
 
 // How rows of T are multiplied: in float32.  attention_few_bf16.h has its own way for bfloat16.
 template <class T>
-struct Few {
+struct FloatFew {
+  using element = T;
   using query_t = float;
   using vector = vf;
   static constexpr int STEP = W;  // elements of a row that dots takes at a time
@@ -46,6 +47,7 @@ struct Few {
   static void take_query(const T *from, int dim, float *to) {
     vectors(dim, [&](int64_t d, int n) { store(to + d, part(from + d, n)); });
   }
+  FG_INLINE vf weight(vf p) { return p; }  // as it will be multiplied
   static void take_weights(float *, int) {}
   static int whole_run(int count, int) { return count; }
 
@@ -113,9 +115,8 @@ FG_INLINE void hsum4(const vf (&x)[4], float *to) {
 }
 
 // to[m * PIECE + r] = q[m] . k[r] for M queries, R keys; `ahead` is what will be read next but a few.
-template <int M, int R, class T>
-FG_INLINE void dots(const typename Few<T>::query_t *q, const T *k, const T *ahead, int64_t stride, int dim, float *to) {
-  using F = Few<T>;
+template <int M, int R, class F, class T>
+FG_INLINE void dots(const typename F::query_t *q, const T *k, const T *ahead, int64_t stride, int dim, float *to) {
   vf sum[M][R];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
@@ -147,12 +148,12 @@ FG_INLINE void dots(const typename Few<T>::query_t *q, const T *k, const T *ahea
   }
 }
 
-template <int M, class T>
-void all_dots(const typename Few<T>::query_t *q, const T *k, const T *ahead, int64_t stride, int n, int dim, float *s) {
+template <int M, class F, class T>
+void all_dots(const typename F::query_t *q, const T *k, const T *ahead, int64_t stride, int n, int dim, float *s) {
   if (n == 4)
-    dots<M, 4>(q, k, ahead, stride, dim, s);
+    dots<M, 4, F>(q, k, ahead, stride, dim, s);
   else
-    for (int r = 0; r < n; ++r) dots<M, 1>(q, k + r * stride, ahead + r * stride, stride, dim, s + r);
+    for (int r = 0; r < n; ++r) dots<M, 1, F>(q, k + r * stride, ahead + r * stride, stride, dim, s + r);
 }
 
 // body(M, first) for groups of four, two and one of `rows`; M is a constant.
@@ -164,18 +165,25 @@ FG_INLINE void in_groups(int rows, const F &body) {
   if (m < rows) body(std::integral_constant<int, 1>(), m);
 }
 
+template <class T>
+struct BestFew { using type = FloatFew<T>; };
 #if defined(FG_HAS_AVX512_BF16)
 }  // namespace
 #include "attention_few_bf16.h"
 namespace {
+template <>
+struct BestFew<bf16> { using type = Bf16Few; };
 #endif
+constexpr int64_t SHORT = 16;  // head dimensions below which products of pairs gain nothing, and their roundings show
 
 // What an item leaves of a query: its maximum (in units of log 2), its sum, and from PART_HEAD on its weighted values.
 constexpr int64_t PART_HEAD = 16;
 FG_INLINE int64_t part_size(int64_t dim) { return PART_HEAD + (dim + W - 1) / W * W; }
 
-// The scores s[n] of a query become its weights exp2(score - maximum); the maximum and their sum go to `part`.
-inline void weigh_row(const Head &h, int64_t head, int64_t row, int64_t k0, int n, float *s, float *part) {
+// The scores s[n] of a query become its weights exp2(score - maximum), rounded as the products take them; the maximum and
+// their sum go to `part`.
+template <class F>
+void weigh_row(const Head &h, int64_t head, int64_t row, int64_t k0, int n, float *s, float *part) {
   const fg_attention_args *a = h.a;
   float rate = static_cast<float>(a->scale) * LOG2E;
   int64_t mask = h.batch * a->mask_batch + head * a->mask_head + row * a->mask_row;
@@ -197,7 +205,7 @@ inline void weigh_row(const Head &h, int64_t head, int64_t row, int64_t k0, int 
   }
   float most = hmax(highest), shift = most < LOWEST ? 0.0f : most;  // all closed: any finite shift gives exp2(-inf)
   for (int r = 0; r < n; r += W) {
-    vf p = exp2_falling<5>(sub(load(s + r), set1(shift)));
+    vf p = F::weight(exp2_falling<5>(sub(load(s + r), set1(shift))));
     store(s + r, p);
     sum = add(sum, p);
   }
@@ -220,9 +228,9 @@ struct Item {
 //
 // What will be read next is fetched row after row: by the products where the item is one head alone, here where it is
 // several.  It stays inside the sequence.
-template <class T>
+template <class F>
 struct Piece {
-  using F = Few<T>;
+  using T = typename F::element;
   const Item &item;
   const int64_t k0;
   const int n, dim = static_cast<int>(item.of[0].a->dim), rows = item.rows, queries = item.heads * item.rows;
@@ -263,7 +271,7 @@ struct Piece {
         if (!alone) fetch(next, keys ? stride : item.of[0].a->v_row, count);
         in_groups(rows, [&](auto M, int m) {
           m += g * rows;
-          all_dots<M.value>(q + m * WIDE, from, alone ? next : from, stride, count, dim, s + m * PIECE + r);
+          all_dots<M.value, F>(q + m * WIDE, from, alone ? next : from, stride, count, dim, s + m * PIECE + r);
         });
       }
     }
@@ -292,7 +300,7 @@ struct Piece {
     scores();
     for (int m = 0; m < queries; ++m) {
       const Head &h = item.of[m / rows];
-      weigh_row(h, h.head + item.head(m), item.row(m), k0, n, s + m * PIECE, part(m));
+      weigh_row<F>(h, h.head + item.head(m), item.row(m), k0, n, s + m * PIECE, part(m));
       F::take_weights(s + m * PIECE, n);
     }
     values();
@@ -339,9 +347,10 @@ int64_t heads_together(const fg_attention_args *a, const F &head_at, int64_t row
   return heads;
 }
 
-// All of a problem; `head_at(batch, head)` gives a Head.  A sequence's parts stand from its first piece on.
-template <class T, class F>
-int few(const fg_attention_args *a, const F &head_at) {
+// All of a problem by the engine E; `head_at(batch, head)` gives a Head.  A sequence's parts stand from its first piece on.
+template <class E, class F>
+int few_by(const fg_attention_args *a, const F &head_at) {
+  using T = typename E::element;
   int64_t shared = a->heads / a->kv_heads, rows = shared * a->queries, blocks = (rows + ROWS - 1) / ROWS, pieces = 0;
   for (int64_t batch = 0; batch < a->batch; ++batch) {
     Pieces own = pieces_of(head_at(batch, 0));
@@ -365,7 +374,7 @@ int few(const fg_attention_args *a, const F &head_at) {
     begin = begin < lowest ? lowest : begin;  // down to 16: what is added to what stays
     int64_t n = (end < (own + 1) * PIECE ? end : (own + 1) * PIECE) - begin;
     float *to = parts + i * apart + ((batch * a->kv_heads + kv) * rows + item.first) * size;
-    if (n > 0) Piece<T>(item, begin, static_cast<int>(n)).run(to, size, rows * size);
+    if (n > 0) Piece<E>(item, begin, static_cast<int>(n)).run(to, size, rows * size);
     return FG_OK;
   };
   int64_t work = PIECE * a->dim * (rows < ROWS ? rows : ROWS) * together;
@@ -378,6 +387,11 @@ int few(const fg_attention_args *a, const F &head_at) {
              reinterpret_cast<T *>(h.out) + row * a->out_row);
     return FG_OK;
   });
+}
+
+template <class T, class F>
+int few(const fg_attention_args *a, const F &head_at) {
+  return a->dim < SHORT ? few_by<FloatFew<T>>(a, head_at) : few_by<typename BestFew<T>::type>(a, head_at);
 }
 
 }  // namespace

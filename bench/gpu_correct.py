@@ -24,8 +24,8 @@ from fusegen.bench.gpu_stages import (
     name_of,
     reason,
     row,
-    written,
 )
+from fusegen.bench.kernels import results
 from fusegen.bench.row import Row
 from fusegen.kernels import catalogue
 from fusegen.kernels import op as registry
@@ -71,7 +71,7 @@ def correct(setting: Setting, name: str) -> Iterator[Row]:
                 continue
             outs, launch = bound(op, args)
             launch.run()
-            yield judged(base, (*outs, *(args[i] for i in written(op))), want, op.tolerance[dtype])
+            yield judged(base, results(op, outs, args), want, op.tolerance[dtype])
         except Exception as error:
             yield replace(base, note=reason(error))
 

@@ -24,7 +24,6 @@ from fusegen.bench.gpu_stages import (
     name_of,
     reason,
     row,
-    written,
 )
 from fusegen.bench.row import Row
 from fusegen.kernels.op import Op, Tolerance
@@ -119,8 +118,8 @@ def _heat(setting: Setting, op: Op, base: Row, args: tuple[Any, ...], dtype: tor
         try:
             calls = [build(op, a) for a in many]
             fresh = _copy(args)  # what an op writes of its arguments is its result too
-            got = kernels.outputs(build(op, fresh)())
-            rows[who] = judged(replace(base, contender=who), (*got, *(fresh[i] for i in written(op))), want, limit)
+            got = kernels.results(op, build(op, fresh)(), fresh)
+            rows[who] = judged(replace(base, contender=who), got, want, limit)
             if rows[who].ok:
                 replays[who] = captured(calls)
                 replays[who]()

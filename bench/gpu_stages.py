@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusegen.bench import verify
+from fusegen.bench import kernels, verify
 from fusegen.bench.row import Row, versions
 from fusegen.kernels import catalogue
 from fusegen.kernels import op as registry
@@ -65,13 +65,7 @@ def arguments(op: Op, case: Case, dtype: torch.dtype, setting: Setting, seed: in
 def expected(op: Op, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """The float64 reference's outputs and what it wrote of its arguments."""
     wide = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-    out = op.reference(*wide)
-    return (*(out if isinstance(out, (tuple, list)) else (out,)), *(wide[i] for i in written(op)))
-
-
-def written(op: Op) -> list[int]:
-    schema = getattr(torch.ops.fusegen, op.name).default._schema
-    return [i for i, a in enumerate(schema.arguments) if a.name in op.mutates]
+    return kernels.results(op, op.reference(*wide), wide)
 
 
 def bound(op: Op, args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Launch]:

@@ -44,17 +44,20 @@ def jobs(names: Sequence[str] = (), cases: Sequence[str] = (), dtypes: Sequence[
 
 
 def reference(job: Job) -> tuple[Tensor, ...]:
-    """The op's outputs in float64."""
-    return outputs(job.op.reference(*(_double(a) for a in job.args())))
+    """The op's outputs in float64, then the arguments that it writes."""
+    wide = tuple(_double(a) for a in job.args())
+    return results(job.op, job.op.reference(*wide), wide)
 
 
 def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def outputs(value: Any) -> tuple[Tensor, ...]:
-    """An op's result as a tuple."""
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+def results(op: Op, value: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """What a call of ``op`` returned, as a tuple, and those of ``args`` that it writes."""
+    names = [a.name for a in getattr(torch.ops.fusegen, op.name).default._schema.arguments]
+    returned = tuple(value) if isinstance(value, (tuple, list)) else () if value is None else (value,)
+    return (*returned, *(args[names.index(name)] for name in op.mutates))
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def _gate(
             return None, None
         if call is None:
             return Row(**base, ok=False, note="no kernel serves these arguments"), None
-        verdict = verify.check(outputs(call()), expected, bound)
+        verdict = verify.check(results(job.op, call(), args), expected, bound)
         call()
     except Exception as error:  # a peer that cannot build or run is a result, not the end of the run
         return Row(**base, ok=False, note=f"{type(error).__name__}: {error}".splitlines()[0][:300]), None

@@ -22,12 +22,14 @@ JOBS = {f"{j.op.name}-{j.case.name}-{str(j.dtype).removeprefix('torch.')}": j fo
 def test_kernel(job: str, name: str, benchmark: Any) -> None:
     """The call's output is within the bound (four times as wide for the eager peer), then it is timed."""
     one = JOBS[job]
-    call = contenders.KERNELS[name](one.op, one.args())
+    args = one.args()
+    call = contenders.KERNELS[name](one.op, args)
     if call is None:
         pytest.skip("no kernel serves these arguments on this machine")
     bound = one.op.tolerance[one.dtype]
     margin = 1.0 if name == "fusegen" else kernels.PEER_MARGIN
-    verdict = check(kernels.outputs(call()), kernels.reference(one), Tolerance(bound.rms * margin, bound.peak * margin))
+    got = kernels.results(one.op, call(), args)
+    verdict = check(got, kernels.reference(one), Tolerance(bound.rms * margin, bound.peak * margin))
     assert verdict.ok, f"{job}: relative error rms {verdict.rms:.2g}, peak {verdict.peak:.2g}"
     benchmark.group = job
     benchmark.extra_info.update(error_rms=verdict.rms, error_peak=verdict.peak)

@@ -1,0 +1,29 @@
+"""What the kernel benchmarks compare: an op's outputs and the arguments that it writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fusegen.bench import contenders, kernels
+from fusegen.kernels import op as registry
+
+
+def _job(op: str, case: str) -> kernels.Job:
+    return kernels.Job(registry.get(op), registry.get(op).case(case), torch.float32)
+
+
+def test_what_an_op_writes_is_compared() -> None:
+    rows = kernels.run(_job("kv_append", "8x8x1x128 into 4096"), ("eager", "fusegen"), seconds=0.0)
+    assert [(r.contender, r.ok, r.error_rms) for r in rows] == [("eager", True, 0.0), ("fusegen", True, 0.0)]
+
+
+def test_who_writes_nothing_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def idle(op: Any, args: Any) -> Any:
+        return lambda: None
+
+    monkeypatch.setitem(contenders.KERNELS, "fusegen", idle)
+    (row,) = kernels.run(_job("kv_append", "8x8x1x128 into 4096"), ("fusegen",), seconds=0.0)
+    assert not row.ok and row.note == "over its error bound" and row.median_s is None

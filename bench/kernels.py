@@ -62,8 +62,9 @@ def results(op: Op, value: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.5) -> list[Row]:
-    """One row a contender that has a form of the op.  The first is the baseline of the ratios; a failed gate or a
-    failed build is a row too."""
+    """One row a contender that has a form of the op; a failed gate or a failed build is a row too.  Eager PyTorch is
+    the baseline of the ratios, or the first contender where eager was not asked for; there is no ratio to a form that
+    failed its gate."""
     expected, calls, rows = reference(job), {}, {}
     bound = job.op.tolerance[job.dtype]
     for name in names:
@@ -78,7 +79,8 @@ def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.
         return list(rows.values())
     baseline = "eager" if "eager" in calls else next(iter(calls))
     timings = timing.interleave(calls, baseline, seconds=seconds, device=job.device)
-    return [_timed(job, rows[name], timings[name]) if name in timings else rows[name] for name in rows]
+    timed = [_timed(job, row, timings[name]) if name in timings else row for name, row in rows.items()]
+    return [replace(row, ratio=None) for row in timed] if baseline != "eager" and "eager" in rows else timed
 
 
 def _gate(

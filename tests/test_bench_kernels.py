@@ -27,3 +27,12 @@ def test_who_writes_nothing_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(contenders.KERNELS, "fusegen", idle)
     (row,) = kernels.run(_job("kv_append", "8x8x1x128 into 4096"), ("fusegen",), seconds=0.0)
     assert not row.ok and row.note == "over its error bound" and row.median_s is None
+
+
+def test_there_is_no_ratio_to_a_form_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def idle(op: Any, args: Any) -> Any:
+        return lambda: None
+
+    monkeypatch.setitem(contenders.KERNELS, "eager", idle)
+    eager, ours = kernels.run(_job("kv_append", "8x8x1x128 into 4096"), ("eager", "fusegen"), seconds=0.0)
+    assert not eager.ok and ours.ok and ours.median_s is not None and ours.ratio is None

@@ -26,7 +26,7 @@ def main() -> int:
     from PIL import Image
     from rich.progress import track
 
-    from fusegen.models.text_to_image import default_dtype
+    from fusegen.runtime.compile import default_dtype
 
     print(f"== load {MODEL}", flush=True)
     start = time.perf_counter()
@@ -58,7 +58,7 @@ def compare(model: TextToImage) -> int:
 
     from fusegen.bench import models, timing, verify
     from fusegen.bench.pipelines import EagerTextToImage
-    from fusegen.models.text_to_image import default_dtype
+    from fusegen.runtime.compile import default_dtype
 
     dtype = default_dtype(model.device)
     print(f"== beside eager PyTorch, the same networks in the same dtype, {COMPARED} pictures a call", flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusegen.bench import timing, verify
+from fusegen.bench import text_models, timing, verify
 from fusegen.bench.row import Row, versions
 from fusegen.kernels.op import Tolerance
 
@@ -126,7 +126,10 @@ def _first(name: str, dtype: str) -> float:
     return taken
 
 
-MODELS: Mapping[str, Callable[[Sequence[str], Sequence[str], float], list[Row]]] = {"emoji": emoji}
+MODELS: Mapping[str, Callable[[Sequence[str], Sequence[str], float], list[Row]]] = {
+    "emoji": emoji,
+    "pycode": lambda *a: [row for rows in text_models.pycode(*a[:2], text_models.CASES, a[2]) for row in rows],
+}
 
 if __name__ == "__main__":
     print(json.dumps({"pixels": float(_pixels(_emoji(*sys.argv[1:]).make(1)()).mean())}))

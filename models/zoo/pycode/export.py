@@ -98,6 +98,7 @@ def export(folder: Path, out: Path, sources: data.Sources) -> Manifest:
     tok, texts = Tokenizer.from_file(str(folder / "tokenizer.json")), list(sources.held_out.values())
     measured = quality(rounded(gpt), tok, texts, config["length"])
     facts = vars(gpt.cfg) | {k: config[k] for k in ("batch", "length", "threads")}
+    facts["tail"] = f"{config['tail']:.0%}"
     facts |= {"head_dim": gpt.cfg.head_dim, "millions": f"{sum(p.numel() for p in gpt.parameters()) / 1e6:.1f}"}
     facts |= {"python": platform.python_version(), "files": config["files"], "characters": f"{config['characters']:,}"}
     facts |= {"steps": f"{config['steps']:,}", "minutes": f"{config['seconds'] / 60:.0f}"}

@@ -27,9 +27,22 @@ from torch import Tensor, nn
 from fusegen.models.gpt import GPT, GPTConfig
 from fusegen.models.zoo.pycode import data
 
-WARM, TAIL = 100, 0.3  # steps of the warm-up; the part of a run that the cosine takes
+WARM = 100  # steps of the warm-up
 MATRICES, REST = "muon", "adamw"
 STATE = {MATRICES: ("momentum_buffer",), REST: ("exp_avg", "exp_avg_sq")}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``steps`` of ``batch`` windows of ``length`` tokens; ``peak``: the highest learning rate; ``tail``: the part of
+    the steps that the cosine takes; ``save``: seconds between checkpoints."""
+
+    steps: int
+    tail: float = 0.3
+    batch: int = 16
+    length: int = 256
+    peak: float = 4e-3
+    save: float = 300.0
 
 
 def network(vocabulary: int) -> GPTConfig:
@@ -37,10 +50,11 @@ def network(vocabulary: int) -> GPTConfig:
     return GPTConfig(vocabulary, context=512, width=256, layers=5, heads=4, kv_heads=2, hidden=640)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
+def learning_rate(step: int, settings: Settings) -> float:
     """Linear warm-up, constant, then a cosine down to zero."""
-    tail = max(0.0, (step - (1 - TAIL) * steps) / (TAIL * steps))
-    return peak * min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * tail))
+    length = settings.tail * settings.steps
+    tail = max(0.0, (step - settings.steps + length) / length)
+    return settings.peak * min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * tail))
 
 
 class Run:
@@ -104,17 +118,6 @@ def loss_of(model: GPT, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-@dataclass(frozen=True)
-class Settings:
-    """``steps`` of ``batch`` windows of ``length`` tokens; ``peak``: the highest learning rate; ``save``: seconds."""
-
-    steps: int
-    batch: int = 16
-    length: int = 256
-    peak: float = 4e-3
-    save: float = 300.0
-
-
 def prepare(folder: Path, sources: data.Sources) -> Tokenizer:
     """The tokenizer of a training folder, made the first time."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,7 +135,8 @@ def train(folder: Path, settings: Settings, sources: data.Sources, until: int | 
     tok = prepare(folder, sources)
     run = Run(network(tok.get_vocab_size()), folder)
     facts = {"files": len(sources.train), "characters": sum(map(len, sources.train.values()))}
-    facts |= {"batch": settings.batch, "length": settings.length, "threads": torch.get_num_threads()}
+    facts |= {"batch": settings.batch, "length": settings.length, "tail": settings.tail}
+    facts |= {"threads": torch.get_num_threads()}
     (folder / "config.json").write_text(json.dumps({"gpt": asdict(run.model.cfg)} | facts, indent=1))
     windows = data.Windows(list(sources.train.values()), tok, settings.length)
     smooth, began, before, saved = math.nan, time.monotonic(), run.seconds, time.monotonic()
@@ -141,7 +145,7 @@ def train(folder: Path, settings: Settings, sources: data.Sources, until: int | 
     with Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("train", total=settings.steps, completed=run.step, loss=math.nan)
         while run.step < end:
-            rate = learning_rate(run.step, settings.steps, settings.peak)
+            rate = learning_rate(run.step, settings)
             loss = run.advance(torch.from_numpy(windows.batch(run.step, settings.batch)), rate)
             smooth = loss if math.isnan(smooth) else smooth + 0.02 * (loss - smooth)
             progress.update(task, completed=run.step, loss=smooth)
@@ -160,13 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/pycode"))
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--tail", type=float, default=0.3, help="the part of the steps over which the rate falls to 0")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--source", type=Path, help="a standard library's folder; the running interpreter's by default")
     args = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a check for tests
-    train(args.out, Settings(args.steps, args.batch, peak=args.lr), data.load(args.source))
+    train(args.out, Settings(args.steps, args.tail, args.batch, peak=args.lr), data.load(args.source))
 
 
 if __name__ == "__main__":

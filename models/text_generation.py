@@ -58,6 +58,7 @@ class TextGeneration:
         self.tokenizer.encode_special_tokens = True  # a prompt that spells one means its letters
         self.bytes = token_bytes(tokenizer)
         self.special = self._special()
+        self._longer = dict[int, list[int]]()
         forbidden = [i for name, i in self.special.items() if name not in ("end", "begin")]
         unused = range(len(self.bytes), decoder.program.inputs["allowed"].shape[0])  # type: ignore[arg-type]
         self.loop = Decoder(decoder, text.context, [*forbidden, *unused], [self.special["end"]])
@@ -199,10 +200,27 @@ class TextGeneration:
         sampling, keys = chosen.sampling(self.text.context), noise.seed_tensor(seeds).tolist()
         requests = []
         for prompt, suffix, key in zip(prompts, suffixes, keys, strict=True):
-            tokens = self.encode(*texts("prompt", [prompt, *([] if suffix is None else [suffix])], 2))
-            most = min(chosen.max_tokens, self.text.context - len(tokens))
-            requests.append(Continuation(tokens, sampling, key, most))
+            tokens, first = self._healed(*texts("prompt", [prompt, *([] if suffix is None else [suffix])], 2))
+            most = min(chosen.max_tokens and chosen.max_tokens + bool(first), self.text.context - len(tokens))
+            requests.append(Continuation(tokens, sampling, key, most, first))
         return requests, texts("stop", stop, MOST_STOPS)
+
+    def _healed(self, prompt: str, suffix: str | None = None) -> tuple[list[int], Sequence[int]]:
+        """The tokens of a prompt but for its last, and what may stand in its place: itself, and those that begin as it.
+
+        A prompt that ends in the midst of what is one token in every text the model has read, say a line's end before
+        the next line's indentation, would leave it in a place where it has never been.
+        """
+        tokens = self.encode(prompt, suffix)
+        at = len(tokens) - 1 if suffix is None else tokens.index(self.special["suffix"]) - 1
+        last = tokens[at]
+        if last not in self._longer:
+            piece = self.bytes[last]
+            self._longer[last] = [i for i, b in enumerate(self.bytes) if piece and b.startswith(piece)]
+        first = self._longer[last]
+        if len(first) < 2 or len(tokens) == 1:
+            return tokens, ()
+        return tokens[:at] + tokens[at + 1 :], [last, *(i for i in first if i != last)]
 
     def _write(
         self,
@@ -236,7 +254,10 @@ class TextGeneration:
             made = running.next()
             for row in sorted(before):
                 stream = streams[row]
-                text = stream.push(self.bytes[made[row]] if row in made else b"", final=row not in running.going)
+                piece = self.bytes[made[row]] if row in made else b""
+                if running.given[row] == 1 and running.requests[row].first:
+                    piece = piece[len(self.bytes[running.requests[row].first[0]]) :]  # the prompt's own end
+                text = stream.push(piece, final=row not in running.going)
                 if stream.stopped:
                     running.finish(row)
                 yield row, text

@@ -46,12 +46,16 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A prompt to go on from: its tokens (at least one), how, from which seed, for at most so many tokens."""
+    """A prompt to go on from: its tokens (at least one), how, from which seed, for at most so many tokens.
+
+    ``first``: what may be drawn as the first token; empty for all that may be drawn later.
+    """
 
     tokens: Sequence[int]
     sampling: Sampling
     seed: int
     most: int
+    first: Sequence[int] = ()
 
 
 def with_sampler(program: Program, context: int) -> Program:
@@ -97,7 +101,7 @@ class Lane:
         self.rows |= {k: torch.zeros(batch, dtype=torch.int64, device=device) for k in ("last", *WHOLE)}
         self.rows |= {k: torch.zeros(batch, device=device) for k in FLOATS}
         self.rows["history"] = torch.full((batch, context), -1, dtype=torch.int64, device=device)
-        self.allowed = allowed.to(device)
+        self.usual, self.allowed = allowed.to(device), allowed.to(device, copy=True)
         self.moving = torch.zeros(batch, dtype=torch.int64, device=device)  # 1 where a row goes on
         self.windows = torch.ones(batch, dtype=torch.int64, device=device)
         self.tokens: dict[int, Tensor] = {}
@@ -116,7 +120,7 @@ class Lane:
         """Take a prompt into the caches of ``row``, by way of the lane ``one`` of a single request (this one, where
         it is such); returns the first token after it."""
         one._ask(0, request)
-        token = one._prefill(request.tokens)
+        token = one._prefill(request.tokens, request.first)
         if one is not self:
             self._ask(row, request)
             for mine, filled in zip(self.caches.values(), one.caches.values(), strict=True):
@@ -132,13 +136,15 @@ class Lane:
         rows["seeds"][row] = request.seed
         rows["history"][row] = -1
         self.windows[row] = window = max(1, min(sampling.window, self.context))
-        start = max(0, len(request.tokens) - window)
-        for position, token in enumerate(request.tokens[start:], start):
-            rows["history"][row, position % window] = token
+        seen = torch.tensor(request.tokens[-window:], device=self.moving.device)
+        place = torch.arange(len(request.tokens) - len(seen), len(request.tokens), device=seen.device) % window
+        rows["history"][row, place] = seen
 
-    def _prefill(self, tokens: Sequence[int]) -> int:
+    def _prefill(self, tokens: Sequence[int], first: Sequence[int]) -> int:
         at = 0
         out = None
+        if first:
+            self.allowed.fill_(False)[list(first)] = True
         while at < len(tokens):
             part = tokens[at : at + CHUNKS[-1]]
             length = next(c for c in CHUNKS if c >= len(part))
@@ -149,8 +155,10 @@ class Lane:
             out = run()
             at += len(part)
         assert out is not None
+        token = int(out[0])
         self.rows["last"][0] = 0
-        return int(out[0])
+        self.allowed.copy_(self.usual)
+        return token
 
     def _take(self, row: int, position: int, token: int) -> None:
         """Make ``token``, which stands at ``position``, what the next step is fed."""

@@ -54,6 +54,13 @@ _THROUGH_WORDS = """
 _THROUGH = frozenset(_THROUGH_WORDS.split())
 
 
+def tables(program: Program) -> set[str]:
+    """The weights that are read as cosines and sines, and lose their low bits in a shorter dtype."""
+    keys = {(op, key) for op, key in _LEFT if key in ("cos", "sin")}
+    values = (v for n in program.nodes for k, v in n.args.items() if (n.op, k) in keys)
+    return {v.name for v in values if isinstance(v, Ref) and v.name in program.weights}
+
+
 def float_casts(program: Program) -> dict[str, str]:
     """Casts of a floating-point value to the dtype it has, by output name: they do nothing in the graph as exported."""
     hidden = {}

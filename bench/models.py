@@ -128,7 +128,7 @@ def _first(name: str, dtype: str) -> float:
 
 MODELS: Mapping[str, Callable[[Sequence[str], Sequence[str], float], list[Row]]] = {
     "emoji": emoji,
-    "pycode": lambda *a: [row for rows in text_models.pycode(*a[:2], text_models.CASES, a[2]) for row in rows],
+    "pycode": lambda *a: [r for rows in text_models.pycode(a[0], a[1], text_models.CASES, a[2]) for r in rows],
 }
 
 if __name__ == "__main__":

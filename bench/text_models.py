@@ -53,6 +53,7 @@ def _ids(text: str) -> list[int]:
     """A prompt's tokens, without the model."""
     tok = bundled.tokenizer(_bundle())
     begin = tok.token_to_id(_bundle().manifest.loop["begin"])
+    assert begin is not None
     return [begin, *tok.encode(text, add_special_tokens=False).ids]
 
 
@@ -60,7 +61,7 @@ def network() -> GPT:
     """The network of the bundle, for eager PyTorch."""
     program = _bundle().program("decoder")
     weights = {k.removeprefix("gpt."): v for k, v in program.weights.items() if k.startswith("gpt.")}
-    _, kv_heads, context, head_dim = program.inputs["caches_0"].shape
+    kv_heads, context, head_dim = (int(n) for n in program.inputs["caches_0"].shape[1:])
     vocabulary, width = weights["embed_tokens.weight"].shape
     made = GPT(
         GPTConfig(

@@ -9,7 +9,7 @@ from typing import Any
 
 from fusegen.models.request import integer
 from fusegen.runtime.errors import RequestError
-from fusegen.runtime.loop.decode import Sampling
+from fusegen.runtime.loop.decode import CHUNKS, Sampling
 
 MOST_CHARACTERS, MOST_STOPS, MOST_PROMPTS, MOST_CONTEXT = 1_000_000, 64, 1024, 1 << 20
 
@@ -29,6 +29,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         integer("context", self.context, 1, MOST_CONTEXT)
+        if self.context % CHUNKS[-1]:  # a prompt's last chunk is padded, and must fit
+            raise RequestError(f"context is {self.context}", "loop", f"it must be a multiple of {CHUNKS[-1]}")
         for name, value in asdict(self).items():
             if name != "context" and not isinstance(value, str):
                 raise RequestError(f"{name} is a {type(value).__name__}", "loop", "it must be a text")

@@ -135,7 +135,7 @@ def test_progress_counts_tokens(model: TextGeneration, monkeypatch: pytest.Monke
     monkeypatch.setattr("fusegen.models.text_generation.BATCH", 2)
     told: list[tuple[int, int]] = []
     model.generate(PROMPTS, progress=lambda *a: told.append(a), **SAMPLED)
-    assert told == sorted(told) and told[-1][1] == 4 * 24 and told[-1][0] <= 96
+    assert told == sorted(told) and 4 * 24 <= told[-1][1] <= 4 * 25 and told[-1][0] <= told[-1][1]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,7 @@ def test_a_bundle_of_another_kind_is_refused(tmp_path: Path) -> None:
     own = {"tokenizer.json": gpts.tokenizer_json().encode()}
     for change, words in (
         (dict(loop={"context": 128}), "TextConfig is incomplete"),
+        (dict(loop=loop | {"context": 100}), "context is 100 .*multiple of 64"),
         (dict(loop=loop | {"speed": 1}), "no 'speed'"),
         (dict(loop=loop | {"end": "<|fin|>"}), "the tokenizer has no token '<|fin|>'"),
         (dict(sampler={"temperature": "hot"}), "temperature is not a number"),
@@ -211,13 +212,14 @@ def test_a_prompt_may_end_in_the_midst_of_a_token(model: TextGeneration) -> None
     assert [len(i) for i in ids.values()] == [1, 1]
     for suffix in (None, "\n"):
         tokens, first = model._healed("def f():\n", suffix)
-        assert ids["\n"][0] not in tokens[:6] and first[0] == ids["\n"][0] and ids["\n    "][0] in first
+        end = tokens.index(model.special["suffix"]) if suffix else len(tokens)
+        assert ids["\n"][0] not in tokens[:end] and first[0] == ids["\n"][0] and ids["\n    "][0] in first
         assert all(model.bytes[i].startswith(b"\n") for i in first)
         requests, _ = model._requests(["def f():\n"], [suffix], [3], (), SAMPLED)
         (made,) = tokens_of(model, requests)
         text = b"".join(model.bytes[t] for t in made).decode("utf-8", "replace")
         assert made[0] in first and text.removeprefix("\n") == model.generate("def f():\n", suffix, [3], **SAMPLED)[0]
-    assert model._healed("def f():\n    ")[1][:1] in ([], ids["\n    "])
+    assert model._healed("")[1] == () and model._healed("", "x")[1] == ()
 
 
 def test_rotary_tables_are_stored_as_they_are(tmp_path: Path) -> None:

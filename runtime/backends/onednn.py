@@ -72,7 +72,7 @@ def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Ca
     activation = args.get("activation", "none")
     if node.op in LINEAR:
         packed = _pack_linear(args["weight"].name, program, weights, math.prod(shape[:-1]))
-        function = _linear_call(activation, others)
+        function: Callable[..., Any] = _linear_call(activation, others)
         if binding.planned:
             function = functools.partial(_into, function)
         return Call(function, (args["input"], packed, args["bias"], *others), _NAMES)

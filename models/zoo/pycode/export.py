@@ -37,7 +37,8 @@ SAMPLER = {"max_tokens": 128, "temperature": 0.6, "top_k": 40, "top_p": 0.95, "m
 def network(folder: Path) -> tuple[GPT, dict[str, Any]]:
     """The trained network of a training folder, and its configuration with the training's own figures."""
     config = json.loads((folder / "config.json").read_text())
-    gpt = GPT(GPTConfig(**config["gpt"]))
+    context = -(-config["length"] // CHUNK) * CHUNK  # what it was trained on: it knows no position beyond
+    gpt = GPT(GPTConfig(**config["gpt"] | {"context": context}))
     with safe_open(folder / "checkpoint.safetensors", "pt") as f:
         names = [k for k in f.keys() if k.startswith("model.")]  # noqa: SIM118 (it has no iterator)
         gpt.load_state_dict({k.removeprefix("model."): f.get_tensor(k) for k in names})

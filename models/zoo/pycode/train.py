@@ -47,7 +47,7 @@ class Settings:
 
 def network(vocabulary: int) -> GPTConfig:
     """The sizes of pycode's network: 4.5 million parameters at 4096 tokens."""
-    return GPTConfig(vocabulary, context=512, width=256, layers=5, heads=4, kv_heads=2, hidden=640)
+    return GPTConfig(vocabulary, context=256, width=256, layers=5, heads=4, kv_heads=2, hidden=640)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -134,7 +134,7 @@ def train(folder: Path, settings: Settings, sources: data.Sources, until: int | 
     """
     tok = prepare(folder, sources)
     run = Run(network(tok.get_vocab_size()), folder)
-    facts = {"files": len(sources.train), "characters": sum(map(len, sources.train.values()))}
+    facts: dict[str, float] = {"files": len(sources.train), "characters": sum(map(len, sources.train.values()))}
     facts |= {"batch": settings.batch, "length": settings.length, "tail": settings.tail}
     facts |= {"threads": torch.get_num_threads()}
     (folder / "config.json").write_text(json.dumps({"gpt": asdict(run.model.cfg)} | facts, indent=1))

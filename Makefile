@@ -8,15 +8,18 @@
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make races       the C++ kernels under ThreadSanitizer
 #   make test-arm    the C++ kernels for AArch64, under an emulator
+#   make native      the three before, in one process
 #   make zoo         train and export the zoo's model anew (hours on a CPU)
 #   make clean       remove what these targets made
 #
-# PYTHON is the interpreter of the environment; PIP_FLAGS goes to every pip install, for instance
+# JOBS: how many processes `make test` uses; PYTHON: the interpreter of the environment; PIP_FLAGS go to every pip
+# install, for instance
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"    (PyTorch without CUDA: 200 MB)
 
 PYTHON    ?= python3
 PIP_FLAGS ?=
 PYTEST    ?= -q
+JOBS      ?= 2
 VENV      := .venv
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check
@@ -24,7 +27,7 @@ CSRC      := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 SETUP     := pyproject.toml setup.py constraints.txt $(CSRC)
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
-.PHONY: demo test lint bench gpu-check sanitize races test-arm zoo clean
+.PHONY: demo test lint bench gpu-check sanitize races test-arm native need-arm zoo clean
 .DELETE_ON_ERROR:
 
 $(VENV)/pip.stamp:
@@ -47,7 +50,7 @@ demo: $(VENV)/run.stamp
 	@$(BIN)/python -m fusegen.demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
 
 # The link tree shows mypy the package under the names it is imported by.
 lint: $(VENV)/lint.stamp
@@ -64,21 +67,22 @@ bench: $(VENV)/bench.stamp
 gpu-check: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.bench.gpu_check
 
-# GCC's sanitizers: their runtimes must be loaded before Python itself.
-sanitize: export CXX = g++
+# The kernels outside of Python; see tests/native.  One process for all three asks the references once.
 sanitize: $(VENV)/test.stamp
-	$(BIN)/python setup.py -q build_kernels --sanitize
-	FUSEGEN_CPU_LIBRARY=build/sanitize ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  $(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/test_ops.py tests/test_attention.py -k "every_level or attention"
+	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_sanitize.py
 
 races: $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_races.py
 
-test-arm: $(VENV)/test.stamp
-	@command -v aarch64-linux-gnu-g++ >/dev/null && { command -v qemu-aarch64-static || command -v qemu-aarch64; } >/dev/null || \
-	  { echo "make test-arm needs two Debian packages: apt-get install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }
+test-arm: need-arm $(VENV)/test.stamp
 	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_arm.py
+
+native: need-arm $(VENV)/test.stamp
+	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_sanitize.py tests/native/test_races.py tests/native/test_arm.py
+
+need-arm:
+	@command -v aarch64-linux-gnu-g++ >/dev/null && { command -v qemu-aarch64-static || command -v qemu-aarch64; } >/dev/null || \
+	  { echo "make $(MAKECMDGOALS) needs two Debian packages: apt-get install g++-aarch64-linux-gnu qemu-user-static" >&2; exit 1; }
 
 zoo: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.models.zoo.emoji.train --out build/emoji

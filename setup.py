@@ -39,14 +39,9 @@ class BuildKernels(Command):
     """``python setup.py build_kernels``: (re)build the C++ library in place, compiling only what changed."""
 
     description = "build the C++ kernels in place"
-    user_options: ClassVar = [
-        ("sanitize", None, "with AddressSanitizer and UndefinedBehaviorSanitizer, under build/sanitize"),
-        ("jobs=", None, "compilations at a time (2)"),
-    ]
-    boolean_options: ClassVar = ["sanitize"]
+    user_options: ClassVar = [("jobs=", None, "compilations at a time (2)")]
 
     def initialize_options(self) -> None:
-        self.sanitize = 0
         self.jobs = "2"
 
     def finalize_options(self) -> None:
@@ -54,9 +49,8 @@ class BuildKernels(Command):
 
     def run(self) -> None:
         build = builder()
-        target, work = (ROOT / "build" / "sanitize",) * 2 if self.sanitize else (IN_PLACE, OBJECTS)
         try:
-            print(build.build(target, work, sanitize="address" if self.sanitize else "", jobs=int(self.jobs)))
+            print(build.build(IN_PLACE, OBJECTS, jobs=int(self.jobs)))
         except build.BuildFailed as error:
             raise SystemExit(f"error: {error}") from None
 

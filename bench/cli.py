@@ -23,11 +23,11 @@ def parser() -> argparse.ArgumentParser:
     sub = p.add_subparsers(dest="what", required=True)
     kernels = sub.add_parser("kernels", help="every fused op against its eager form and torch.compile")
     kernels.add_argument("--op", action="append", default=[], help="only this op (may be repeated)")
-    kernels.add_argument("--case", action="append", default=[], help="only this case (may be repeated)")
     kernels.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     models = sub.add_parser("models", help="whole models against eager PyTorch and torch.compile")
     models.add_argument("--model", action="append", default=[], help="only this model (may be repeated)")
     for one in (kernels, models):
+        one.add_argument("--case", action="append", default=[], help="only this case (may be repeated)")
         one.add_argument("--dtype", action="append", default=[], choices=sorted(DTYPES), help="only this dtype")
         one.add_argument("--contender", action="append", default=[], help="only this contender (may be repeated)")
         one.add_argument("--seconds", type=float, default=0.5, help="about how long each contender is timed, per case")
@@ -65,15 +65,19 @@ def _kernels(args: argparse.Namespace) -> list[Row]:
 
 
 def _models(args: argparse.Namespace) -> list[Row]:
-    from fusegen.bench import models
+    from fusegen.bench import models, whole
 
     out: list[Row] = []
     with Progress(transient=True) as progress:
         todo = chosen(args.model, models.MODELS, "model")
+        who = chosen(args.contender, whole.WHO, "contender")
+        cases = chosen(args.case, [case for name in todo for case in models.MODELS[name].cases], "case")
         task = progress.add_task("models", total=len(todo))
         for name in todo:
             progress.update(task, description=name)
-            out += _kept(models.MODELS[name](args.contender, args.dtype, args.seconds), args)
+            own = [case for case in cases if case in models.MODELS[name].cases]
+            for rows in models.MODELS[name].run(who, args.dtype, own, args.seconds) if own else ():
+                out += _kept(rows, args)
             progress.advance(task)
     return out
 

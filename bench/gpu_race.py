@@ -80,12 +80,13 @@ def measure(run: Call, setting: Setting) -> float:
 
 
 def peaks(setting: Setting) -> Iterator[Row]:
-    """The copy bandwidth and the matrix rates that every share of the roofline is measured against."""
+    """The bandwidths and the matrix rates that every share of the roofline is measured against."""
     if setting.rehearse:
         yield row(setting, "roofline", "copy", "torch", ok=True, note="not measured in a rehearsal")
         return
     found = roofline.measure("cuda")
     yield row(setting, "roofline", "copy", "torch", "float32", ok=True, gbps=found.copy / 1e9)
+    yield row(setting, "roofline", "read", "torch", "float32", ok=True, gbps=found.read / 1e9)
     for dtype, rate in found.peak.items():
         yield row(setting, "roofline", "matmul", "torch", dtype, ok=True, gflops=rate / 1e9)
 

@@ -9,12 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusegen.bench import timing, verify
-from fusegen.bench.row import Row, versions
+from fusegen.bench import verify, whole
+from fusegen.bench.row import Row
 from fusegen.kernels.op import Tolerance
 from fusegen.models import bundled
 from fusegen.models.gpt import GPT, GPTConfig, turn
@@ -37,8 +32,6 @@ PROMPT = "def read_json(path):\n"
 TEXT = PROMPT + '    """Read a file."""\n    with open(path) as file:\n        return json.load(file)\n\n\n' * 3
 STEADY = {"64 tokens": 1, "64 tokens, batch 4": 4}
 FIRST, COLD = "first token after 200", "first text of a process"
-CASES = (*STEADY, FIRST, COLD)
-WHO = ("eager", "compile", "fusegen")
 # Of logits against eager float32: bfloat16 rounds every activation.
 BOUNDS = {"float32": Tolerance(1e-4, 1e-3), "bfloat16": Tolerance(5e-2, 2e-1)}
 
@@ -182,12 +175,12 @@ def pycode(who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], seco
     """The Python model; yields the rows of each dtype and case as they are measured."""
     for dtype in dtypes or ("float32", "bfloat16"):
         warm = [c for c in cases if c != COLD]
-        made = {name: contender(name, dtype) for name in who or WHO} if warm else {}
+        made = {name: contender(name, dtype) for name in who or whole.WHO} if warm else {}
         verdicts = _verdicts(made, dtype) if made else {}
         for case in warm:
             yield _steady(made, verdicts, dtype, case, seconds)
         if COLD in cases:
-            yield _cold(who or WHO, dtype)
+            yield whole.cold(MODEL, COLD, "fusegen.bench.text_models", who or whole.WHO, dtype)
 
 
 def _verdicts(made: dict[str, Any], dtype: str) -> dict[str, verify.Verdict]:
@@ -210,54 +203,13 @@ def _steady(
     calls: dict[str, Callable[[], object]] = {
         name: functools.partial(one.write, prompt, batch, count) for name, one in made.items() if verdicts[name].ok
     }
-    rows = {name: _row(case, name, dtype, verdicts[name]) for name in made}
-    if not calls:
-        return list(rows.values())
     for call in calls.values():
         call(), call()
-    timed = timing.interleave(calls, next(iter(calls)), seconds=seconds, sample=0.0)
-    for name, t in timed.items():
-        extra = {"tokens_per_second": batch * count / t.median, "rounds": float(t.rounds)}
-        rows[name] = replace(rows[name], median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio, extra=extra)
-    return list(rows.values())
+    rows = {name: whole.gated(MODEL, case, name, dtype, verdicts[name]) for name in made}
+    return whole.timed(rows, calls, seconds, lambda t: {"tokens_per_second": batch * count / t})
 
 
-def _row(case: str, name: str, dtype: str, verdict: verify.Verdict) -> Row:
-    note = "" if verdict.ok else f"other tokens, or over its bound: rms {verdict.rms:.2g}, peak {verdict.peak:.2g}"
-    facts: dict[str, Any] = dict(threads=torch.get_num_threads(), versions=versions(), note=note)
-    errors: dict[str, Any] = dict(error_rms=verdict.rms, error_peak=verdict.peak)
-    return Row(MODEL, case, name, dtype, "cpu", verdict.ok, **errors, **facts)
-
-
-def _cold(who: Sequence[str], dtype: str, rounds: int = 3) -> list[Row]:
-    """From starting Python to the first 16 tokens, each in a process of its own; compile caches start empty."""
-    times: dict[str, list[float]] = {name: [] for name in who}
-    for index in range(rounds):
-        for name in times:
-            if name != "compile" or index == 0:  # it takes a minute, and once tells enough
-                times[name].append(_first(name, dtype))
-    base = statistics.median(next(iter(times.values())))
-    rows = []
-    for name, taken in times.items():
-        middle = statistics.median(taken)
-        span: dict[str, Any] = dict(median_s=middle, p20_s=min(taken), p80_s=max(taken), ratio=base / middle)
-        facts: dict[str, Any] = dict(threads=torch.get_num_threads(), versions=versions())
-        rows.append(Row(MODEL, COLD, name, dtype, "cpu", True, **span, **facts, extra={"rounds": float(len(taken))}))
-    return rows
-
-
-def _first(name: str, dtype: str) -> float:
-    with tempfile.TemporaryDirectory() as empty:
-        cold = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "fusegen.bench.text_models", name, dtype]
-        done = subprocess.run(command, env=os.environ | cold, capture_output=True, text=True)
-        taken = time.perf_counter() - start
-    if done.returncode:
-        raise RuntimeError(f"the process of {name} failed: {done.stderr.strip().splitlines()[-1:]}")
-    json.loads(done.stdout)
-    return taken
-
+PYCODE = whole.Suite((*STEADY, FIRST, COLD), pycode)
 
 if __name__ == "__main__":
     print(json.dumps(contender(*sys.argv[1:]).write(_ids(PROMPT), 1, 16)))

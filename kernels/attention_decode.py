@@ -87,7 +87,8 @@ def cost(
     keys = capacity(k, block_table)
     keys = min(keys, window + n - 1) if window else keys
     kv = 2 * batch * cache_view(k, block_table).shape[1] * keys * dim * k.element_size()
-    return Cost(flops=4 * batch * heads * n * keys * dim, bytes=kv + 2 * q.numel() * q.element_size())
+    rows = q.numel() * q.element_size()
+    return Cost(flops=4 * batch * heads * n * keys * dim, bytes=kv + 2 * rows, written=rows)
 
 
 def _eager(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusegen.kernels.bias_act_cases import CASES
+from fusegen.kernels.bias_act_cases import CASES, draw
 from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, is_channels_last, register
 
 SCHEMA = (
@@ -281,5 +281,6 @@ OP = register(
         spellings=SPELLINGS,
         eager=_eager,
         alone=_sample,
+        draw=draw,
     )
 )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Generator
 
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Case
 
 NAMES = ("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish")
@@ -83,3 +84,13 @@ CASES = [
     *_bench(1, 64, 512, 512),
     _case("8x512", (8, 512), bench=True),
 ]
+
+
+def draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments that nobody chose."""
+    shape = draw.shape(4, *[23] * draw.integer(0, 3))
+    x = draw.tensor(shape, dtype, scale=draw.choice((1.0, 8.0)))
+    dim = draw.integer(-len(shape), len(shape) - 1)
+    bias = draw.maybe((shape[dim],), (dtype, torch.float32))
+    alpha, gain, clamp = draw.choice((None, 0.05, 1.5)), draw.choice((None, 0.7)), draw.choice((None, 0.4, 0.0))
+    return (x, bias, dim, draw.choice(NAMES), alpha, gain, clamp)

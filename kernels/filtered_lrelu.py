@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusegen.kernels import upfirdn2d
-from fusegen.kernels.filtered_lrelu_cases import CASES
+from fusegen.kernels.filtered_lrelu_cases import CASES, draw
 from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, is_channels_last, register
 from fusegen.kernels.upfirdn2d import Axis, axis, check_filter, resampled
 
@@ -194,5 +194,6 @@ OP = register(
         cases=CASES,
         spellings=SPELLINGS,
         eager=_eager,
+        draw=draw,
     )
 )

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Generator
 
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Case
-from fusegen.kernels.upfirdn2d_cases import make_filter
+from fusegen.kernels.upfirdn2d_cases import drawn_filter, drawn_padding, make_filter
 
 
 def _case(
@@ -72,3 +73,15 @@ CASES = [
     _case("up4 64x148x148", (1, 64, 148, 148), ("24", "sinc12"), 4, 2, (13, 12, 13, 12), bench=True),
     _case("16x532x532", (1, 16, 532, 532), bench=True),
 ]
+
+
+def draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments that nobody chose."""
+    shape = draw.shape(2, 4, 15, 21)
+    x, bias = draw.tensor(shape, dtype, mean=4.0), draw.maybe(shape[1:2], (dtype, torch.float32))
+    rise, fall, up, down = drawn_filter(draw), drawn_filter(draw), draw.integer(1, 4), draw.integer(1, 4)
+    wide = [1 if f is None else f.shape[-1] for f in (rise, fall)]
+    tall = [1 if f is None else f.shape[0] for f in (rise, fall)]
+    padding = drawn_padding(draw, (shape[3], shape[2]), (up, up), (sum(wide) - 1, sum(tall) - 1))
+    gain, slope, clamp = draw.choice((math.sqrt(2), 0.7)), draw.choice((0.2, 0.0, 1.0)), draw.choice((None, 0.4, 0.0))
+    return (x, rise, fall, bias, up, down, padding, gain, slope, clamp, draw.flag())

@@ -106,7 +106,8 @@ def cost(
     rows = x.numel() // max(1, x.shape[-1])
     tensors = [t for t in (x, weight, scale, bias, residual) if t is not None]
     out = rows * weight.shape[0] * x.element_size()
-    return Cost(flops=2 * rows * weight.numel(), bytes=sum(t.numel() * t.element_size() for t in tensors) + out)
+    moved = sum(t.numel() * t.element_size() for t in tensors) + out
+    return Cost(flops=2 * rows * weight.numel(), bytes=moved, written=out, products="int8")
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,6 +169,7 @@ CASES = [
     _case("prime sizes", (3, 7), 37, 131, residual=True),
     _case("many rows", (2, 67), 83, 201, activation="silu", residual=True, small=False),
     _case("33 rows", (1, 33), 40, 96, activation="relu", bias="no"),
+    _case("many long rows", (1, 71), 70, 1100, residual=True, small=False),
     _case("gelu", (2, 9), 33, 80, activation="gelu"),
     _case("gelu_tanh", (2, 9), 33, 80, activation="gelu_tanh", bias="fp32"),
     _case("silu", (2, 9), 33, 80, activation="silu", residual=True),
@@ -190,14 +192,16 @@ _prepacked: Any = WeakTensorKeyDictionary()  # weight -> oneDNN's form of it, ma
 
 
 def _eager(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, residual: Any, activation: str) -> Tensor:
-    """PyTorch's own int8 product over the same codes: oneDNN's with a prepacked weight on a CPU, cuBLAS's on a GPU."""
+    """PyTorch's own int8 product over the same codes: oneDNN's with a prepacked weight on a CPU (the codes unsigned:
+    signed ones took it seconds on a CPU with VNNI and no AMX), cuBLAS's on a GPU."""
     codes, scales = codes_of(x.reshape(-1, x.shape[-1]))
     if x.device.type == "cpu":
         if weight not in _prepacked:
             _prepacked[weight] = torch.ops.onednn.qlinear_prepack(weight, list(codes.shape))
         zero = torch.zeros(weight.shape[0], dtype=torch.int64)
+        plus = codes.view(torch.uint8) ^ 128  # the codes + 128
         y = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 0, _prepacked[weight], scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+            plus, 1.0, 128, _prepacked[weight], scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
     else:
         padded = F.pad(codes, (0, 0, 0, max(0, 17 - codes.shape[0])))  # cuBLAS asks for more than 16 rows
@@ -232,10 +236,11 @@ OP = register(
         reference=reference,
         allocate=allocate,
         cost=cost,
-        tolerance={  # of the short types the output's own rounding, 2^-8 and 2^-11 where there is one element
+        tolerance={  # of the short types that of rounding the output once: its worst, 2^-8 and 2^-11, where there is
+            # one element or the largest has the smallest significand; the reference in these types comes as close to it
             torch.float32: Tolerance(rms=1e-6, peak=2e-6),
-            torch.bfloat16: Tolerance(rms=4e-3, peak=4.2e-3),
-            torch.float16: Tolerance(rms=5e-4, peak=5.2e-4),
+            torch.bfloat16: Tolerance(rms=3.91e-3, peak=3.91e-3),
+            torch.float16: Tolerance(rms=4.9e-4, peak=4.9e-4),
         },
         cases=CASES,
         eager=_eager,

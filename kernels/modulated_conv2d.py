@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusegen.kernels.bias_act import ACTIVATIONS, Finish, finish, finished
-from fusegen.kernels.modulated_conv2d_cases import CASES, SPELLINGS
+from fusegen.kernels.modulated_conv2d_cases import CASES, SPELLINGS, draw
 from fusegen.kernels.op import Cost, Op, Tolerance, is_channels_last, register
 
 SCHEMA = (
@@ -28,7 +28,7 @@ SCHEMA = (
     ' int[2] padding=0, str act="linear", float? alpha=None, float? gain=None, float? clamp=None, float eps=1e-8)'
     " -> Tensor"
 )
-__all__ = ["ACTIVATIONS", "OP", "Finish", "Sizes", "finish", "finished", "reference", "sizes"]
+__all__ = ["ACTIVATIONS", "OP", "Finish", "Sizes", "alone", "finish", "finished", "reference", "sizes"]
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def _eager(
     return finished(y, finish("modulated_conv2d", act, alpha, gain, clamp))
 
 
-def _sample(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
+def alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
+    """The arguments of sample ``b``."""
     x, weight, styles, noise, *rest = args
     own = noise if noise is None or noise.shape[0] == 1 else noise[b : b + 1]
     return (x[b : b + 1], weight, styles[b : b + 1], own, *rest)
@@ -190,6 +191,7 @@ OP = register(
         cases=CASES,
         spellings=SPELLINGS,
         eager=_eager,
-        alone=_sample,
+        alone=alone,
+        draw=draw,
     )
 )

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from fusegen.kernels.bias_act_cases import NAMES
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Case, Spelling
 
 
@@ -101,6 +103,28 @@ CASES = [
     _case("512 to 256, 32x32 transposed", (1, 512, 32, 32), 256, up=2, padding=(0, 0), bench=True),
     _case("128 to rgb 128x128", (1, 128, 128, 128), 3, (1, 1), padding=(0, 0), demodulate=False, bias=True, bench=True),
 ]
+
+
+def draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments that nobody chose; of one sign where they are multiplied, so that sums do not cancel."""
+    shape, outputs = (draw.integer(0, 3), *draw.shape(19, 9, 21, low=1)), draw.integer(0, 19)
+    taps = draw.shape(4, 4, low=1)
+    up, padding, own = draw.integer(1, 3), list(draw.shape(3, 3)), (dtype, torch.float32)
+    sides = list(zip(shape[2:], taps, strict=True))
+    if up == 1:
+        padding = [max(p, (t - n + 1) // 2) for p, (n, t) in zip(padding, sides, strict=True)]
+        out = [n - t + 1 + 2 * p for p, (n, t) in zip(padding, sides, strict=True)]
+    else:
+        padding = [min(p, ((n - 1) * up + t - 1) // 2) for p, (n, t) in zip(padding, sides, strict=True)]
+        out = [(n - 1) * up + t - 2 * p for p, (n, t) in zip(padding, sides, strict=True)]
+    x = draw.tensor(shape, dtype, mean=4.0)
+    weight = (draw.dense((outputs, shape[1], *taps), torch.float32).abs() + 0.05).to(draw.choice(own))
+    styles = (draw.dense(shape[:2], torch.float32).abs() + 0.5).to(draw.choice(own))
+    batch = draw.choice((None, 1, shape[0]))
+    noise = None if batch is None else draw.dense((batch, 1, *out), draw.choice(own), scale=0.3)
+    bias = draw.maybe((outputs,), own)
+    alpha, gain, clamp = draw.choice((None, 0.05)), draw.choice((None, 0.7)), draw.choice((None, 0.9))
+    return (x, weight, styles, noise, bias, draw.flag(), up, padding, draw.choice(NAMES), alpha, gain, clamp, 1e-8)
 
 
 def _modulated(x: Tensor, styles: Tensor) -> Tensor:

@@ -35,10 +35,16 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the op must do at the least: floating-point operations, and bytes read or written once."""
+    """What the op must do at the least: floating-point operations, and bytes read or written once.
+
+    ``written``: how many of the bytes, told by an op that mostly reads (memory is read faster than it is copied).
+    ``products``: the dtype that its operations are of, where the inputs' is another ("int8" of float inputs).
+    """
 
     flops: int
     bytes: int
+    written: int | None = None
+    products: str = ""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusegen.kernels.op import Cost, Op, Tolerance, is_channels_last, register
-from fusegen.kernels.upfirdn2d_cases import CASES, SPELLINGS
+from fusegen.kernels.upfirdn2d_cases import CASES, SPELLINGS, draw
 
 SCHEMA = (
     "(Tensor x, Tensor? filter, int[2] up=1, int[2] down=1, int[4] padding=0, bool flip_filter=False,"
@@ -168,5 +168,6 @@ OP = register(
         cases=CASES,
         spellings=SPELLINGS,
         eager=_eager,
+        draw=draw,
     )
 )

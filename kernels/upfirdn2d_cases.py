@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Case, Spelling
 
 
@@ -101,6 +102,31 @@ CASES = [
     _case("up2 sinc12 1x64x128x128", (1, 64, 128, 128), "sinc12", (2, 2), (1, 1), (6, 5, 6, 5), gain=4.0, bench=True),
     _case("down2 sinc12 1x64x256x256", (1, 64, 256, 256), "sinc12", (1, 1), (2, 2), (5, 5, 5, 5), bench=True),
 ]
+
+
+def drawn_filter(draw: Draw) -> Tensor | None:
+    """None, (taps,) or (taps y, taps x); of one sign, so that sums do not cancel and errors stay those of rounding."""
+    shape = draw.choice((None, draw.shape(13, low=1), draw.shape(6, 6, low=1)))
+    return None if shape is None else draw.dense(shape, torch.float32).abs() + 0.05
+
+
+def drawn_padding(draw: Draw, sizes: Sequence[int], up: Sequence[int], least: Sequence[int]) -> list[int]:
+    """(left, right, top, bottom) that leaves at least ``least`` elements of each upsampled axis (x, y) to filter."""
+    padding = []
+    for size, factor, few in zip(sizes, up, least, strict=True):
+        before, after = draw.integer(-3, 9), draw.integer(-3, 9)
+        padding += [before, max(after, few - size * factor - before)]
+    return padding
+
+
+def draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    """Arguments that nobody chose."""
+    shape = draw.shape(3, 5, 19, 40)
+    x, filter = draw.tensor(shape, dtype, mean=4.0), drawn_filter(draw)
+    up, down = list(draw.shape(4, 4, low=1)), list(draw.shape(4, 4, low=1))
+    taps = (1, 1) if filter is None else (filter.shape[-1], filter.shape[0])
+    padding = drawn_padding(draw, (shape[3], shape[2]), up, taps)
+    return (x, filter, up, down, padding, draw.flag(), draw.choice((1.0, 4.0)))
 
 
 def _depthwise(y: Tensor, f: Tensor, shape: Any, groups: int, stride: Any, padding: Any) -> Tensor:

@@ -80,18 +80,20 @@ def _odd(dtype: torch.dtype) -> int:
     return max(-(2**15), torch.iinfo(dtype).min) or torch.iinfo(dtype).max
 
 
-def fenced(tensor: Tensor, fill: Tensor | None = None, margin: int = 61) -> tuple[Tensor, Callable[[str], None]]:
+def fenced(
+    tensor: Tensor, fill: Tensor | None = None, margin: int = 61, behind: int = 61
+) -> tuple[Tensor, Callable[[str], None]]:
     """A copy of ``tensor`` with its strides, inside a larger buffer; and a check that nothing beside it was written.
 
     The memory around and between its elements is NaN (integers: far from theirs), so that a read of it shows in the
-    result.  ``fill``: what the copy holds instead of the tensor's own values.  ``margin`` elements lie on either side,
-    an odd number: the copy is not aligned.
+    result.  ``fill``: what the copy holds instead of the tensor's own values.  ``margin`` elements lie before it, an
+    odd number: the copy is not aligned; and ``behind`` elements after its last.
     """
     if tensor.numel() == 0:
         return tensor.clone(), lambda name: None
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     nothing = float("nan") if tensor.is_floating_point() else True if tensor.dtype == torch.bool else _odd(tensor.dtype)
-    buffer = torch.full((span + 2 * margin,), nothing, dtype=tensor.dtype)
+    buffer = torch.full((margin + span + behind,), nothing, dtype=tensor.dtype)
     once = tuple(slice(0, 1) if s == 0 else slice(None) for s in tensor.stride())
     inside = torch.zeros_like(buffer, dtype=torch.bool)
     inside.as_strided(tensor.shape, tensor.stride(), margin)[once] = True
@@ -109,12 +111,12 @@ def fenced(tensor: Tensor, fill: Tensor | None = None, margin: int = 61) -> tupl
 class Fenced:
     """Arguments and outputs of one run inside fences: :func:`fenced` copies, the outputs filled with NaN."""
 
-    def __init__(self, op: Op, args: tuple[Any, ...]):
+    def __init__(self, op: Op, args: tuple[Any, ...], behind: int = 61):
         self.op, self.given = op, args
-        self._fences = {i: fenced(a) for i, a in enumerate(args) if isinstance(a, Tensor)}
+        self._fences = {i: fenced(a, behind=behind) for i, a in enumerate(args) if isinstance(a, Tensor)}
         self.args = tuple(self._fences[i][0] if i in self._fences else a for i, a in enumerate(args))
         nan = torch.tensor(float("nan"))
-        self._outs = [fenced(out, fill=nan.to(out.dtype)) for out in op.allocate(*args)]
+        self._outs = [fenced(out, fill=nan.to(out.dtype), behind=behind) for out in op.allocate(*args)]
         self.outs = tuple(copy for copy, _ in self._outs)
 
     def results(self) -> dict[str, Tensor]:

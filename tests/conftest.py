@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: their threads must not spin for work
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from hypothesis import HealthCheck, settings
 

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +136,16 @@ def test_a_missing_library_is_said_in_one_line_with_the_mend(tmp_path: Path) -> 
     env = {**os.environ, "FUSEGEN_CPU_LIBRARY": str(tmp_path), "PYTHONPATH": str(Path(registry.__file__).parent.parent)}
     ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert ran.stdout.count("\n") == 1 and "no C++ compiler" in ran.stdout and "setup.py build_kernels" in ran.stdout
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+def test_a_library_of_other_sources_is_refused_with_the_mend(tmp_path: Path) -> None:
+    command = ["gcc", "-shared", "-x", "c", "-", "-o", str(tmp_path / "libfusegen_cpu.so")]
+    subprocess.run(command, input="long fg_cpu_levels(void) { return 1; }", text=True, check=True)
+    code = "from fusegen.kernels.cpu import library; print(library.available(), library.missing())"
+    env = {**os.environ, "FUSEGEN_CPU_LIBRARY": str(tmp_path), "PYTHONPATH": str(Path(registry.__file__).parent.parent)}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"False .*built from other sources.*setup\.py build_kernels\n", ran.stdout)
 
 
 def test_a_list_of_bound_kernels_runs_in_one_call() -> None:

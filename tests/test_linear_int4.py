@@ -101,12 +101,12 @@ def test_the_largest_magnitude_of_a_symmetric_group_is_kept() -> None:
 
 
 @pytest.mark.parametrize("level", library.levels() if library.available() else [None])
-@pytest.mark.parametrize("m", [1, 40])
-def test_a_group_that_is_not_finite_gives_a_row_of_nan_and_harms_no_other(level: str, m: int) -> None:
-    _, p = packed(20, 96, 32, True)
-    x = torch.randn(m + 2, 96)
+@pytest.mark.parametrize(("m", "k"), [(1, 96), (40, 96), (1, 1000), (70, 1000)])
+def test_a_group_that_is_not_finite_gives_a_row_of_nan_and_harms_no_other(level: str, m: int, k: int) -> None:
+    _, p = packed(20, k, 32, True)
+    x = torch.randn(m + 2, k)
     want = reference(x, p.weight, p.scales, 20)
-    x[0, 95], x[m, 7] = float("nan"), float("inf")
+    x[0, k - 1], x[m, 7] = float("nan"), float("inf")
     want[0] = want[m] = float("nan")
     with library.forced(level):
         torch.testing.assert_close(run(x, p), want, equal_nan=True, rtol=1e-4, atol=1e-4)

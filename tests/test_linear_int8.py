@@ -43,8 +43,9 @@ def test_agrees_with_pytorchs_quantized_product() -> None:
     codes, by = codes_of(x)
     packed = torch.ops.onednn.qlinear_prepack(weight, [33, 512])
     zero = torch.zeros(48, dtype=torch.int64)
+    unsigned = codes.view(torch.uint8) ^ 128
     y = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        unsigned, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
     )
     assert_close("oneDNN", run(x, weight, scale), (y.double() * by.double()), OP.tolerance[torch.float32])
 
@@ -70,7 +71,7 @@ def test_quantizing_is_within_half_a_step_and_near_the_float_product() -> None:
 
 
 @pytest.mark.parametrize("level", library.levels() if library.available() else [None])
-@pytest.mark.parametrize("m", [1, 20])
+@pytest.mark.parametrize("m", [1, 20, 70])
 def test_a_row_that_is_not_finite_gives_nan_and_harms_no_other(level: str, m: int) -> None:
     x, weight, scale = data(m + 2, 40, 200)
     want = reference(x, weight, scale)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_all_close, assert_close, cloned, truth, tuples
+from compare import assert_all_close, assert_close, cloned, run_fenced, same_bits, truth, tuples
 from hypothesis import given, note
 from hypothesis import strategies as st
 from interpret import interpret
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
+from fusegen.kernels.modulated_conv2d import alone
 from fusegen.runtime.api import capture
 from fusegen.runtime.rewrite import rewrite
 
@@ -168,3 +169,37 @@ def test_bad_arguments_are_one_line(change, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         OP.allocate(*(args | change).values())
     assert "\n" not in str(caught.value)
+
+
+THROUGH = next((k for k in OP.kernels if k.name == "modulated_conv2d oneDNN"), None)
+
+
+@pytest.mark.skipif(THROUGH is None or not torch.backends.mkldnn.is_available(), reason="needs C++ kernels and oneDNN")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("up", [1, 2])
+def test_through_a_library(up: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """The truth; the same bits for any number of threads and a sample alone; and weights that are written are read."""
+    g = torch.Generator().manual_seed(5)
+    make = lambda *shape: torch.randn(shape, generator=g).to(dtype)  # noqa: E731
+    padding, out = ([1, 1], (61, 67)) if up == 1 else ([0, 0], (123, 135))
+    x, weight = make(2, 69, 61, 67).contiguous(memory_format=layout), make(70, 69, 3, 3)
+    rest = (make(2, 69), make(2, 1, *out), make(70), True, up, padding, "lrelu", None, None, 256.0, 1e-8)
+    args = (x, weight, *rest)
+    assert THROUGH is not None and THROUGH.decline(*args) is None
+    assert_all_close(OP, "through", run_fenced(OP, THROUGH, args), truth(OP, args))
+    outs, before = OP.allocate(*args), torch.get_num_threads()
+    launch, results = THROUGH.bind(outs, args), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            launch.run()
+            results.append(outs[0].clone())
+    finally:
+        torch.set_num_threads(before)
+    own = OP.allocate(*alone(args, 1))
+    THROUGH.bind(own, alone(args, 1)).run()
+    assert all(same_bits(results[0], r) for r in results[1:]) and same_bits(results[0][1:], own[0])
+    weight.mul_(torch.linspace(0.5, 2.0, 69, dtype=dtype)[:, None, None])
+    launch.run()
+    assert_all_close(OP, "written", {"output 0": outs[0]}, truth(OP, args))

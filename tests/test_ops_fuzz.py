@@ -40,9 +40,9 @@ def _drawn(op: Op, data: st.DataObject) -> tuple[Any, ...]:
 @given(data=st.data())
 def test_kernels_agree_with_the_reference(op: Op, data: st.DataObject) -> None:
     args = _drawn(op, data)
-    want = truth(op, args)
+    want, cache = truth(op, args), 1 if data.draw(st.booleans()) else 0  # bytes; 0: the machine's
     for level in [level for level, code in library.ladder().get(op.name, {}).items() if code == level]:
-        with library.forced(level):
+        with library.forced(level), library.cached(cache):
             for kernel in op.kernels:
                 if kernel.device == "cpu" and kernel.decline(*args) is None:
                     assert_all_close(op, f"random / {kernel.name} at {level}", run_fenced(op, kernel, args), want)
@@ -56,12 +56,14 @@ def test_threads_and_the_batch_do_not_change_a_bit(op: Op, data: st.DataObject) 
     if pick(op, "cpu", args).kernel is None:
         return
     first = _run(op, args, threads=1)
-    for threads in (2, 5):
-        for name, tensor in _run(op, args, threads).items():
-            assert same_bits(tensor, first[name]), f"{name} differs with {threads} threads"
+    for threads, cache in ((2, 0), (5, 1)):
+        with library.cached(cache):
+            own = _run(op, args, threads)
+        for name, tensor in own.items():
+            assert same_bits(tensor, first[name]), f"{name} differs with {threads} threads, a cache of {cache} bytes"
     for b in range(args[0].shape[0] if op.alone is not None else 0):
-        own = _run(op, op.alone(args, b), threads=1)["output 0"]
-        assert same_bits(first["output 0"][b : b + 1], own), f"sample {b} differs alone"
+        alone = _run(op, op.alone(args, b), threads=1)["output 0"]
+        assert same_bits(first["output 0"][b : b + 1], alone), f"sample {b} differs alone"
 
 
 @every_op

@@ -183,6 +183,13 @@ struct fg_upsample2x_conv_args {
   int64_t out_batch, out_channel, out_row, out_column;
 };
 
+// A 3x3 convolution with padding 1 of (batch, height, width, inputs) float32, + bias + residual; see winograd_conv2d.cpp.
+struct fg_winograd_conv2d_args {
+  const void *x, *filters, *bias, *residual;  // dense float32, channels innermost; bias and residual may be null
+  void *out;
+  int64_t batch, inputs, outputs, height, width;
+};
+
 // clamp(gain act(x + bias)) of outer x channels x inner elements; out is dense in that order; see bias_act.cpp.
 struct fg_bias_act_args {
   const void *x, *bias;
@@ -226,6 +233,8 @@ struct fg_filtered_lrelu_args {
 struct fg_modulated_conv2d_args {
   const void *x, *weight, *styles, *noise, *bias;  // noise: (batch or 1, 1, out_y, out_x)
   void *out;
+  void *scaled;         // null, or all that is made: x times the styles, (batch, height, width, channels)
+  const void *product;  // null, or the convolution of that, (batch, out_y, out_x, outputs): what follows it is done
   int64_t dtype, weight_dtype, styles_dtype, noise_dtype, bias_dtype;
   int64_t batch, channels, outputs, height, width, taps_y, taps_x, up, pad_y, pad_x, out_y, out_x;
   int64_t x_batch, x_channel, x_row, x_col, noise_batch;
@@ -297,7 +306,8 @@ struct fg_qk_norm_rope_args {
   X(sample_token)     \
   X(sampler_step)     \
   X(upfirdn2d)        \
-  X(upsample2x_conv)
+  X(upsample2x_conv)  \
+  X(winograd_conv2d)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {

@@ -125,6 +125,33 @@ struct Bf16Pack {
   }
 };
 
+// write_out for bfloat16: pairs of dims are turned together, which halves the turning.
+template <>
+inline void write_out<bf16>(const Head &h, const float *o, const State *state, int64_t q0) {
+  const fg_attention_args *a = h.a;
+  int dim = static_cast<int>(a->dim);
+  for (int i = 0; i < TQ; i += W) {
+    vf sum = load(state->sum + i);
+    vf inverse = select_gt(sum, set1(0.0f), div(set1(1.0f), sum), sum);  // keeps NaN
+    int64_t rows = a->queries - q0 - i < W ? a->queries - q0 - i : W;
+    for (int d = 0; d < dim; d += 32) {
+      const float *from = o + d * TQ + i;
+      __m512i x[16];
+#pragma GCC unroll 16
+      for (int j = 0; j < 16; ++j)  // a row more than dim is there to be read: the mask drops it
+        x[j] = d + 2 * j < dim ? Bf16Pack::pair_up(mul(load(from + 2 * j * TQ), inverse),
+                                                   mul(load(from + (2 * j + 1) * TQ), inverse))
+                               : _mm512_setzero_si512();
+      transpose(x);
+      bf16 *out = reinterpret_cast<bf16 *>(h.out) + (q0 + i) * a->out_row + d;
+      __mmask32 mask = Bf16Pack::first_halves(dim - d);
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r)
+        if (r < rows) _mm512_mask_storeu_epi16(out + r * a->out_row, mask, x[r]);
+    }
+  }
+}
+
 #if defined(FG_LEVEL_AMX)
 }  // namespace
 #include "attention_amx.h"

@@ -6,7 +6,7 @@
 #include "abi.h"
 #include "activation.h"
 #include "moments.h"
-#include "threads.h"
+#include "stream.h"
 
 namespace {
 
@@ -14,17 +14,21 @@ constexpr int64_t kItem = 1 << 16;   // bytes of x that one work item takes, abo
 constexpr int64_t kPeriod = 4096;    // elements of a row of biases laid out beforehand, at the most about
 
 template <int kAct, class T, class Bias>
-FG_INLINE void run_of(const T *x, T *out, int64_t n, const Bias &bias, const Finish &f) {
-  int64_t i = 0;
-  for (; i + 2 * W <= n; i += 2 * W) {
-    vf a = add(load(x + i), bias(i)), b = add(load(x + i + W), bias(i + W));
-    store(out + i, finished<kAct, T>(a, f));
-    store(out + i + W, finished<kAct, T>(b, f));
-  }
-  for (; i < n; i += W) {
-    int rest = n - i < W ? static_cast<int>(n - i) : W;
-    store_n(out + i, finished<kAct, T>(add(load_n(x + i, rest), bias(i)), f), rest);
-  }
+FG_INLINE void run_of(const T *x, T *out, int64_t n, const Bias &bias, const Finish &f, bool streaming) {
+  pieces(out, n, streaming, [&](int64_t first, int64_t count, T *to) {
+    const T *from = x + first;
+    int64_t i = 0;
+    for (; i + 2 * W <= count; i += 2 * W) {
+      vf a = add(load(from + i), bias(first + i)), b = add(load(from + i + W), bias(first + i + W));
+      store(to + i, finished<kAct, T>(a, f));
+      store(to + i + W, finished<kAct, T>(b, f));
+    }
+    for (; i < count; i += W) {
+      int rest = count - i < W ? static_cast<int>(count - i) : W;
+      store_n(to + i, finished<kAct, T>(add(load_n(from + i, rest), bias(first + i)), f), rest);
+    }
+  });
+  if (streaming) streamed();
 }
 
 // Rows of `inner` elements with one bias each.
@@ -33,6 +37,7 @@ int long_rows(const fg_bias_act_args *a, const Finish &f) {
   const int64_t rows = a->outer * a->channels, inner = a->inner, most = kItem / static_cast<int64_t>(sizeof(T));
   const int64_t parts = (inner + most - 1) / most, each = inner < most ? most / inner : 1;  // of a row; rows an item
   const int64_t items = parts > 1 ? rows * parts : (rows + each - 1) / each;
+  const bool streaming = streams(2 * rows * inner * static_cast<int64_t>(sizeof(T)));
   return parallel_for(items, 1, [&](int64_t item) {
     const int64_t first = parts > 1 ? item / parts : item * each;
     const int64_t last = parts > 1 ? first + 1 : first + each < rows ? first + each : rows;
@@ -42,7 +47,8 @@ int long_rows(const fg_bias_act_args *a, const Finish &f) {
       const int64_t o = r / a->channels, c = r % a->channels;
       const T *x = static_cast<const T *>(a->x) + o * a->x_outer + c * a->x_channel;
       const vf b = set1(parameter(a->bias, a->bias_dtype, c, 0.0f));
-      run_of<kAct>(x + from, static_cast<T *>(a->out) + r * inner + from, to - from, [&](int64_t) { return b; }, f);
+      T *out = static_cast<T *>(a->out) + r * inner;
+      run_of<kAct>(x + from, out + from, to - from, [&](int64_t) { return b; }, f, streaming);
     }
     return 0;
   });
@@ -62,11 +68,12 @@ int laid_out(const fg_bias_act_args *a, const Finish &f) {
   for (int64_t i = row; i < row + W; ++i) bias[i] = 0.0f;
   const int64_t rows = (a->outer + times - 1) / times, most = kItem / static_cast<int64_t>(sizeof(T));
   const int64_t each = row < most ? most / row : 1;
+  const bool streaming = streams(2 * a->outer * sample * static_cast<int64_t>(sizeof(T)));
   return parallel_for((rows + each - 1) / each, 1, [&](int64_t item) {
     for (int64_t r = item * each; r < (item + 1) * each && r < rows; ++r) {
       const int64_t left = (a->outer - r * times) * sample, n = left < row ? left : row;
       const T *x = static_cast<const T *>(a->x) + (dense ? r * row : r * a->x_outer);
-      run_of<kAct>(x, static_cast<T *>(a->out) + r * row, n, [&](int64_t i) { return load(bias + i); }, f);
+      run_of<kAct>(x, static_cast<T *>(a->out) + r * row, n, [&](int64_t i) { return load(bias + i); }, f, streaming);
     }
     return 0;
   });

@@ -45,9 +45,9 @@ FLAGS = shlex.split(
 )
 SANITIZERS = {
     "address": shlex.split(
-        "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+        "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     ),
-    "thread": shlex.split("-O1 -g -fno-omit-frame-pointer -fsanitize=thread"),
+    "thread": shlex.split("-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread"),
 }
 
 

@@ -79,9 +79,11 @@ extern "C" int FG_EXPORT(filtered_lrelu)(const fg_filtered_lrelu_args *a) {
   for (int64_t c = 0; c < channels; ++c) biases[c] = parameter(a->bias, a->bias_dtype, c, 0.0f);
   float taps[4 * kMostTaps];
   const Filter rise = read_filter(a->up_filter, a->up_dtype, a->up_separable, a->up_filter_y, a->up_filter_x,
-                                  a->up_taps_y, a->up_taps_x, a->flip, static_cast<float>(a->up * a->up), taps);
+                                  a->up_taps_y, a->up_taps_x, a->flip, static_cast<float>(a->up * a->up),
+                                  fewer_apart(a->up_taps_y, a->up_taps_x, a->up, 1), taps);
   const Filter fall = read_filter(a->down_filter, a->down_dtype, a->down_separable, a->down_filter_y, a->down_filter_x,
-                                  a->down_taps_y, a->down_taps_x, a->flip, 1.0f, taps + 2 * kMostTaps);
+                                  a->down_taps_y, a->down_taps_x, a->flip, 1.0f,
+                                  fewer_apart(a->down_taps_y, a->down_taps_x, 1, a->down), taps + 2 * kMostTaps);
   int code = FG_BAD_ARGUMENT;
   if (a->dtype == FG_FLOAT32) code = resample<float>(a, rise, fall, biases);
   if (a->dtype == FG_BFLOAT16) code = resample<bf16>(a, rise, fall, biases);

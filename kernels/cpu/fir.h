@@ -67,17 +67,17 @@ struct Same {
   inline __attribute__((always_inline)) vf operator()(vf x) const { return x; }
 };
 
-// f of the sums of one phase, n elements.
+// f of the sums of one phase, n elements from its element `at` on.
 template <class T, class F = Same>
-FG_INLINE void write(const Tap *taps, int count, T *out, int64_t n, const F &f = F()) {
+FG_INLINE void write(const Tap *taps, int count, T *out, int64_t n, const F &f = F(), int64_t at = 0) {
   vf y[4];
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
-    sums<4>(taps, count, i, y);
+    sums<4>(taps, count, at + i, y);
     for (int v = 0; v < 4; ++v) store(out + i + v * W, f(y[v]));
   }
   for (; i < n; i += W) {
-    sums<1>(taps, count, i, y);
+    sums<1>(taps, count, at + i, y);
     store_n(out + i, f(y[0]), static_cast<int>(least(n - i, W)));
   }
 }
@@ -111,8 +111,35 @@ struct Filter {
   bool separable;
 };
 
+// Whether the two-dimensional filter `g` is a product of two, each tap to within its own rounding; they then take its
+// place, that along x first.
+inline bool factored(float *g, int64_t taps_y, int64_t taps_x) {
+  int64_t top = 0;
+  for (int64_t k = 0; k < taps_y * taps_x; ++k) top = __builtin_fabsf(g[k]) > __builtin_fabsf(g[top]) ? k : top;
+  if (g[top] == 0) return false;
+  float x[kMostTaps], y[kMostTaps];
+  for (int64_t kx = 0; kx < taps_x; ++kx) x[kx] = g[top / taps_x * taps_x + kx];
+  for (int64_t ky = 0; ky < taps_y; ++ky) y[ky] = g[ky * taps_x + top % taps_x] / g[top];
+  for (int64_t ky = 0; ky < taps_y; ++ky) {
+    for (int64_t kx = 0; kx < taps_x; ++kx) {
+      const double tap = static_cast<double>(g[ky * taps_x + kx]), product = static_cast<double>(x[kx]) * static_cast<double>(y[ky]);
+      if (!(__builtin_fabs(product - tap) <= 0x1p-23 * __builtin_fabs(tap))) return false;
+    }
+  }
+  for (int64_t kx = 0; kx < taps_x; ++kx) g[kx] = x[kx];
+  for (int64_t ky = 0; ky < taps_y; ++ky) g[taps_x + ky] = y[ky];
+  return true;
+}
+
+// Whether along x, then along y, fewer products are made for an output than over both at once.
+FG_INLINE bool fewer_apart(int64_t taps_y, int64_t taps_x, int64_t up, int64_t down) {
+  const int64_t y = (taps_y + up - 1) / up, x = (taps_x + up - 1) / up;
+  return up * x * y > down * x + up * (y + 1);
+}
+
+// `to` has room for 2 kMostTaps.
 FG_INLINE Filter read_filter(const void *f, int64_t dtype, bool separable, int64_t step_y, int64_t step_x, int64_t taps_y,
-                             int64_t taps_x, bool flip, float gain, float *to) {
+                             int64_t taps_x, bool flip, float gain, bool apart, float *to) {
   if (!f) {  // one tap
     to[0] = gain;
     return {to, to, false};
@@ -131,7 +158,17 @@ FG_INLINE Filter read_filter(const void *f, int64_t dtype, bool separable, int64
       to[ky * taps_x + kx] = parameter(f, dtype, at, 0.0f) * gain;
     }
   }
+  if (apart && factored(to, taps_y, taps_x)) return {to, to + taps_x, true};
   return {to, to, false};
+}
+
+template <class T>
+FG_INLINE void fill_pixel(const T *x, const float *bias, int64_t channels, float *to) {
+  int64_t c = 0;
+  for (; c + W <= channels; c += W) store(to + c, bias ? add(load(x + c), load(bias + c)) : load(x + c));
+  if (c == channels) return;
+  const int n = static_cast<int>(channels - c);
+  store_n(to + c, bias ? add(load_n(x + c, n), load_n(bias + c, n)) : load_n(x + c, n), n);
 }
 
 // Pixels [from, from + count) of a row of `size` into `down` streams of `pitch` floats, zeros where there are none;
@@ -139,10 +176,10 @@ FG_INLINE Filter read_filter(const void *f, int64_t dtype, bool separable, int64
 template <class T>
 FG_INLINE void fill(const T *row, int64_t size, int64_t from, int64_t count, int64_t down, int64_t pixel, int64_t pitch,
                     const float *bias, float *streams) {
-  const int64_t a = most(0, -from), b = most(a, least(count, size - from));  // the pixels there are
+  const int64_t a = least(count, most(0, -from)), b = most(a, least(count, size - from));  // the pixels there are
   if (pixel == 1 && down <= 2) {
     const vf added = set1(bias ? *bias : 0.0f);
-    const T *x = row + from;
+    const T *x = b > a ? row + from : nullptr;  // an empty image may have no memory
     int64_t i = 0;
     if (down == 1) {
       for (; i < a; ++i) streams[i] = 0.0f;
@@ -162,22 +199,21 @@ FG_INLINE void fill(const T *row, int64_t size, int64_t from, int64_t count, int
       store(streams + i / 2, even);
       store(streams + pitch + i / 2, odd);
     }
-    for (; i < count; ++i) {
-      float lanes[W];
-      store(lanes, added);
-      streams[(i & 1) * pitch + i / 2] = i < b ? parameter(x, Dtype<T>::value, i, 0.0f) + lanes[0] : 0.0f;
-    }
+    const int left = static_cast<int>(most(b - i, 0));  // fewer than 2 W
+    const vf low = add(load_n(x + i, left < W ? left : W), added), high = add(load_n(x + i + W, left > W ? left - W : 0), added);
+    deinterleave(low, high, even, odd);
+    store_n(streams + i / 2, even, (left + 1) / 2);
+    store_n(streams + pitch + i / 2, odd, left / 2);
+    for (int64_t e = (i + left + 1) / 2; e < (count + 1) / 2; ++e) streams[e] = 0.0f;
+    for (int64_t e = (i + left) / 2; e < count / 2; ++e) streams[pitch + e] = 0.0f;
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
     float *to = streams + i % down * pitch + i / down * pixel;
-    const T *x = row + (from + i) * pixel;
-    const bool there = i >= a && i < b;
-    for (int64_t c = 0; c < pixel; c += W) {
-      const int n = static_cast<int>(least(pixel - c, W));
-      vf y = there ? load_n(x + c, n) : set1(0.0f);
-      store_n(to + c, there && bias ? add(y, load_n(bias + c, n)) : y, n);
-    }
+    if (i >= a && i < b)
+      fill_pixel(row + (from + i) * pixel, bias, pixel, to);
+    else
+      for (int64_t c = 0; c < pixel; ++c) to[c] = 0.0f;
   }
 }
 
@@ -200,7 +236,7 @@ class Stage {
     const int64_t wide = q1 - q0 + (high - low_) / x.down + 1;  // pixels of a stream
     count_ = wide * x.down;
     pitch_ = wide * pixel + kSlack;
-    slots_ = (y.taps + y.up - 1) / y.up;
+    for (slots_ = 1; slots_ < (y.taps + y.up - 1) / y.up; slots_ *= 2) continue;  // then a slot is a mask away
     across_ = n_ + kSlack;
     slot_ = f.separable ? x.up * across_ : x.down * pitch_;
     int64_t n = 0;
@@ -226,10 +262,11 @@ class Stage {
   // The taps of phase r of output row o: `load_row(row, streams)` is called for each input row not met before.
   template <class Load>
   void row(int64_t o, Load load_row) {
-    const Phase &p = down_[o % y_.up];
-    top_ = p.first, rows_ = p.count, start_ = o / y_.up * y_.down + p.start;
+    const int64_t q = static_cast<uint32_t>(o) / static_cast<uint32_t>(y_.up);
+    const Phase &p = down_[o - q * y_.up];
+    top_ = p.first, rows_ = p.count, start_ = q * y_.down + p.start;
     for (int64_t i = most(next_, most(start_, 0)); i < least(start_ + rows_, y_.size); ++i) {
-      float *slot = ring_ + i % slots_ * slot_;
+      float *slot = ring_ + (i & (slots_ - 1)) * slot_;
       if (!filter_.separable) {
         load_row(i, slot);
       } else {
@@ -248,7 +285,7 @@ class Stage {
     for (int64_t j = 0; j < rows_; ++j) {
       const int64_t i = start_ + j, k = top_ + j * y_.up;
       if (i < 0 || i >= y_.size) continue;
-      const float *slot = ring_ + i % slots_ * slot_;
+      const float *slot = ring_ + (i & (slots_ - 1)) * slot_;
       if (filter_.separable) {
         to[n++] = {slot + r * across_, filter_.y[k]};
       } else {
@@ -285,7 +322,12 @@ FG_INLINE void emit(const Stage &stage, int64_t up, int64_t pixel, int64_t n, fl
     return write_two(a, evens, b, stage.taps(1, b), out, n, f);
   }
   for (int64_t r = 0; r < up; ++r) {
-    write(a, stage.taps(r, a), spare, (n - r + up - 1) / up * pixel, f);
+    const int count = stage.taps(r, a);
+    if (pixel >= 2 * W) {
+      for (int64_t q = 0; q * up + r < n; ++q) write(a, count, out + (q * up + r) * pixel, pixel, f, q * pixel);
+      continue;
+    }
+    write(a, count, spare, (n - r + up - 1) / up * pixel, f);
     for (int64_t q = 0; q * up + r < n; ++q) {
       for (int64_t c = 0; c < pixel; c += W) {
         int rest = static_cast<int>(least(pixel - c, W));

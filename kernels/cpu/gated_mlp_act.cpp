@@ -2,7 +2,7 @@
 // up * act(gate): elementwise, in pieces that stay in the first-level cache.
 #include "abi.h"
 #include "gelu.h"
-#include "threads.h"
+#include "stream.h"
 
 namespace {
 
@@ -38,6 +38,7 @@ int gated(const fg_gated_mlp_act_args *a) {
   const int64_t rows = a->n0 * a->n1 * a->n2, width = a->width;
   const int64_t columns = width < kItem ? width : kItem, across = (width + columns - 1) / columns;
   const int64_t step = kItem / columns, down = (rows + step - 1) / step;
+  const bool streaming = streams(3 * rows * width * static_cast<int64_t>(sizeof(T)));
   return parallel_for(down * across, 1, [&](int64_t item) {
     const int64_t from = item % across * columns, first = item / across * step;
     const int64_t n = width - from < columns ? width - from : columns;
@@ -46,8 +47,10 @@ int gated(const fg_gated_mlp_act_args *a) {
       const int64_t i2 = r % a->n2, i1 = r / a->n2 % a->n1, i0 = r / a->n2 / a->n1;
       const T *gate = gates + i0 * a->gate_0 + i1 * a->gate_1 + i2 * a->gate_2 + from;
       const T *up = ups + i0 * a->up_0 + i1 * a->up_1 + i2 * a->up_2 + from;
-      run_of<T, kActivation>(gate, up, out + r * width + from, n);
+      pieces(out + r * width + from, n, streaming,
+             [&](int64_t i, int64_t m, T *to) { run_of<T, kActivation>(gate + i, up + i, to, m); });
     }
+    if (streaming) streamed();
     return 0;
   });
 }

@@ -2,14 +2,15 @@
 //
 // A group's statistics are taken chunk by chunk and merged in the chunks' order; the chunks depend on the sizes of one
 // sample alone, so neither threads nor batch change a bit.  Where the groups of one work item fit the second-level
-// cache, the item takes the statistics and normalizes: memory is read once.  Else the two are separate sweeps.
+// cache, the item takes the statistics and normalizes: memory is read once.  Else the two are separate sweeps, over as
+// much at a time as the last cache holds, so that the second finds there what the first has read.
 // What is added a channel goes into the statistics and the mean, so that it costs nothing an element; what is joined is
 // written chunk by chunk, just before the statistics of the chunk are taken from it.
 #pragma once
 #include "abi.h"
 #include "moments.h"
 #include "silu.h"
-#include "threads.h"
+#include "stream.h"
 #include "vectors.h"
 
 namespace {
@@ -20,6 +21,7 @@ constexpr int64_t kRun = 8;              // work items, at most, that a thread t
 constexpr int64_t kChunk = 4096;         // elements of a contiguous chunk
 constexpr int64_t kRows = 256;           // pixels of a channels-last chunk
 constexpr int64_t kTile = 1024;          // channels of it handled together
+constexpr int64_t kColumns = 512;        // ... made in a buffer together
 
 template <class T, bool kSilu>
 FG_INLINE vf normalized(vf x, vf mean, vf scale, vf shift) {
@@ -35,6 +37,7 @@ struct Shared {
   float *channel;                // [batch][3][C]
   float *added;                  // [batch][C], or null where nothing is added
   int64_t ahead;                 // elements from those being normalized to those to be prefetched, or 0
+  bool streaming;                // whether the output is written past the caches
   Moments *at(int64_t b, int64_t chunk_index, int64_t group) const {
     return partial + (b * chunks + chunk_index) * a->groups + group;
   }
@@ -104,11 +107,15 @@ struct Contiguous {
         int64_t c = e / pixels, end = (c + 1) * pixels < last ? (c + 1) * pixels : last;
         const float *own = means + g * s.width + c;
         row(input<T>(s.a, b) + g * slab + e, output<T>(s.a, b) + g * slab + e, end - e, own[0], own[channels],
-            own[2 * channels], s.ahead);
+            own[2 * channels], s);
         e = end;
       }
   }
-  FG_INLINE void row(const T *x, T *out, int64_t n, float mean, float scale, float shift, int64_t ahead) {
+  FG_INLINE void row(const T *x, T *out, int64_t n, float mean, float scale, float shift, const Shared &s) {
+    pieces(out, n, s.streaming,
+           [&](int64_t i, int64_t m, T *to) { piece(x + i, to, m, mean, scale, shift, s.ahead); });
+  }
+  FG_INLINE void piece(const T *x, T *out, int64_t n, float mean, float scale, float shift, int64_t ahead) {
     const vf m = set1(mean), a = set1(scale), b = set1(shift);
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
@@ -235,23 +242,33 @@ struct ChannelsLast {
     const int64_t last = s.a->pixels - first < s.chunk ? s.a->pixels : first + s.chunk;
     const int64_t c0 = g0 * s.width, columns = (g1 - g0) * s.width;
     const float *mean = s.channel + b * 3 * channels + c0, *scale = mean + channels, *shift = scale + channels;
+    alignas(64) T buffer[4][kColumns];
     for (int64_t r = first; r < last; r += 4) {
-      const int64_t rows = last - r < 4 ? last - r : 4;
+      const int64_t rows = last - r < 4 ? last - r : 4, most = s.streaming ? kColumns : columns;
       const T *x = input<T>(s.a, b) + r * channels + c0;
       T *out = output<T>(s.a, b) + r * channels + c0;
-      for (int64_t c = 0; c < columns; c += W) {
-        int n = columns - c < W ? static_cast<int>(columns - c) : W;
-        vf m = n == W ? load(mean + c) : load_n(mean + c, n), k = n == W ? load(scale + c) : load_n(scale + c, n);
-        vf h = n == W ? load(shift + c) : load_n(shift + c, n);
-        if (n == W && rows == 4)
-          for (int64_t i = 0; i < 4; ++i) {
-            __builtin_prefetch(x + (i + 4) * channels + c);
-            store(out + i * channels + c, normalized<T, kSilu>(load(x + i * channels + c), m, k, h));
-          }
-        else
-          for (int64_t i = 0; i < rows; ++i)
-            store_n(out + i * channels + c, normalized<T, kSilu>(load_n(x + i * channels + c, n), m, k, h), n);
+      for (int64_t c = 0; c < columns; c += most) {
+        const int64_t n = columns - c < most ? columns - c : most;
+        T *to = s.streaming ? buffer[0] : out + c;
+        block(x + c, to, rows, n, mean + c, scale + c, shift + c, channels, s.streaming ? kColumns : channels);
+        for (int64_t i = 0; s.streaming && i < rows; ++i) stream<T>(buffer[i], out + i * channels + c, n);
       }
+    }
+  }
+  // Up to four rows of n columns.
+  FG_INLINE void block(const T *x, T *out, int64_t rows, int64_t columns, const float *mean, const float *scale,
+                       const float *shift, int64_t stride, int64_t out_stride) {
+    for (int64_t c = 0; c < columns; c += W) {
+      int n = columns - c < W ? static_cast<int>(columns - c) : W;
+      vf m = part(mean + c, n), k = part(scale + c, n), h = part(shift + c, n);
+      if (n == W && rows == 4)
+        for (int64_t i = 0; i < 4; ++i) {
+          __builtin_prefetch(x + (i + 4) * stride + c);
+          store(out + i * out_stride + c, normalized<T, kSilu>(load(x + i * stride + c), m, k, h));
+        }
+      else
+        for (int64_t i = 0; i < rows; ++i)
+          store_n(out + i * out_stride + c, normalized<T, kSilu>(load_n(x + i * stride + c, n), m, k, h), n);
     }
   }
 };
@@ -299,7 +316,7 @@ int64_t groups_an_item(const fg_group_norm_args *a, int64_t group_bytes, int64_t
 template <template <class, bool> class Layout, class T, bool kSilu, bool kLast>
 int normalize(const fg_group_norm_args *a) {
   using Sweep = Layout<T, kSilu>;
-  Shared s{a, a->channels / a->groups, 0, kLast ? kRows : kChunk, nullptr, nullptr, nullptr, 0};
+  Shared s{a, a->channels / a->groups, 0, kLast ? kRows : kChunk, nullptr, nullptr, nullptr, 0, false};
   s.chunks = ceil_div(kLast ? a->pixels : a->pixels * s.width, s.chunk);
   const int64_t partials = a->batch * s.chunks * a->groups * static_cast<int64_t>(sizeof(Moments));
   const int64_t values = a->batch * a->channels;
@@ -313,6 +330,7 @@ int normalize(const fg_group_norm_args *a) {
       s.added[i] = parameter(a->add, a->add_dtype, i / a->channels * a->add_batch + i % a->channels, 0.0f);
   }
   const int64_t element = static_cast<int64_t>(sizeof(T)), group_bytes = s.width * a->pixels * element;
+  s.streaming = streams((a->other ? 4 : 2) * a->batch * a->groups * group_bytes);
   const int64_t grain = a->batch * a->groups * group_bytes < kSmall ? a->batch * a->groups * s.chunks + 1 : 1;
   if (int64_t step = groups_an_item<kLast>(a, group_bytes, element)) {
     const int64_t items = ceil_div(a->groups, step), all = a->batch * items;
@@ -326,20 +344,32 @@ int normalize(const fg_group_norm_args *a) {
         finish<kLast>(s, b, g0, g1);
         for (int64_t i = 0; i < s.chunks; ++i) Sweep::apply(s, b, i, g0, g1);
       }
+      if (s.streaming) streamed();
       return 0;
     });
   }
-  const int64_t blocks = kLast ? 1 : a->groups, width = a->groups / blocks, items = a->batch * blocks * s.chunks;
-  auto each = [&](void (*sweep)(const Shared &, int64_t, int64_t, int64_t, int64_t)) {
-    return parallel_for(items, grain, [&](int64_t item) {
-      int64_t chunk = item % s.chunks, block = item / s.chunks % blocks, b = item / s.chunks / blocks;
-      sweep(s, b, chunk, block * width, (block + 1) * width);
-      return 0;
+  const int64_t blocks = kLast ? 1 : a->groups, width = a->groups / blocks, all = a->batch * blocks;
+  const int64_t bytes = width * group_bytes, fit = fg_cache_bytes() / (4 * (bytes > 0 ? bytes : 1));
+  const int64_t together = fit < 1 ? 1 : fit < all ? fit : all;  // blocks that both sweeps take before the next
+  for (int64_t first = 0; first < all; first += together) {
+    const int64_t count = all - first < together ? all - first : together;
+    auto each = [&](void (*sweep)(const Shared &, int64_t, int64_t, int64_t, int64_t), bool back) {
+      parallel_for(count * s.chunks, grain, [&](int64_t i) {
+        const int64_t item = back ? count * s.chunks - 1 - i : i;
+        const int64_t block = (first + item / s.chunks) % blocks, b = (first + item / s.chunks) / blocks;
+        sweep(s, b, item % s.chunks, block * width, (block + 1) * width);
+        if (s.streaming) streamed();
+        return 0;
+      });
+    };
+    each(Sweep::statistics, false);
+    parallel_for(count, 16, [&](int64_t i) {
+      const int64_t block = (first + i) % blocks, b = (first + i) / blocks;
+      return finish<kLast>(s, b, block * width, (block + 1) * width), 0;
     });
-  };
-  each(Sweep::statistics);
-  parallel_for(a->batch, 1, [&](int64_t b) { return finish<kLast>(s, b, 0, a->groups), 0; });
-  return each(Sweep::apply);
+    each(Sweep::apply, true);  // from the end, which was read last
+  }
+  return FG_OK;
 }
 
 template <class T>

@@ -49,11 +49,15 @@ def _library() -> ctypes.CDLL | str:
         lib = ctypes.CDLL(str(_PATH))
     except OSError as error:
         return f"{_PATH} cannot be opened: {error}"
-    lib.fg_cpu_levels.restype = lib.fg_thread_count.restype = lib.fg_sizeof.restype = ctypes.c_int64
-    lib.fg_pool.restype = ctypes.c_char_p
-    lib.fg_sizeof.argtypes = [ctypes.c_char_p]
-    lib.fg_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    lib.fg_set_pool.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    try:
+        lib.fg_cpu_levels.restype = lib.fg_thread_count.restype = lib.fg_sizeof.restype = ctypes.c_int64
+        lib.fg_pool.restype = ctypes.c_char_p
+        lib.fg_sizeof.argtypes = [ctypes.c_char_p]
+        lib.fg_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        lib.fg_set_pool.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        lib.fg_set_cache.argtypes = [ctypes.c_int64]
+    except AttributeError as error:
+        return f"{_PATH} was built from other sources ({error}); mend: python setup.py build_kernels"
     _share_pool(lib)
     return lib
 
@@ -120,6 +124,16 @@ def forced(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@contextlib.contextmanager
+def cached(nbytes: int) -> Iterator[None]:
+    """Kernels run inside this block as if the last cache had that many bytes: what is larger is written past it."""
+    opened().fg_set_cache(nbytes)
+    try:
+        yield
+    finally:
+        opened().fg_set_cache(0)  # what the machine has
 
 
 @functools.cache

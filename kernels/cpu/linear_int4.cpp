@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t kItem = 1 << 17;  // bytes of weights that one work item streams, at least one panel
+constexpr int64_t kItem = 1 << 20;  // bytes of weights that one work item streams, at least one panel
 constexpr int64_t kRows = 64;       // rows of x that one work item takes
 
 #if defined(FG_HAS_AVX512)
@@ -85,6 +85,8 @@ int products(const Job &job) {
   const int64_t panels = (a->out_features + 15) / 16;
 #if defined(FG_LEVEL_AMX)
   if (job.rows > kMost) return tiled<T, S, ZEROS>(job);
+#elif defined(FG_HAS_AVX512_BF16)
+  if (job.rows > kShared && a->group > 32) return blocked<BYTES, T, S, ZEROS>(job, job.codes);
 #endif
   int64_t step = kItem / (job.padded * 8 + 1), wanted = 4 * fg_threads();
   if (panels / wanted < step) step = panels / wanted;
@@ -113,7 +115,13 @@ int linear(const fg_linear_int4_args *a) {
   float *scale = reinterpret_cast<float *>(memory + scale_at), *sum = reinterpret_cast<float *>(memory + sum_at);
   parallel_for(rows, 1 + (1 << 15) / (a->width + 1), [&](int64_t r) {
     const T *x = static_cast<const T *>(a->x) + r / a->inner * a->x_outer + r % a->inner * a->x_inner;
-    for (int64_t g = 0; g < groups; ++g) {
+    int64_t g = 0;
+#if defined(FG_HAS_AVX512)
+    for (; (g + 16) * a->group <= a->width; g += 16)
+      quantize_groups(x + g * a->group, a->group, codes + r * stride + g * a->group, scale + g * rows + r,
+                      sum + g * rows + r, rows);
+#endif
+    for (; g < groups; ++g) {
       int64_t left = a->width - g * a->group;
       Scaled found = quantize(x + g * a->group, left < a->group ? left : a->group, a->group,
                               codes + r * stride + g * a->group);
@@ -133,9 +141,13 @@ int linear(const fg_linear_int4_args *a) {
 extern "C" int FG_EXPORT(linear_int4)(const fg_linear_int4_args *a) {
   if (!a->outer || !a->inner || !a->out_features) return FG_OK;
   switch (a->dtype) {
-    case FG_FLOAT32: return a->quantize ? linear<float>(a) : linear_float<float>(a);
-    case FG_BFLOAT16: return a->quantize ? linear<bf16>(a) : linear_float<bf16>(a);
-    case FG_FLOAT16: return a->quantize ? linear<fp16>(a) : linear_float<fp16>(a);
+    case FG_FLOAT32: return a->quantize ? linear<float>(a) : linear_float<float, float>(a);
+#if defined(FG_HAS_AVX512_BF16)
+    case FG_BFLOAT16: return a->quantize ? linear<bf16>(a) : linear_float<bf16, bf16>(a);
+#else
+    case FG_BFLOAT16: return a->quantize ? linear<bf16>(a) : linear_float<bf16, float>(a);
+#endif
+    case FG_FLOAT16: return a->quantize ? linear<fp16>(a) : linear_float<fp16, float>(a);
     default: return FG_BAD_ARGUMENT;
   }
 }

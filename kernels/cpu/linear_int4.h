@@ -9,7 +9,7 @@ constexpr int PARTS = 16 / W;  // vectors that hold a panel's sixteen rows
 struct Job {
   const fg_linear_int4_args *a;
   int64_t rows, padded;      // of x; columns, up to whole groups
-  int64_t stride;            // of codes
+  int64_t stride;            // of x as it is multiplied, in bytes
   const int8_t *codes;       // (rows up to 16s, stride)
   const float *scale, *sum;  // (groups, rows)
   const float *bias;         // or null
@@ -28,8 +28,47 @@ FG_INLINE vf load_zeros(const uint8_t *p) {
 #endif
 }
 
-// Weights are read once and in order: far enough ahead that the next page is on its way.
-FG_INLINE void ahead(const uint8_t *w) { __builtin_prefetch(w + 4096, 0, 2); }
+#if defined(FG_HAS_AVX512)
+// quantize() of sixteen whole groups: group g's codes in order, its scale and sum at [g * apart].
+template <class T>
+inline void quantize_groups(const T *x, int64_t group, int8_t *codes, float *scale, float *sum, int64_t apart) {
+  alignas(64) float found[3][16];  // rates, scales, sums
+  __m512i part[16], all;
+  for (int g = 0; g < 16; ++g) {
+    part[g] = zero_i();
+    for (int64_t i = 0; i < group; i += 16) {
+      const __m512i bits = _mm512_castps_si512(load(x + g * group + i));  // magnitudes compare as integers, NaN highest
+      part[g] = _mm512_max_epu32(part[g], _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+  }
+  transpose(part);
+  all = part[0];
+  for (int g = 1; g < 16; ++g) all = _mm512_max_epu32(all, part[g]);
+  const vf absmax = _mm512_castsi512_ps(all);
+  const __mmask16 broken = _mm512_cmpge_epu32_mask(all, _mm512_set1_epi32(0x7f800000));
+  const __mmask16 good = ~broken & _mm512_cmp_ps_mask(absmax, set1(0x1p-100f), _CMP_GE_OQ);
+  store(found[0], _mm512_maskz_div_ps(good, set1(127.0f), absmax));
+  const vf scales = _mm512_maskz_mul_ps(good, absmax, set1(1.0f / 127.0f));
+  store(found[1], _mm512_mask_blend_ps(broken, scales, set1(__builtin_nanf(""))));
+  for (int g = 0; g < 16; ++g) {
+    const vf rate = set1(found[0][g]);
+    part[g] = zero_i();
+    for (int64_t i = g * group; i < (g + 1) * group; i += 16) {
+      const __m512i code = _mm512_cvtps_epi32(mul(load(x + i), rate));
+      part[g] = _mm512_add_epi32(part[g], code);
+      _mm512_mask_cvtepi32_storeu_epi8(codes + i, 0xffff, code);
+    }
+  }
+  transpose(part);
+  all = part[0];
+  for (int g = 1; g < 16; ++g) all = _mm512_add_epi32(all, part[g]);
+  store(found[2], _mm512_maskz_cvtepi32_ps(good, all));  // what is not finite has codes 0 and sums of no meaning
+  for (int g = 0; g < 16; ++g) scale[g * apart] = found[1][g], sum[g * apart] = found[2][g];
+}
+#endif
+
+// Weights are read once and in order: far enough ahead that the next pages are on their way.
+FG_INLINE void ahead(const uint8_t *w, int64_t by = 16384) { __builtin_prefetch(w + by, 0, 2); }
 
 // Row m of the output where it meets the panel, from its sixteen sums.
 template <class T>

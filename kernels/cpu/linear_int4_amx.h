@@ -30,7 +30,7 @@ FG_INLINE void unpack_group(Strip *strip, int64_t words, const __m512i (&zero)[2
   for (int p = 0; p < 2; ++p) {
     int8_t *to = strip->b[p][0];
     for (int64_t i = 0; i < words; ++i, strip->w[p] += 64, to += 128) {
-      ahead(strip->w[p]);
+      ahead(strip->w[p], 4096);
       Nibbles codes = unpack(strip->w[p]);
       _mm512_store_si512(to, _mm512_sub_epi8(codes.low, zero[p]));
       _mm512_store_si512(to + 64, _mm512_sub_epi8(codes.high, zero[p]));

@@ -1,16 +1,19 @@
 // levels: scalar avx2 avx512 avx512_bf16 amx neon
 // y = act(x W^T + bias) + residual with W in int8, by the arithmetic of kernels/linear_int8.py.
 //
-// x is quantized once; sums are exact integers, so that tiles of any size give the same bits.  Dot products run along the
-// rows of the weight as they lie, a few rows of each operand at a time (many rows: on AMX tiles, linear_int8_amx.h).
+// x is quantized once; sums are exact integers, so that tiles of any size give the same bits.  Dot products run along
+// the rows of the weight as they lie, a few rows of each operand at a time (many rows: on AMX tiles, linear_int8_amx.h,
+// or with VNNI, linear_int8_vnni.h).
 #include "linear_int8.h"
 #if defined(FG_LEVEL_AMX)
 #include "linear_int8_amx.h"
+#elif defined(FG_HAS_AVX512_BF16)
+#include "linear_int8_vnni.h"
 #endif
 
 namespace {
 
-constexpr int64_t kItem = 1 << 17;  // bytes of the weight that one work item streams, at least 16 rows
+constexpr int64_t kItem = 1 << 20;  // bytes of the weight that one work item streams, at least 16 rows
 constexpr int64_t kRows = 64;       // rows of x that one work item takes
 constexpr int kDown = W == 8 ? 2 : 4, kMost = 4;  // rows of the weight, of x at a time: what registers hold
 constexpr int64_t kFew = 8;         // rows of x up to which tiles do not pay
@@ -19,7 +22,7 @@ constexpr int64_t kFew = 8;         // rows of x up to which tiles do not pay
 template <int ROWS>
 inline void dots(const Job &job, const int8_t *const (&w)[kDown], int64_t m, int32_t *sums) {
   const int64_t k = job.a->width;
-  const int8_t *x = job.codes + m * job.padded;
+  const int8_t *x = job.codes + m * job.stride;
   vi acc[kDown][ROWS];
   for (int i = 0; i < kDown; ++i)
     for (int r = 0; r < ROWS; ++r) acc[i][r] = zero_i();
@@ -28,12 +31,12 @@ inline void dots(const Job &job, const int8_t *const (&w)[kDown], int64_t m, int
     bytes left[kDown];
 #pragma GCC unroll 4
     for (int i = 0; i < kDown; ++i) {
-      __builtin_prefetch(w[i] + at + 1024, 0, 2);
+      __builtin_prefetch(w[i] + at + kDown * k, 0, 2);  // of the rows that come next
       left[i] = load_w(w[i] + at);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      bytes right = load_x(x + r * job.padded + at);
+      bytes right = load_x(x + r * job.stride + at);
 #pragma GCC unroll 4
       for (int i = 0; i < kDown; ++i) acc[i][r] = dot(acc[i][r], left[i], right);
     }
@@ -41,7 +44,7 @@ inline void dots(const Job &job, const int8_t *const (&w)[kDown], int64_t m, int
   if (at < k)
     for (int i = 0; i < kDown; ++i)
       for (int r = 0; r < ROWS; ++r)
-        acc[i][r] = dot(acc[i][r], load_w_n(w[i] + at, static_cast<int>(k - at)), load_x(x + r * job.padded + at));
+        acc[i][r] = dot(acc[i][r], load_w_n(w[i] + at, static_cast<int>(k - at)), load_x(x + r * job.stride + at));
   for (int i = 0; i < kDown; ++i)
     for (int r = 0; r < ROWS; ++r) sums[r * 16 + i] = hsum_i(acc[i][r], static_cast<int32_t>(job.sum[m + r]));
 }
@@ -72,6 +75,9 @@ template <class T>
 int products(const Job &job) {
 #if defined(FG_LEVEL_AMX)
   if (job.packed) return tiled<T>(job);
+#elif defined(FG_HAS_AVX512_BF16)
+  if (job.packed) return some<T>(job);
+  if (job.rows > kSome) return tiled<T>(job);
 #endif
   const int64_t panels = (job.a->out_features + 15) / 16, wanted = 4 * fg_threads();
   int64_t step = kItem / (job.a->width * 16 + 1);
@@ -90,30 +96,35 @@ int products(const Job &job) {
 template <class T>
 int linear(const fg_linear_int8_args *a) {
   const int64_t rows = a->outer * a->inner, padded = (a->width + 63) / 64 * 64, tall = (rows + 15) / 16 * 16;
+  const int64_t stride = padded + 64;  // rows of codes fall in different sets of a cache
   bool pack = false;
 #if defined(FG_LEVEL_AMX)
   pack = rows > kFew;
+#elif defined(FG_HAS_AVX512_BF16)
+  pack = rows > kFew && rows <= kSome;
 #endif
   Parts parts;
-  const int64_t codes_at = parts.take(tall * padded), packed_at = parts.take(pack ? tall * padded : 0);
-  const int64_t scale_at = parts.take(rows * 4), sum_at = parts.take(rows * 4), bias_at = parts.take(a->out_features * 4);
+  const int64_t codes_at = parts.take(tall * stride), packed_at = parts.take(pack ? tall * padded : 0);
+  const int64_t scale_at = parts.take(rows * 4), sum_at = parts.take(tall * 4);
+  const int64_t bias_at = parts.take(a->out_features * 4);
   char *memory = static_cast<char *>(fg_scratch(static_cast<size_t>(parts.bytes + 64)));
   if (!memory) return FG_NO_MEMORY;
-  int8_t *codes = reinterpret_cast<int8_t *>(memory + codes_at), *packed = reinterpret_cast<int8_t *>(memory + packed_at);
+  int8_t *codes = reinterpret_cast<int8_t *>(memory + codes_at);
+  int8_t *packed = reinterpret_cast<int8_t *>(memory + packed_at);
   float *scale = reinterpret_cast<float *>(memory + scale_at), *sum = reinterpret_cast<float *>(memory + sum_at);
   parallel_for(tall / 16, 1 + (1 << 15) / (a->width * 16 + 1), [&](int64_t tile) {
     for (int64_t r = tile * 16; r < tile * 16 + 16 && r < rows; ++r) {
       const T *x = static_cast<const T *>(a->x) + r / a->inner * a->x_outer + r % a->inner * a->x_inner;
-      Scaled found = quantize(x, a->width, padded, codes + r * padded);
+      Scaled found = quantize(x, a->width, padded, codes + r * stride);
       scale[r] = found.scale;
       sum[r] = found.sum;
     }
-#if defined(FG_LEVEL_AMX)
-    if (pack) pack_rows(codes + tile * 16 * padded, padded, packed + tile * 16 * padded);
+#if defined(FG_HAS_AVX512_BF16)
+    if (pack) pack_rows(codes + tile * 16 * stride, stride, padded, packed + tile * 16 * padded);
 #endif
     return 0;
   });
-  return products<T>({a, rows, padded, codes, pack ? packed : nullptr, scale, sum,
+  return products<T>({a, rows, padded, stride, codes, pack ? packed : nullptr, scale, sum,
                       wide_bias(a->bias, a->bias_dtype, a->out_features, reinterpret_cast<float *>(memory + bias_at))});
 }
 

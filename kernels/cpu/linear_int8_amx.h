@@ -1,8 +1,8 @@
 // Many rows of x by int8 weights on AMX tiles: 32 rows of the weight by 32 of x at a time, sums transposed.
 //
 // The weight's rows are the left operand, as they lie; x's codes are packed for the right one, when they are made.  A
-// block of the weight is copied once for all rows of a strip, so that its tiles neither end beyond the weight nor meet in
-// one set of the cache.
+// block of the weight is copied once for all rows of a strip, so that its tiles neither end beyond the weight nor meet
+// in one set of the cache.
 #pragma once
 #include "linear_int8.h"
 #include "tiles.h"
@@ -17,18 +17,6 @@ struct Strip {
   alignas(64) int8_t w[kSteps][2][16][64];  // a block of 32 rows of the weight
   alignas(64) int32_t c[kStrip / 16][2][16][16];  // (tile of x, half of the weight's rows, weight row, x row)
 };
-
-// Sixteen rows of codes as tiles of a right operand: (step of 64 columns, 4 columns, row, column of the 4).
-inline void pack_rows(const int8_t *codes, int64_t padded, int8_t *to) {
-  for (int64_t k = 0; k < padded; k += 64) {
-    __m512i x[16];
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(codes + r * padded + k);
-    transpose(x);
-#pragma GCC unroll 16
-    for (int r = 0; r < 16; ++r) _mm512_store_si512(to + k * 16 + r * 64, x[r]);
-  }
-}
 
 // Columns [k, k + 64 steps) of rows [n, n + 32) of the weight; zero beyond its end.
 inline void copy_block(const Job &job, int64_t n, int64_t k, int64_t steps, Strip *strip) {

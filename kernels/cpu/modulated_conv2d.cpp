@@ -6,12 +6,11 @@
 // times the flat input, and `kPanel` channels by three vectors of pixels stay in registers for the whole sum, which is
 // taken in one order whatever the batch.  A transposed convolution does the same for each of its up x up phases, with
 // the taps that phase meets.
+//
+// Where a library takes the convolution, only what stands around it is done here; see modulated_around.h.
 #include <cstdlib>
 
-#include "abi.h"
-#include "activation.h"
-#include "moments.h"
-#include "threads.h"
+#include "modulated_around.h"
 
 namespace {
 
@@ -272,13 +271,19 @@ int convolve(const fg_modulated_conv2d_args *a, float *memory) {
     memory[i] = parameter(a->styles, a->styles_dtype, i, 1.0f);
     for (int64_t t = 0; t < all; ++t) squares[i * all + t] = memory[i] * memory[i];
   }
+  if (a->scaled) return scale_input<T>(a, memory);
   if (a->demodulate) {
     if (int code = norms_of<T>(a, squares, norms)) return code;
+  }
+  const Finish f = {static_cast<float>(a->alpha), static_cast<float>(a->gain), static_cast<float>(a->clamp)};
+  if (a->product) {
+    float *biases = norms + a->batch * a->outputs;
+    for (int64_t o = 0; o < a->outputs; ++o) biases[o] = parameter(a->bias, a->bias_dtype, o, 0.0f);
+    return with_activation(a->act, [&](auto act) { return finish_product<decltype(act)::value, T>(a, f, norms, biases); });
   }
   const Shape s = shape_of(a);
   const int64_t blocks = (s.rows + s.block - 1) / s.block;
   const int64_t range = blocks < kFew ? kRange : a->outputs, ranges = (a->outputs + range - 1) / range;
-  const Finish f = {static_cast<float>(a->alpha), static_cast<float>(a->gain), static_cast<float>(a->clamp)};
   return with_activation(a->act, [&](auto act) {
     return parallel_for(a->batch * blocks * ranges, 1, [&](int64_t item) {
       const int64_t o0 = item % ranges * range, o1 = o0 + range < a->outputs ? o0 + range : a->outputs;
@@ -292,7 +297,7 @@ int convolve(const fg_modulated_conv2d_args *a, float *memory) {
 
 extern "C" int FG_EXPORT(modulated_conv2d)(const fg_modulated_conv2d_args *a) {
   if (!a->batch || !a->outputs) return FG_OK;
-  const int64_t styles = a->batch * a->channels, floats = styles * (1 + a->taps_y * a->taps_x) + a->batch * a->outputs;
+  const int64_t styles = a->batch * a->channels, floats = styles * (1 + a->taps_y * a->taps_x) + (a->batch + 1) * a->outputs;
   float *memory = static_cast<float *>(std::malloc(static_cast<size_t>(floats) * sizeof(float)));
   if (!memory) return FG_NO_MEMORY;
   int code = FG_BAD_ARGUMENT;

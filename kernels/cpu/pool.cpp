@@ -1,5 +1,6 @@
 // levels: base
 // The shared thread pool, each thread's scratch memory, what the CPU can do, and the list runner.
+#include <cstdio>
 #include <cstdlib>
 #include <dlfcn.h>
 #include <pthread.h>
@@ -15,6 +16,14 @@
 #define FG_API extern "C" __attribute__((visibility("default")))
 
 namespace {
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool KEEP_SCRATCH = false;  // just what was asked for, anew each time: a step beyond it is seen
+constexpr size_t SCRATCH_UNIT = 64;
+#else
+constexpr bool KEEP_SCRATCH = true;
+constexpr size_t SCRATCH_UNIT = 4096;
+#endif
 
 using gomp_parallel_t = void (*)(void (*)(void *), void *, unsigned, unsigned);
 using max_threads_t = int (*)();
@@ -56,6 +65,19 @@ void free_scratch(void *pointer) {
   std::free(scratch);
 }
 
+int64_t cache_bytes = 0;
+
+// Of the first core's outermost cache, as Linux tells it; 32 MiB where it tells nothing.
+int64_t find_cache_bytes() {
+  int64_t found = int64_t{32} << 20;
+  std::FILE *file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+  if (!file) return found;
+  long long kib = 0;
+  if (std::fscanf(file, "%lldK", &kib) == 1 && kib > 0) found = kib << 10;
+  std::fclose(file);
+  return found;
+}
+
 void make_scratch_key() { pthread_key_create(&scratch_key, free_scratch); }
 
 }  // namespace
@@ -63,6 +85,12 @@ void make_scratch_key() { pthread_key_create(&scratch_key, free_scratch); }
 extern "C" int64_t fg_threads() {
   int64_t n = max_threads && gomp_parallel ? max_threads() : 1;
   return n < 1 ? 1 : n;
+}
+
+extern "C" int64_t fg_cache_bytes() {
+  int64_t known = __atomic_load_n(&cache_bytes, __ATOMIC_RELAXED);
+  if (!known) __atomic_store_n(&cache_bytes, known = find_cache_bytes(), __ATOMIC_RELAXED);
+  return known;
 }
 
 extern "C" int fg_parallel(int64_t items, int64_t threads, int (*body)(void *, int64_t), void *context) {
@@ -84,9 +112,9 @@ extern "C" void *fg_scratch(size_t bytes) {
     scratch = static_cast<Scratch *>(std::calloc(1, sizeof(Scratch)));
     if (!scratch || pthread_setspecific(scratch_key, scratch)) return std::free(scratch), nullptr;
   }
-  if (scratch->bytes < bytes) {
+  if (!KEEP_SCRATCH || scratch->bytes < bytes) {
     std::free(scratch->memory);
-    size_t rounded = (bytes + 4095) / 4096 * 4096;
+    size_t rounded = (bytes + SCRATCH_UNIT - 1) / SCRATCH_UNIT * SCRATCH_UNIT;
     scratch->memory = std::aligned_alloc(64, rounded);
     scratch->bytes = scratch->memory ? rounded : 0;
   }
@@ -98,6 +126,9 @@ FG_API void fg_set_pool(gomp_parallel_t parallel, max_threads_t count) {
   gomp_parallel = parallel;
   max_threads = count;
 }
+
+// What fg_cache_bytes() says from now on, for tests; 0: what the machine has.
+FG_API void fg_set_cache(int64_t bytes) { __atomic_store_n(&cache_bytes, bytes, __ATOMIC_RELAXED); }
 
 // The file that holds the pool's code, or "" where there is no pool.
 FG_API const char *fg_pool() {

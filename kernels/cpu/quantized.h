@@ -44,7 +44,7 @@ inline Scaled quantize(const T *x, int64_t n, int64_t padded, int8_t *codes) {
     const int left = static_cast<int>(n - i < W ? n - i : W);
     code(0, load_n(x + i, left), i, left);
   }
-  memset(codes + n, 0, static_cast<size_t>(padded - n));
+  if (padded > n) memset(codes + n, 0, static_cast<size_t>(padded - n));
   return {absmax * (1.0f / 127.0f), hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3])))};
 }
 
@@ -105,6 +105,24 @@ inline const float *wide_bias(const void *bias, int64_t dtype, int64_t n, float 
   }
   return to;
 }
+
+// Lines of memory to ask for, one at a time between products: all at once they would fill the queues that loads wait
+// in.  Line n is number n % LINES of a piece, pieces `apart` bytes; to ask past a weight's end does no harm.
+template <int LINES>
+struct Ahead {
+  const void *base;
+  int64_t apart, n, end;
+
+  inline __attribute__((always_inline)) void ask() {
+    if (n < end) {
+      __builtin_prefetch(static_cast<const char *>(base) + n / LINES * apart + n % LINES * 64, 0, 2);
+      ++n;
+    }
+  }
+  inline __attribute__((always_inline)) void rest() {
+    while (n < end) ask();
+  }
+};
 
 // Parts of one block of memory, each starting on a cache line.
 struct Parts {

@@ -5,7 +5,7 @@
 // with the sign of the sine and the norm's weight in the factors; the heads that share a position share them.
 #pragma once
 #include "moments.h"
-#include "threads.h"
+#include "stream.h"
 
 namespace {
 
@@ -130,6 +130,7 @@ struct Run {
   T *out;
   const float *factors, *weight;
   int64_t rows, x_step, out_step, factors_step;
+  bool streaming;
 };
 
 template <class T, bool kNorm, bool kPairs, class Args>
@@ -137,6 +138,7 @@ FG_INLINE void turn_run(const Args *a, const Run<T> &run, double eps) {
   const int64_t width = a->width, turning = 2 * a->half, kept = turning / W * W;
   const int64_t together = kTogether * 2 / static_cast<int64_t>(sizeof(T));
   float scale[kTogether] = {};
+  alignas(64) T buffer[kBuffer / sizeof(T)];
   for (int64_t first = 0; first < run.rows; first += together) {
     const int64_t last = first + together < run.rows ? first + together : run.rows;
     if (kNorm)  // of several rows at once: each ends in a chain of slow operations
@@ -148,7 +150,7 @@ FG_INLINE void turn_run(const Args *a, const Run<T> &run, double eps) {
       }
     for (int64_t r = first; r < last; ++r) {
       const T *x = run.x + r * run.x_step;
-      T *out = run.out + r * run.out_step;
+      T *out = run.streaming ? buffer : run.out + r * run.out_step;
       const float *f = run.factors + r * run.factors_step, *w = run.weight;
       const vf by = set1(scale[r - first]);
       // From a whole vector on, and overwritten by what turns: stores that stay in a cache line.
@@ -157,8 +159,10 @@ FG_INLINE void turn_run(const Args *a, const Run<T> &run, double eps) {
         turn_pairs<T, kNorm>(x, out, a->half, f, f + turning, by);
       else
         turn_halves<T, kNorm>(x, out, a->half, f, f + turning, by);
+      if (run.streaming) stream<T>(buffer, run.out + r * run.out_step, width);
     }
   }
+  if (run.streaming) streamed();
 }
 
 // The table row of position r (of rows_0 x rows_1), counted in elements; -1 where it lies outside the table.
@@ -200,6 +204,7 @@ int rotate(const Args *a, const void *weight, int64_t weight_dtype, double eps) 
   int64_t heads = kRows / (step * a->width * size);
   heads = heads < 1 ? 1 : heads > a->repeat ? a->repeat : heads;
   const int64_t across = (a->repeat + heads - 1) / heads, down = (rows + step - 1) / step;
+  const bool streaming = a->width * size <= kBuffer && streams(2 * rows * a->repeat * a->width * size);
   return parallel_for(down * across, 1, [&](int64_t item) {
     float *scratch = static_cast<float *>(fg_scratch(static_cast<size_t>(a->width + 2 * turning * (step + 1)) * 4));
     if (!scratch) return static_cast<int>(FG_NO_MEMORY);
@@ -213,7 +218,7 @@ int rotate(const Args *a, const void *weight, int64_t weight_dtype, double eps) 
       const int64_t i0 = r / a->rows_1, i1 = r % a->rows_1;
       const T *x = static_cast<const T *>(a->x) + i0 * a->x_0 + i1 * a->x_1 + h * a->x_repeat;
       T *out = static_cast<T *>(a->out) + i0 * a->out_0 + i1 * a->out_1 + h * a->out_repeat;
-      return Run<T>{x, out, factors + (r - first) * 2 * turning, w, 1, a->x_1, a->out_1, 2 * turning};
+      return Run<T>{x, out, factors + (r - first) * 2 * turning, w, 1, a->x_1, a->out_1, 2 * turning, streaming};
     };
     if (heads_inside) {
       for (int64_t r = first; r < last; ++r) {

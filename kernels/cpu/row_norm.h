@@ -2,13 +2,14 @@
 #pragma once
 #include "abi.h"
 #include "moments.h"
-#include "threads.h"
+#include "stream.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr int64_t kItem = 1 << 17;   // bytes of x that one work item takes, at least one row
 constexpr int64_t kSmall = 1 << 15;  // bytes of x below which one thread is enough
+constexpr int64_t kHeld = 1 << 14;   // bytes of a row of x + gate * branch that are kept until they are normalized
 
 // A tensor of x's shape, broadcast or not: row (outer, inner) starts at outer * far + inner * near.
 template <class S>
@@ -44,19 +45,22 @@ FG_INLINE float square_sum_of(const T *x, int64_t n) {
 // in the cache is normalized: `next` and `more`, what will be read after it, are prefetched meanwhile.
 template <bool kRms, bool kModulated, class T, class S>
 FG_INLINE void norm_row(const T *x, T *out, int64_t width, const float *weight, const float *bias, const S *scale,
-                        const S *shift, double eps, const T *next, const T *more) {
+                        const S *shift, double eps, const T *next, const T *more, bool streaming) {
   const Moments moments = kRms ? Moments{0, square_sum_of(x, width)} : moments_of(x, width);
   const float mean = static_cast<float>(moments.mean);
   const float deviation = 1.0f / __builtin_sqrtf(static_cast<float>(moments.m2 / static_cast<double>(width) + eps));
   const vf m = set1(mean), k = set1(deviation), one = set1(1.0f);
   const vf rest = set1(static_cast<float>(static_cast<double>(mean) - moments.mean) * deviation);
-  vectors(width, [&](int64_t i, int n) {
-    __builtin_prefetch(next + i);
-    if (more) __builtin_prefetch(more + i);
-    vf y = kRms ? mul(part(x + i, n), k) : fma(sub(part(x + i, n), m), k, rest);
-    y = fma(y, part(weight + i, n), part(bias + i, n));
-    if (kModulated) y = fma(y, add(one, part(scale + i, n)), part(shift + i, n));
-    put(out + i, y, n);
+  pieces(out, width, streaming, [&](int64_t from, int64_t count, T *to) {
+    vectors(count, [&](int64_t j, int n) {
+      const int64_t i = from + j;
+      __builtin_prefetch(next + i);
+      if (more) __builtin_prefetch(more + i);
+      vf y = kRms ? mul(part(x + i, n), k) : fma(sub(part(x + i, n), m), k, rest);
+      y = fma(y, part(weight + i, n), part(bias + i, n));
+      if (kModulated) y = fma(y, add(one, part(scale + i, n)), part(shift + i, n));
+      put(to + j, y, n);
+    });
   });
 }
 
@@ -101,28 +105,33 @@ int rows(const fg_row_norm_args *a) {
   const int64_t bytes = width * static_cast<int64_t>(sizeof(T)), share = (total + 4 * fg_threads() - 1) / (4 * fg_threads());
   int64_t step = kItem / bytes < share ? kItem / bytes : share;
   step = total * bytes < kSmall ? total : step < 1 ? 1 : step;
+  const bool streaming = streams((a->branch ? 4 : 2) * total * bytes), held = streaming && bytes <= kHeld;
   return parallel_for((total + step - 1) / step, 1, [&](int64_t item) {
     const int64_t last = (item + 1) * step < total ? (item + 1) * step : total;
     int64_t o = item * step / a->inner, i = item * step % a->inner;
+    alignas(64) T room[kHeld / sizeof(T)];
     for (int64_t r = item * step; r < last; ++r) {
       const int64_t next_o = r + 1 == last || i + 1 < a->inner ? o : o + 1;
       const int64_t next_i = r + 1 == last ? i : next_o == o ? i + 1 : 0;
       const T *from = x.row(o, i), *next = x.row(next_o, next_i), *more = nullptr;
       T *out = static_cast<T *>(a->out) + r * width;
       if (a->branch) {
-        T *sum = static_cast<T *>(a->sum) + r * width;
+        T *sum = held ? room : static_cast<T *>(a->sum) + r * width;
         add_row<T, S>(from, branch.row(o, i), a->gate ? gate.row(o, i) : nullptr, sum, width);
         from = sum;
         more = branch.row(next_o, next_i);
       }
       const float *weight = affine.weight + o * affine.step, *bias = affine.bias + o * affine.step;
       if (modulated && !folded)
-        norm_row<kRms, true, T, S>(from, out, width, weight, bias, scale.row(o, i), shift.row(o, i), a->eps, next, more);
+        norm_row<kRms, true, T, S>(from, out, width, weight, bias, scale.row(o, i), shift.row(o, i), a->eps, next, more,
+                                   streaming);
       else
-        norm_row<kRms, false, T, S>(from, out, width, weight, bias, nullptr, nullptr, a->eps, next, more);
+        norm_row<kRms, false, T, S>(from, out, width, weight, bias, nullptr, nullptr, a->eps, next, more, streaming);
+      if (a->branch && held) stream<T>(room, static_cast<T *>(a->sum) + r * width, width);
       o = next_o;
       i = next_i;
     }
+    if (streaming) streamed();
     return 0;
   });
 }

@@ -1,6 +1,6 @@
 // levels: scalar avx2 avx512 neon
 // One token a row; kernels/sample_token.py says what every step means, and that masses are whole numbers: what is summed
-// in which order changes nothing.  A row is one work item.
+// in which order changes nothing.  A row is one work item, or, where it is alone, shared out by blocks of the vocabulary.
 #include <cmath>
 
 #include "abi.h"
@@ -13,6 +13,8 @@ namespace {
 
 constexpr int64_t kLanes = 1024;  // of the draw's order
 constexpr uint32_t kTag = 1;
+constexpr int64_t kParts = 16;    // shares of a row, at most
+constexpr int64_t kShare = 1 << 14;  // tokens of a share, at least
 constexpr float kInfinity = __builtin_inff();
 
 FG_INLINE vf clean(vf y) { return min(max(y, set1(-kInfinity)), set1(kLargest)); }  // NaN to -inf
@@ -32,9 +34,10 @@ FG_INLINE int64_t share(int64_t mass, float p) {
 
 struct Row {
   const fg_sample_token_args *a;
-  int64_t b, size;
+  int64_t b, size, parts;
   float *y, *w;  // size each, and W more
   Selection keys;
+  int64_t first = 0;  // where the block begins in which the largest is met first
   float largest = -kInfinity, inverse = 1.0f;
   // What is kept: d <= farthest, weight >= least, |d - centre| <= away.
   float farthest = kLargest, least = 0.0f, centre = 0.0f, away = kInfinity;
@@ -43,6 +46,17 @@ struct Row {
   template <class F>
   FG_MEMBER void each(const F &f) const {
     for (int64_t i = 0; i < size; i += W) f(i);
+  }
+
+  // f(part, from, to) for each share of the row, whole blocks of kLanes.
+  template <class F>
+  void shares(const F &f) const {
+    const int64_t blocks = (size + kLanes - 1) / kLanes;
+    parallel_for(parts, 1, [&](int64_t part) {
+      const int64_t to = (part + 1) * blocks / parts * kLanes;
+      f(part, part * blocks / parts * kLanes, to < size ? to : size);
+      return 0;
+    });
   }
 
   FG_MEMBER vf distance(vf v) const {
@@ -60,21 +74,23 @@ struct Row {
   // The logits as they were given, all of them kept.
   template <class T>
   void read_model(const T *from) {
-    read(from, false);
-    find_largest();
+    if (a->history || a->bias || a->mask || a->pairs) read(from, false);
     inverse = 1.0f, farthest = kLargest, least = 0.0f, centre = 0.0f, away = kInfinity;
   }
 
+  // y, padded with -inf, and its largest.
   template <class T>
   FG_MEMBER void read(const T *from, bool biased) {
     const float *bias = biased && a->bias ? static_cast<const float *>(a->bias) + b * a->bias_row : nullptr;
-    for (int64_t i = 0; i < size; i += W) {
+    find_largest([&](int64_t i) {
       const int n = size - i < W ? static_cast<int>(size - i) : W;
       vf v = clean(n == W ? load(from + i) : load_n(from + i, n));
       if (bias) v = clean(add(v, n == W ? load(bias + i) : load_n(bias + i, n)));
       store(y + i, v);
-    }
-    for (int64_t i = size; i < size + W; ++i) y[i] = -kInfinity;
+      if (n == W) return v;
+      for (int j = n; j < W; ++j) y[i + j] = -kInfinity;
+      return load(y + i);
+    });
   }
 
   // Penalties of the history; bit 0 of a count says that the token was met, the rest how often past the prompt.
@@ -117,7 +133,7 @@ struct Row {
     }
   }
 
-  // y of the op's text, padded with -inf, and its largest.
+  // y of the op's text, and its largest.
   template <class T>
   void prepare() {
     const T *logits = static_cast<const T *>(a->logits) + b * a->logits_row;
@@ -133,30 +149,49 @@ struct Row {
     const float *values = static_cast<const float *>(a->bias_values) + b * a->pairs_row;
     for (int64_t j = 0; j < a->pairs; ++j)
       if (ids[j] >= 0 && ids[j] < size && y[ids[j]] != -kInfinity) y[ids[j]] = clean_one(y[ids[j]] + values[j]);
-    find_largest();
+    if (a->mask || a->pairs) find_largest([&](int64_t i) { return load(y + i); });
   }
 
-  void find_largest() {
-    vf most = set1(-kInfinity);
-    each([&](int64_t i) { most = max(most, load(y + i)); });
-    largest = hmax(most);
+  // Of what `make` gives for each vector of the vocabulary.
+  template <class F>
+  FG_MEMBER void find_largest(const F &make) {
+    float found[kParts];
+    int64_t block[kParts];
+    shares([&](int64_t part, int64_t from, int64_t to) {
+      found[part] = -kInfinity, block[part] = from;
+      for (int64_t i = from; i < to; i += kLanes) {
+        const int64_t end = i + kLanes < to ? i + kLanes : to;
+        vf most = set1(-kInfinity);
+        for (int64_t j = i; j < end; j += W) most = max(most, make(j));
+        if (hmax(most) > found[part]) found[part] = hmax(most), block[part] = i;
+      }
+    });
+    largest = -kInfinity;
+    for (int64_t part = 0; part < parts; ++part)
+      if (found[part] > largest) largest = found[part], first = block[part];
   }
 
   int64_t first_largest() const {
-    for (int64_t i = 0;; i += W)
-      if (hmax(load(y + i)) == largest)
-        for (;; ++i)
-          if (y[i] == largest) return i;
+    int64_t i = first;
+    while (y[i] != largest) ++i;
+    return i;
   }
 
+  // The weights of all, and the mass of what is kept.
   int64_t weigh() {
-    Mass mass;
-    each([&](int64_t i) {
-      const vf weight = weights(distance(i));
-      store(w + i, weight);
-      mass.add(kept(distance(i), weight));
+    const bool all = farthest == kLargest && least == 0 && away == kInfinity;
+    int64_t mass[kParts], total = 0;
+    shares([&](int64_t part, int64_t from, int64_t to) {
+      Mass sum;
+      for (int64_t i = from; i < to; i += W) {
+        const vf d = distance(i), weight = weights(d);
+        store(w + i, weight);
+        sum.add(all ? weight : kept(d, weight));
+      }
+      mass[part] = sum.total();
     });
-    return mass.total();
+    for (int64_t part = 0; part < parts; ++part) total += mass[part];
+    return total;
   }
 
   int64_t mass_kept() const {
@@ -299,11 +334,14 @@ void sample(Row &row) {
 
 template <class T>
 int rows(const fg_sample_token_args *a) {
-  const int64_t room = (a->vocabulary + 3 * W + 15) / 16 * 16;
-  return parallel_for(a->batch, 1, [&](int64_t b) {
+  const int64_t room = (a->vocabulary + 3 * W + 15) / 16 * 16, threads = fg_threads();
+  int64_t parts = 2 * a->batch > threads && a->batch > 1 ? 1 : a->vocabulary / kShare;
+  parts = parts < 1 ? 1 : parts < threads ? parts : threads;
+  parts = parts < kParts ? parts : kParts;
+  return parallel_for(a->batch, parts > 1 ? a->batch : 1, [&](int64_t b) {
     float *memory = static_cast<float *>(fg_scratch(static_cast<size_t>(4 * room) * sizeof(float)));
     if (!memory) return static_cast<int>(FG_NO_MEMORY);
-    Row row{a, b, a->vocabulary, memory, memory + room, {memory + 2 * room, memory + 3 * room}};
+    Row row{a, b, a->vocabulary, parts, memory, memory + room, {memory + 2 * room, memory + 3 * room}};
     sample<T>(row);
     return static_cast<int>(FG_OK);
   });

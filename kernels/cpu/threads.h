@@ -14,6 +14,9 @@ int fg_parallel(int64_t items, int64_t threads, int (*body)(void *, int64_t), vo
 // The number of threads fg_parallel may use when called from here.
 int64_t fg_threads();
 
+// Bytes of the last cache, which all threads share.
+int64_t fg_cache_bytes();
+
 // Memory of the calling thread, 64-byte aligned, at least `bytes`; null when there is none.  It is kept for the
 // thread's next call and its contents are unspecified.  One user at a time: a second call may move it.
 void *fg_scratch(size_t bytes);

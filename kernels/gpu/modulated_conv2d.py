@@ -165,10 +165,12 @@ def _quarter(x: Tensor, *rest: Any) -> tuple[int, int]:
 def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = 0) -> Config:
     """128 pixels by 128 channels where there are so many; less where that leaves most of the chip idle."""
     rows, cols = _quarter(x, weight, *rest)
-    pixels = max(SMALLEST, min(128, power(rows) * power(cols)))
-    outputs = max(SMALLEST, min(128 if pixels >= 128 and rows * cols > 1024 else 32, power(weight.shape[0])))
     wide = x.dtype == torch.float32
-    return Config(pixels, outputs, 32 if wide else 64, 8 if pixels * outputs > 8192 else 4, 2 if wide else 3)
+    most = 64 if wide and sizes(x, weight, *rest).up > 1 else 128  # or an sm_80 spills thousands of registers
+    pixels = max(SMALLEST, min(128, power(rows) * power(cols)))
+    outputs = max(SMALLEST, min(most if pixels >= 128 and rows * cols > 1024 else 32, power(weight.shape[0])))
+    warps = 8 if pixels * outputs > (4096 if wide else 8192) else 4
+    return Config(pixels, outputs, 32 if wide else 64, warps, 2 if wide else 3)
 
 
 def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:

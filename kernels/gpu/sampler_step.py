@@ -246,7 +246,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]
     values |= {"PARTIALS": PARTIALS, "BLOCK": BLOCK, "WIDE": WIDE}
 
     def stage(kernel: Any, *grid: int) -> Stage:
-        warps = 16 if kernel is limit_kernel else 4
+        warps = {limit_kernel: 16, predict_kernel: 8}.get(kernel, 4)  # with 4 predict_kernel spills on an sm_80
         return Stage(kernel, grid, {name: values[name] for name in kernel.arg_names}, {"num_warps": warps, **EXACT})
 
     whole = (blocks(count, BLOCK), batch)

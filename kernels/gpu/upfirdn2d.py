@@ -151,7 +151,9 @@ def _stage(
         "DOWN_Y": ay.down, "DOWN_X": ax.down, "TAPS_Y": ay.taps, "TAPS_X": ax.taps, "FLIP": flip,
         "FILTER": f is not None, "ROWS": rows, "COLS": cols,
     }  # fmt: skip
-    return Stage(pixels_kernel if last else planes_kernel, grid, values, {"num_warps": 4})
+    # Two phases of many taps at once take more registers than ptxas gives four warps on an sm_100.
+    many = not last and ax.up == 2 and blocks(ax.taps, ax.up) * blocks(ay.taps, ay.up) > 4
+    return Stage(pixels_kernel if last else planes_kernel, grid, values, {"num_warps": 8 if many else 4})
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fusegen.runtime import residual
 from fusegen.runtime.backends import onednn, plain
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Binding, Call
@@ -23,8 +24,9 @@ class Cpu(Backend):
     name = "cpu"
 
     def lower(self, program: Program) -> Program:
-        """Fuse and merge, then find the strides that the bound forms give."""
-        return propagate(plain.convolutions(merge_linears(gates_first(fuse_epilogues(program)))))
+        """Fuse and merge, find the strides that the bound forms give, then fuse what these allow."""
+        fused = merge_linears(gates_first(fuse_epilogues(program)))
+        return residual.through_views(propagate(plain.convolutions(fused)))
 
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """oneDNN where it serves, else ATen."""

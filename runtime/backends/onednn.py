@@ -21,9 +21,9 @@ from fusegen.runtime.weights import Weights
 
 LINEAR = ("aten.linear.default", "runtime.linear")
 CONV = ("runtime.conv2d",)
-# oneDNN spends about ten microseconds before a product starts, and MKL fewer: below this many multiply-adds in float32
-# (measured on an AVX-512 Xeon) the plain call is faster.
-SMALL = 1 << 21
+# oneDNN spends about ten microseconds before a product starts, and MKL fewer: up to this many multiply-adds in float32
+# the plain call is faster (measured on a Zen 5; on an AVX-512 Xeon, whose MKL is faster, up to twice as many).
+SMALL = 1 << 20
 # Up to so many bytes a product is copied to its planned place: that takes less time than to make its views again and
 # to tell the kernels that read it where it lies now.
 COPIED = 1 << 14

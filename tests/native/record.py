@@ -62,12 +62,12 @@ class Records:
     """Launches to run elsewhere."""
 
     def __init__(self) -> None:
-        self._launches: list[tuple[str, CpuLaunch, list[Region]]] = []
+        self._launches: list[tuple[str, CpuLaunch | PlantedLaunch, list[Region]]] = []
 
     def __len__(self) -> int:
         return len(self._launches)
 
-    def add(self, launch: CpuLaunch, level: str) -> None:
+    def add(self, launch: CpuLaunch | PlantedLaunch, level: str) -> None:
         """Take a launch that was bound under :func:`foreign`; its arguments are read when :meth:`run` is called."""
         self._launches.append((f"fg_{launch.op}_{level}", launch, _regions(launch)))
 
@@ -95,7 +95,7 @@ class Records:
                 at += -(-region.size // WORD)
 
 
-def _words(symbol: str, launch: CpuLaunch, regions: list[Region]) -> Iterator[np.ndarray[Any, Any]]:
+def _words(symbol: str, launch: CpuLaunch | PlantedLaunch, regions: list[Region]) -> Iterator[np.ndarray[Any, Any]]:
     """One record as int64 words; see runner.cpp."""
     name = np.frombuffer(symbol.encode().ljust(64, b"\0"), np.int64)
     struct = np.frombuffer(bytes(launch.struct), np.int64)
@@ -108,7 +108,7 @@ def _words(symbol: str, launch: CpuLaunch, regions: list[Region]) -> Iterator[np
         yield np.frombuffer(data.ljust(-(-region.size // WORD) * WORD, b"\0"), np.int64)
 
 
-def _pointer(launch: CpuLaunch, field: Any, regions: list[Region]) -> tuple[int, int, int] | None:
+def _pointer(launch: CpuLaunch | PlantedLaunch, field: Any, regions: list[Region]) -> tuple[int, int, int] | None:
     """(word of the struct, region, bytes into it) of a field that points to something."""
     name, kind = field[:2]
     address = getattr(launch.struct, name) if kind is ctypes.c_void_p else None
@@ -120,7 +120,7 @@ def _pointer(launch: CpuLaunch, field: Any, regions: list[Region]) -> tuple[int,
     raise AssertionError(f"{launch.op}: {name} points to no tensor of the launch and no constant of its launcher")
 
 
-def _regions(launch: CpuLaunch) -> list[Region]:
+def _regions(launch: CpuLaunch | PlantedLaunch) -> list[Region]:
     """The memory that a launch may point to, each storage once; of the constants only those that it does point to."""
     launcher = sys.modules.get(f"fusegen.kernels.cpu.{launch.op}")
     used = [t for t in (*launch.outs, *launch.args) if isinstance(t, Tensor)]
@@ -147,6 +147,43 @@ def build_library(folder: Path, compiler: str, sanitize: str = "", levels: Seque
     """The kernel library by another compiler, or with a sanitizer, in ``folder``; compiles only what changed."""
     with mock.patch.dict(os.environ, {"CXX": compiler}):
         return build.build(folder, folder, sanitize=sanitize, levels=levels, jobs=os.cpu_count() or 1)
+
+
+def build_planted(folder: Path, flags: Sequence[str]) -> Path:
+    """A library of the pool and the kernels with faults of planted.cpp."""
+    made = folder / "libplanted.so"
+    sources = [build.HERE / "pool.cpp", HERE / "planted.cpp"]
+    command = ["g++", *build.FLAGS, *flags, "-shared", *map(str, sources), "-o", str(made), "-ldl", "-lpthread"]
+    subprocess.run(command, check=True)
+    return made
+
+
+class Planted(ctypes.Structure):
+    """fg_planted_args of planted.cpp."""
+
+    _fields_ = [("counter", ctypes.c_void_p), ("items", ctypes.c_int64), ("fault", ctypes.c_int64)]
+
+
+@dataclass
+class PlantedLaunch:
+    """What :class:`Records` reads of a launch, for planted.cpp."""
+
+    op: str
+    struct: Planted
+    outs: tuple[Tensor, ...]
+    args: tuple[Any, ...] = ()
+
+
+def sanitized(folder: Path, sanitize: str, planted: Path) -> list[str | Path]:
+    """How the runner under a sanitizer is started; the library and what follows it are still to be added."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runner = build_runner(folder, "g++", build.SANITIZERS[sanitize])
+    empty = planted.parent / "empty"
+    empty.write_bytes(bytes(WORD))
+    probe = subprocess.run([runner, planted, empty, "1"], capture_output=True, text=True, check=False)
+    # GCC 12's ThreadSanitizer knows less randomization of addresses than new kernels have.
+    fixed = ["setarch", "-R"] if "unexpected memory mapping" in probe.stderr else []
+    return [*fixed, runner]
 
 
 def build_runner(folder: Path, compiler: str, flags: Sequence[str] = ()) -> Path:

@@ -1,4 +1,4 @@
-// Runs recorded calls of a kernel library outside of Python: under an emulator, or under ThreadSanitizer.
+// Runs recorded calls of a kernel library outside of Python: under an emulator, or under a sanitizer.
 //
 //   runner LIBRARY RECORDS THREADS
 //
@@ -6,14 +6,21 @@
 //   count, then each record: symbol (8 words of zero-padded text), words of the struct, number of regions, number of
 //   pointers; the struct; each region's (bytes, address modulo 64); each pointer's (word of the struct, region, bytes
 //   into it); each region's bytes, padded to whole words.
-// Each region is copied to memory of its own at the same alignment, the pointers are set and the symbol is called; then
-// the regions' bytes in the file are replaced by what the kernel left, and the first word of the symbol by its status.
+// Each region is copied to memory of its own at the same alignment, whose bytes before and behind may not be touched
+// under AddressSanitizer; the pointers are set and the symbol is called.  Then the regions' bytes in the file are
+// replaced by what the kernel left, and the first word of the symbol by its status.
 // It prints how many times a kernel used more than one thread.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <dlfcn.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(at, size) ((void)(at), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(at, size) ((void)(at), (void)(size))
+#endif
 #include <thread>
 #include <vector>
 
@@ -67,9 +74,12 @@ int64_t *run(void *library, int64_t *at) {
   int64_t *from = bytes;
   for (int64_t i = 0; i < regions; ++i) {
     const size_t size = static_cast<size_t>(region[2 * i]), offset = static_cast<size_t>(region[2 * i + 1]);
-    memory.push_back(static_cast<char *>(std::aligned_alloc(64, (size + offset + 63) / 64 * 64 + 64)));
+    const size_t whole = (size + offset + 63) / 64 * 64 + 128;
+    memory.push_back(static_cast<char *>(std::aligned_alloc(64, whole)));
     if (!memory.back()) fail("no memory for", symbol);
-    start.push_back(memory.back() + offset);
+    start.push_back(memory.back() + 64 + offset);
+    ASAN_POISON_MEMORY_REGION(memory.back(), whole);
+    ASAN_UNPOISON_MEMORY_REGION(start.back(), size);
     std::memcpy(start.back(), from, size);
     from += (size + 7) / 8;
   }

@@ -9,24 +9,18 @@ and the code between is the library's own.  No Python runs under the sanitizer.
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from record import HERE, ROOT, Records, build_library, build_runner, levels_of
+from record import ROOT, Planted, PlantedLaunch, Records, build_library, build_planted, levels_of, sanitized
 from runs import CPU_OPS, check
 
 from fusegen.kernels.cpu import build, library
 from fusegen.kernels.op import Op
 
 FOLDER = ROOT / "build" / "races"
-FLAGS = build.SANITIZERS["thread"]
 THREADS = 4
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs GCC's ThreadSanitizer: apt-get install g++")
@@ -39,26 +33,15 @@ def _levels(op: Op) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list[str | Path]]:
-    """How the runner is started on a library."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    runner = build_runner(FOLDER, "g++", FLAGS)
-    empty = tmp_path_factory.mktemp("probe") / "empty"
-    empty.write_bytes(bytes(8))
-    library_path = _planted(tmp_path_factory.mktemp("planted"))
-    probe = subprocess.run([runner, library_path, empty, "1"], capture_output=True, text=True, check=False)
-    fixed = ["setarch", "-R"] if "unexpected memory mapping" in probe.stderr else []  # GCC 12 and much randomization
-
-    return lambda path: [*fixed, runner, path]
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library of kernels with faults."""
+    return build_planted(tmp_path_factory.mktemp("planted"), build.SANITIZERS["thread"])
 
 
-def _planted(folder: Path) -> Path:
-    """A library of the pool and the kernel with a race."""
-    made = folder / "librace.so"
-    sources = [build.HERE / "pool.cpp", HERE / "race.cpp"]
-    command = ["g++", *build.FLAGS, *FLAGS, "-shared", *map(str, sources), "-o", str(made), "-ldl", "-lpthread"]
-    subprocess.run(command, check=True)
-    return made
+@pytest.fixture(scope="session")
+def start(planted: Path) -> list[str | Path]:
+    """How the runner is started."""
+    return sanitized(FOLDER, "thread", planted)
 
 
 @pytest.fixture(scope="session")
@@ -68,34 +51,21 @@ def kernels() -> Path:
 
 
 @pytest.mark.parametrize("op", CPU_OPS, ids=lambda op: op.name)
-def test_kernels_have_no_race(op: Op, start: Any, kernels: Path, tmp_path: Path) -> None:
-    shared = check(op, _levels(op), start(kernels), tmp_path, THREADS, bench=1)
+def test_kernels_have_no_race(op: Op, start: list[str | Path], kernels: Path, tmp_path: Path) -> None:
+    shared = check(op, _levels(op), [*start, kernels], tmp_path, THREADS, bench=1)
     assert shared > 0, "no case is large enough for two threads"
 
 
-class _Race(ctypes.Structure):
-    _fields_ = [("counter", ctypes.c_void_p), ("items", ctypes.c_int64), ("shared", ctypes.c_int64)]
-
-
-@dataclass
-class _Launch:
-    """What Records reads of a launch."""
-
-    op: str
-    struct: ctypes.Structure
-    outs: tuple[torch.Tensor, ...]
-    args: tuple[Any, ...] = ()
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["no race", "race"])
-def test_a_planted_race_is_reported_and_only_that(shared: bool, start: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [0, 1], ids=["no race", "race"])
+def test_a_planted_race_is_reported_and_only_that(
+    fault: int, start: list[str | Path], planted: Path, tmp_path: Path
+) -> None:
     counter = torch.zeros(4096, dtype=torch.int64)
     records = Records()
-    records.add(_Launch("race", _Race(counter.data_ptr(), 4096, shared), (counter,)), "scalar")  # type: ignore[arg-type]
-    command = start(_planted(tmp_path))
-    if shared:
-        with pytest.raises(AssertionError, match=r"(?s)exit code 66: .*data race.*race\.cpp"):
-            records.run(command, tmp_path / "records", THREADS)
+    records.add(PlantedLaunch("race", Planted(counter.data_ptr(), 4096, fault), (counter,)), "scalar")
+    if fault:
+        with pytest.raises(AssertionError, match=r"(?s)exit code 66: .*data race.*planted\.cpp"):
+            records.run([*start, planted], tmp_path / "records", THREADS)
     else:
-        assert records.run(command, tmp_path / "records", THREADS) == 1
+        assert records.run([*start, planted], tmp_path / "records", THREADS) == 1
         assert bool((counter == 1).all())

@@ -1,0 +1,131 @@
+// Many rows of x by int8 weights with VNNI: six rows of x by 64 rows of the weight at a time, sums in registers; fewer
+// rows of x as linear_int8_vnni_some.h does.
+//
+// A block of the weight is packed once for all rows of a strip, into the first-level cache: four columns of sixteen
+// rows a vector, 128 added since the instruction wants one operand unsigned.  A row's sums begin at -128 times the sum
+// of its codes, which takes that back.
+#pragma once
+#include "linear_int8_vnni_some.h"
+
+namespace {
+
+constexpr int64_t kStrip = 512;      // rows of x: their codes of a block, and their sums, stay in the next cache
+constexpr int64_t kDeep = 512;       // columns of a block: 64 rows of it are 32 KiB
+constexpr int kWide = 4, kTall = 6;  // vectors of the weight's rows, rows of x: 24 sums
+
+struct Strip {
+  int64_t first, last;                           // rows of x
+  alignas(64) uint8_t w[kDeep / 4][kWide][64];  // a block of the weight
+  alignas(64) int32_t c[kStrip][kWide * 16];
+};
+
+// Columns [k, k + depth) of rows [n, n + 64) of the weight, `depth` up to whole steps of 64; zero beyond its end.
+inline void pack_block(const Job &job, int64_t n, int64_t k, int64_t depth, Strip *strip) {
+  for (int v = 0; v < kWide; ++v)
+    for (int64_t i = 0; i < depth; i += 64) {
+      const int64_t left = job.a->width - k - i;
+      const __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
+      __m512i x[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) {
+        const int64_t row = n + v * 16 + r;
+        x[r] = row < job.a->out_features ? _mm512_maskz_loadu_epi8(mask, weight_row(job, row) + k + i) : zero_i();
+        x[r] = _mm512_xor_si512(x[r], _mm512_set1_epi8(-128));
+      }
+      transpose(x);
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) _mm512_store_si512(strip->w[i / 4 + r][v], x[r]);
+    }
+}
+
+// Adds the block's `depth` columns, times those of ROWS rows of x from row m on, to their sums; or begins these.
+template <int ROWS>
+inline void multiply(const Job &job, Strip *strip, int64_t m, int64_t k, int64_t depth,
+                     Ahead<kDeep / 64> next) {
+  const int8_t *x = job.codes + m * job.stride + k;
+  int32_t *c = strip->c[m - strip->first];
+  __m512i acc[ROWS][kWide];
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    const auto offset = static_cast<uint32_t>(static_cast<int32_t>(job.sum[m + r])) << 7;
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v)
+      acc[r][v] = k ? _mm512_load_si512(c + r * kWide * 16 + v * 16) : _mm512_set1_epi32(static_cast<int32_t>(-offset));
+  }
+  for (int64_t i = 0; i < depth / 4; ++i) {
+    next.ask();
+    __m512i w[kWide];
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) w[v] = _mm512_load_si512(strip->w[i][v]);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+      const __m512i codes = four(x + r * job.stride + i * 4);
+#pragma GCC unroll 4
+      for (int v = 0; v < kWide; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], w[v], codes);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) _mm512_store_si512(c + r * kWide * 16 + v * 16, acc[r][v]);
+  next.rest();
+}
+
+inline void any_rows(const Job &job, Strip *strip, int64_t rows, int64_t m, int64_t k, int64_t depth,
+                     const Ahead<kDeep / 64> &next) {
+  switch (rows) {
+    case 1: return multiply<1>(job, strip, m, k, depth, next);
+    case 2: return multiply<2>(job, strip, m, k, depth, next);
+    case 3: return multiply<3>(job, strip, m, k, depth, next);
+    case 4: return multiply<4>(job, strip, m, k, depth, next);
+    case 5: return multiply<5>(job, strip, m, k, depth, next);
+    default: return multiply<kTall>(job, strip, m, k, depth, next);
+  }
+}
+
+template <class T>
+inline void write_row(const Job &job, int64_t n, int64_t m, const int32_t *sums) {
+  int64_t v = 0, left = job.a->out_features - n;
+  for (; v < kWide && left >= 16; ++v, left -= 16) write<T>(job, n + v * 16, m, load_i(sums + v * 16), 16);
+  if (v < kWide && left > 0) write<T>(job, n + v * 16, m, load_i(sums + v * 16), static_cast<int>(left));
+}
+
+// The strip's rows of the output in columns [n, n + 64).
+template <class T>
+void strip_by(const Job &job, Strip *strip, int64_t n) {
+  const int64_t tiles = (strip->last - strip->first + kTall - 1) / kTall;
+  const int64_t width = job.padded ? job.padded : 1;  // of no columns the sums are still to begin
+  constexpr int64_t lines = 64 * (kDeep / 64);         // of a block
+  for (int64_t k = 0; k < width; k += kDeep) {
+    const int64_t depth = job.padded - k < kDeep ? job.padded - k : kDeep;
+    const bool more = k + kDeep < width;
+    pack_block(job, n, k, depth, strip);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t m = strip->first + tile * kTall, rows = strip->last - m < kTall ? strip->last - m : kTall;
+      const int8_t *then = more ? weight_row(job, n) + k + kDeep : weight_row(job, n + 64);
+      any_rows(job, strip, rows, m, k, depth, {then, job.a->width, lines * tile / tiles, lines * (tile + 1) / tiles});
+      if (!more)
+        for (int64_t r = m; r < m + rows; ++r) write_row<T>(job, n, r, strip->c[r - strip->first]);
+    }
+  }
+}
+
+template <class T>
+int tiled(const Job &job) {
+  const int64_t blocks = (job.a->out_features + 63) / 64, wanted = 4 * fg_threads();
+  int64_t tall = kStrip, strips = (job.rows + tall - 1) / tall;
+  for (; blocks * strips < wanted && tall > 8 * kTall; strips = (job.rows + tall - 1) / tall) tall /= 2;
+  int64_t step = blocks * strips / wanted;  // neighbouring blocks: each asks for the next one's weights
+  step = step < 1 ? 1 : step > 8 ? 8 : step;
+  const int64_t runs = (blocks + step - 1) / step;
+  return parallel_for(runs * strips, 1, [&](int64_t item) {
+    Strip strip;
+    strip.first = item / runs * tall;
+    strip.last = strip.first + tall < job.rows ? strip.first + tall : job.rows;
+    for (int64_t block = item % runs * step; block < item % runs * step + step && block < blocks; ++block)
+      strip_by<T>(job, &strip, block * 64);
+    return 0;
+  });
+}
+
+}  // namespace

@@ -1,0 +1,51 @@
+"""Launcher of winograd_conv2d.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusegen.kernels.cpu.library import CpuLaunch
+from fusegen.kernels.op import Kernel, is_channels_last
+
+# The filters have four times the weight's elements.  Where there are few tiles for them, reading them takes the time.
+FEW_TILES, MANY_FILTERS, MOST_FILTERS = 64, 1 << 17, 1 << 19  # pairs of channels
+
+
+class Args(ctypes.Structure):
+    """``fg_winograd_conv2d_args`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
+        *((name, ctypes.c_int64) for name in ("batch", "inputs", "outputs", "height", "width")),
+    ]
+
+
+def decline(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None) -> str | None:
+    for name, tensor in (("x", x), ("filters", filters), ("bias", bias), ("residual", residual)):
+        if tensor is not None and tensor.dtype != torch.float32:
+            return f"{name} is {tensor.dtype}"
+    for name, tensor in (("x", x), ("residual", residual)):
+        if tensor is not None and not is_channels_last(tensor):
+            return f"{name} is not channels-last"
+    if not filters.is_contiguous() or (bias is not None and not bias.is_contiguous()):
+        return "filters or bias are strided"
+    pairs, tiles = x.shape[1] * outputs, x.shape[0] * (-(-x.shape[2] // 4)) * (-(-x.shape[3] // 4))
+    if pairs > MOST_FILTERS:
+        return f"its filters would take {36 * 4 * pairs >> 20} MiB"
+    if pairs > MANY_FILTERS and tiles < FEW_TILES:
+        return f"{tiles} tiles are too few for so many filters"
+    return None
+
+
+def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
+    x, _, outputs, _, _ = args
+    batch, inputs, height, width = x.shape
+    struct = Args(out=outs[0].data_ptr(), batch=batch, inputs=inputs, outputs=outputs, height=height, width=width)
+    return CpuLaunch("winograd_conv2d", struct, {0: "x", 1: "filters", 3: "bias", 4: "residual"}, outs, args)
+
+
+KERNELS = [Kernel("winograd_conv2d C++", "cpu", decline, bind)]

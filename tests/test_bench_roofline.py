@@ -1,0 +1,51 @@
+"""What the roofline allows an op, and that a contender without a form of an op has no row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusegen.bench import contenders, kernels
+from fusegen.bench.roofline import Roofline
+from fusegen.kernels import op as registry
+from fusegen.kernels.op import Case, Cost
+
+ROOF = Roofline(copy=10.0, read=20.0, peak={"float32": 100.0, "bfloat16": 200.0, "int8": 400.0})
+
+
+@pytest.mark.parametrize(
+    ("cost", "dtype", "seconds"),
+    [
+        (Cost(flops=0, bytes=100), torch.float32, 10.0),  # how much is read is not told: at the rate of a copy
+        (Cost(flops=0, bytes=100, written=50), torch.float32, 10.0),
+        (Cost(flops=0, bytes=100, written=90), torch.float32, 10.0),
+        (Cost(flops=0, bytes=100, written=0), torch.float32, 5.0),
+        (Cost(flops=0, bytes=100, written=10), torch.float32, 2.0 + 4.0),  # 20 bytes are copied, 80 only read
+        (Cost(flops=1000, bytes=0), torch.float32, 10.0),
+        (Cost(flops=1000, bytes=0), torch.bfloat16, 5.0),
+        (Cost(flops=1000, bytes=0), torch.float16, 10.0),  # no peak of its own
+        (Cost(flops=1000, bytes=0, products="int8"), torch.bfloat16, 2.5),
+        (Cost(flops=1000, bytes=0, products="int4"), torch.bfloat16, 5.0),
+    ],
+)
+def test_the_least_time(cost: Cost, dtype: torch.dtype, seconds: float) -> None:
+    assert ROOF.seconds(cost, dtype) == pytest.approx(seconds)
+
+
+def _job(op: str, case: str, dtype: torch.dtype = torch.float32) -> kernels.Job:
+    known = registry.get(op)
+    found = known.case(case)
+    return kernels.Job(known, Case(found.name, found.build), dtype)
+
+
+def test_a_contender_without_a_form_of_the_op_has_no_row() -> None:
+    rows = kernels.run(_job("linear_int4", "small"), ["eager", "onednn"], seconds=0.01)
+    assert [r.contender for r in rows] == ["eager"]
+
+
+@pytest.mark.parametrize("case", ["gelu_tanh", "silu", "prime sizes"])
+def test_onednn_is_gated_by_a_bound_of_its_own(case: str) -> None:
+    rows = kernels.run(_job("linear_int8", case), ["onednn"], seconds=0.01)
+    assert [(r.contender, r.ok) for r in rows] == [("onednn", True)], rows
+    bound = registry.get("linear_int8").tolerance[torch.float32]
+    assert bound.rms * kernels.PEER_MARGIN < (rows[0].error_rms or 0.0) < contenders.BOUNDS["onednn"].rms

@@ -116,7 +116,9 @@ def resampled(
     y = F.pad(x.reshape(batch, channels, height, 1, width, 1), (0, up[0] - 1, 0, 0, 0, up[1] - 1))
     y = F.pad(y.reshape(batch * channels, 1, height * up[1], width * up[0]), [max(p, 0) for p in padding])
     y = F.pad(y, [min(p, 0) for p in padding])  # last: more may be taken away on one side than x itself has
-    y = F.conv2d(y, f[None, None], stride=(down[1], down[0]))
+    # Some planes at a time: in float64 PyTorch's convolution copies its input once for every tap.
+    some = max(1, 2**27 // max(1, y[0].numel() * f.numel() if len(y) else 1))
+    y = torch.cat([F.conv2d(part, f[None, None], stride=(down[1], down[0])) for part in y.split(some)])
     return y.reshape(batch, channels, *y.shape[2:])
 
 

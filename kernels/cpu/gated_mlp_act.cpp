@@ -6,6 +6,7 @@
 
 namespace {
 
+constexpr int64_t kAhead = 1 << 13;  // bytes from what is computed to what is prefetched, where memory is read
 constexpr int64_t kItem = 1 << 13;  // elements of the output that one work item makes, about
 
 enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kSigmoid, kQuickGelu };
@@ -21,8 +22,18 @@ FG_INLINE vf activated(vf g) {
 }
 
 template <class T, int64_t kActivation>
-FG_INLINE void run_of(const T *gate, const T *up, T *out, int64_t n) {
+FG_INLINE void run_of(const T *gate, const T *up, T *out, int64_t n, int64_t ahead) {
   int64_t i = 0;
+  for (; ahead && i + 2 * W <= n; i += 2 * W) {
+    __builtin_prefetch(gate + i + ahead);
+    __builtin_prefetch(up + i + ahead);
+    if (sizeof(T) == 4) __builtin_prefetch(gate + i + ahead + W);
+    if (sizeof(T) == 4) __builtin_prefetch(up + i + ahead + W);
+    vf y = mul(activated<T, kActivation>(load(gate + i)), load(up + i));
+    vf z = mul(activated<T, kActivation>(load(gate + i + W)), load(up + i + W));
+    store(out + i, y);
+    store(out + i + W, z);
+  }
   for (; i + W <= n; i += W) store(out + i, mul(activated<T, kActivation>(load(gate + i)), load(up + i)));
   if (i < n) {
     int rest = static_cast<int>(n - i);
@@ -39,6 +50,7 @@ int gated(const fg_gated_mlp_act_args *a) {
   const int64_t columns = width < kItem ? width : kItem, across = (width + columns - 1) / columns;
   const int64_t step = kItem / columns, down = (rows + step - 1) / step;
   const bool streaming = streams(3 * rows * width * static_cast<int64_t>(sizeof(T)));
+  const int64_t ahead = streaming ? kAhead / static_cast<int64_t>(sizeof(T)) : 0;
   return parallel_for(down * across, 1, [&](int64_t item) {
     const int64_t from = item % across * columns, first = item / across * step;
     const int64_t n = width - from < columns ? width - from : columns;
@@ -48,7 +60,7 @@ int gated(const fg_gated_mlp_act_args *a) {
       const T *gate = gates + i0 * a->gate_0 + i1 * a->gate_1 + i2 * a->gate_2 + from;
       const T *up = ups + i0 * a->up_0 + i1 * a->up_1 + i2 * a->up_2 + from;
       pieces(out + r * width + from, n, streaming,
-             [&](int64_t i, int64_t m, T *to) { run_of<T, kActivation>(gate + i, up + i, to, m); });
+             [&](int64_t i, int64_t m, T *to) { run_of<T, kActivation>(gate + i, up + i, to, m, ahead); });
     }
     if (streaming) streamed();
     return 0;

@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t kResident = 1 << 20;   // bytes of x that one work item may hold in cache
 constexpr int64_t kSmall = 1 << 15;      // bytes of x below which one thread is enough
 constexpr int64_t kRun = 8;              // work items, at most, that a thread takes together
+constexpr int64_t kTogether = 16;        // contiguous chunks, at most, of a sweep that a thread takes together
 constexpr int64_t kChunk = 4096;         // elements of a contiguous chunk
 constexpr int64_t kRows = 256;           // pixels of a channels-last chunk
 constexpr int64_t kTile = 1024;          // channels of it handled together
@@ -349,15 +350,19 @@ int normalize(const fg_group_norm_args *a) {
     });
   }
   const int64_t blocks = kLast ? 1 : a->groups, width = a->groups / blocks, all = a->batch * blocks;
-  const int64_t bytes = width * group_bytes, fit = fg_cache_bytes() / (4 * (bytes > 0 ? bytes : 1));
+  const int64_t bytes = width * group_bytes, fit = fg_cache_bytes() / (8 * (bytes > 0 ? bytes : 1));
   const int64_t together = fit < 1 ? 1 : fit < all ? fit : all;  // blocks that both sweeps take before the next
   for (int64_t first = 0; first < all; first += together) {
     const int64_t count = all - first < together ? all - first : together;
     auto each = [&](void (*sweep)(const Shared &, int64_t, int64_t, int64_t, int64_t), bool back) {
-      parallel_for(count * s.chunks, grain, [&](int64_t i) {
-        const int64_t item = back ? count * s.chunks - 1 - i : i;
-        const int64_t block = (first + item / s.chunks) % blocks, b = (first + item / s.chunks) / blocks;
-        sweep(s, b, item % s.chunks, block * width, (block + 1) * width);
+      const int64_t chunks = count * s.chunks, most = kLast ? 1 : kTogether, share = chunks / (4 * fg_threads());
+      const int64_t run = share < 1 ? 1 : share < most ? share : most, runs = ceil_div(chunks, run);
+      parallel_for(runs, grain, [&](int64_t i) {
+        const int64_t from = (back ? runs - 1 - i : i) * run, to = from + run < chunks ? from + run : chunks;
+        for (int64_t item = from; item < to; ++item) {
+          const int64_t block = (first + item / s.chunks) % blocks, b = (first + item / s.chunks) / blocks;
+          sweep(s, b, item % s.chunks, block * width, (block + 1) * width);
+        }
         if (s.streaming) streamed();
         return 0;
       });
@@ -384,14 +389,10 @@ int dispatch(const fg_group_norm_args *a) {
 inline int normalize_groups(const fg_group_norm_args *args) {
   if (!args->batch || !args->channels || !args->pixels) return FG_OK;
   switch (args->dtype) {
-    case FG_FLOAT32:
-      return dispatch<float>(args);
-    case FG_BFLOAT16:
-      return dispatch<bf16>(args);
-    case FG_FLOAT16:
-      return dispatch<fp16>(args);
-    default:
-      return FG_BAD_ARGUMENT;
+    case FG_FLOAT32: return dispatch<float>(args);
+    case FG_BFLOAT16: return dispatch<bf16>(args);
+    case FG_FLOAT16: return dispatch<fp16>(args);
+    default: return FG_BAD_ARGUMENT;
   }
 }
 

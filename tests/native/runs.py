@@ -19,6 +19,7 @@ from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Op
 
 DRAWN = 12  # random arguments an op
+SHARED = 1 << 22  # operations and bytes that no kernel leaves to one thread
 
 CPU_OPS = [op for op in registry.ops().values() if any(k.device == "cpu" for k in op.kernels)]
 
@@ -35,10 +36,11 @@ def arguments(op: Op) -> Iterator[tuple[str, tuple[Any, ...]]]:
             yield f"random {i} / {dtype}", op.draw(choices, dtype)
 
 
-def large(op: Op, count: int) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """(label, arguments) of the ``count`` smallest realistic cases, in one dtype each."""
+def large(op: Op) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(label, arguments) of the smallest realistic case that is worth two threads, in one dtype."""
     cases = sorted((c for c in op.cases if c.bench), key=lambda c: _work(op, _build(c)))
-    return ((case.name, _build(case)) for case in cases[:count])
+    case = next((c for c in cases if _work(op, _build(c)) >= SHARED), cases[-1])
+    yield case.name, _build(case)
 
 
 def _build(case: Any) -> tuple[Any, ...]:
@@ -51,7 +53,7 @@ def _work(op: Op, args: tuple[Any, ...]) -> int:
 
 
 def check(
-    op: Op, levels: Sequence[str], command: Sequence[str | Path], folder: Path, threads: int, bench: int = 0,
+    op: Op, levels: Sequence[str], command: Sequence[str | Path], folder: Path, threads: int, bench: bool = False,
     behind: int = 61,
 ) -> int:  # fmt: skip
     """Run the op's kernels at ``levels`` with the runner, and compare each result with the reference in float64; how
@@ -73,10 +75,10 @@ def check(
     return shared
 
 
-def _true(op: Op, bench: int) -> list[tuple[str, tuple[Any, ...], dict[str, Tensor]]]:
+def _true(op: Op, bench: bool) -> list[tuple[str, tuple[Any, ...], dict[str, Tensor]]]:
     """:func:`arguments`, each with what the reference makes of them in float64; kept, where several tests ask."""
     small = _kept(op.name)
-    return small if not bench else small + [(label, args, truth(op, args)) for label, args in large(op, bench)]
+    return small if not bench else small + [(label, args, truth(op, args)) for label, args in large(op)]
 
 
 @functools.cache

@@ -52,7 +52,7 @@ def kernels() -> Path:
 
 @pytest.mark.parametrize("op", CPU_OPS, ids=lambda op: op.name)
 def test_kernels_have_no_race(op: Op, start: list[str | Path], kernels: Path, tmp_path: Path) -> None:
-    shared = check(op, _levels(op), [*start, kernels], tmp_path, THREADS, bench=1)
+    shared = check(op, _levels(op), [*start, kernels], tmp_path, THREADS, bench=True)
     assert shared > 0, "no case is large enough for two threads"
 
 

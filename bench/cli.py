@@ -65,16 +65,18 @@ def _kernels(args: argparse.Namespace) -> list[Row]:
 
 
 def _models(args: argparse.Namespace) -> list[Row]:
-    from fusegen.bench import models
+    from fusegen.bench import models, whole
 
     out: list[Row] = []
     with Progress(transient=True) as progress:
         todo = chosen(args.model, models.MODELS, "model")
-        who, cases = chosen(args.contender, models.WHO, "contender"), chosen(args.case, models.CASES, "case")
+        who = chosen(args.contender, whole.WHO, "contender")
+        cases = chosen(args.case, [case for name in todo for case in models.MODELS[name].cases], "case")
         task = progress.add_task("models", total=len(todo))
         for name in todo:
             progress.update(task, description=name)
-            for rows in models.MODELS[name](who, args.dtype, cases, args.seconds):
+            own = [case for case in cases if case in models.MODELS[name].cases]
+            for rows in models.MODELS[name].run(who, args.dtype, own, args.seconds) if own else ():
                 out += _kept(rows, args)
             progress.advance(task)
     return out

@@ -26,7 +26,7 @@ def main() -> int:
     from PIL import Image
     from rich.progress import track
 
-    from fusegen.models.text_to_image import default_dtype
+    from fusegen.runtime.compile import default_dtype
 
     print(f"== load {MODEL}", flush=True)
     start = time.perf_counter()
@@ -56,21 +56,21 @@ def compare(model: TextToImage) -> int:
     import numpy as np
     import torch
 
-    from fusegen.bench import models, timing, verify
+    from fusegen.bench import picture_models, timing, verify
     from fusegen.bench.pipelines import EagerTextToImage
-    from fusegen.models.text_to_image import default_dtype
+    from fusegen.runtime.compile import default_dtype
 
     dtype = default_dtype(model.device)
     print(f"== beside eager PyTorch, the same networks in the same dtype, {COMPARED} pictures a call", flush=True)
     # A sampler that draws no noise of its own: eager PyTorch has no equal source of it.
-    steps, guidance, sampler = models.STEPS, models.GUIDANCE, models.SAMPLER
+    steps, guidance, sampler = picture_models.STEPS, picture_models.GUIDANCE, picture_models.SAMPLER
     seeds, eager = range(COMPARED), EagerTextToImage(model, dtype)
     calls = {
         "eager": lambda: eager.generate(PROMPTS[0], steps, guidance, seeds, sampler),
         "fusegen": lambda: model.generate(PROMPTS[0], "", steps, guidance, sampler, seeds),
     }
     made = {name: torch.from_numpy(np.stack(call())).float() / 255 for name, call in calls.items()}
-    bound = models.BOUNDS[str(dtype).removeprefix("torch.")]
+    bound = picture_models.BOUNDS[str(dtype).removeprefix("torch.")]
     verdict = verify.check([made["fusegen"]], [made["eager"]], bound)
     print(f"   pictures differ by {verdict.rms:.1e} of their root mean square (bound {bound.rms:g})")
     if not verdict.ok:

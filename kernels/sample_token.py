@@ -35,6 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusegen.kernels.noise_normal import philox
@@ -219,7 +220,7 @@ def cost(*args: Any) -> Cost:
 _DRAWN = WeakTensorKeyDictionary()
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable would import torch._dynamo here and now, two seconds
 def _drawn(a: Arguments) -> Tensor | None:
     """The draw's bits as (B, 1) numbers in [0, 1), None where every row is greedy; made once for each tensor of
     seeds."""

@@ -11,11 +11,14 @@ from fusegen.runtime.errors import FileError, RequestError
 if TYPE_CHECKING:
     import torch
 
-    from fusegen.models.text_to_image import TextToImage
+    from fusegen.runtime.bundle import Bundle
 
 ZOO = Path(__file__).parent / "zoo"
 # manifest.family -> the module and class that run it
-FAMILIES = {"text-to-image": ("fusegen.models.text_to_image", "TextToImage")}
+FAMILIES = {
+    "text-to-image": ("fusegen.models.text_to_image", "TextToImage"),
+    "text-generation": ("fusegen.models.text_generation", "TextGeneration"),
+}
 
 
 def zoo() -> dict[str, Path]:
@@ -38,13 +41,25 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | str | None = None,
     deterministic: bool = False,
-) -> TextToImage:
-    """Open the model in the ``.fg`` file or folder ``name``, or the zoo's model of that name.
+) -> Any:
+    """Open the model in the ``.fg`` file or folder ``name``, or the zoo's model of that name: its family's class.
 
     ``device``: ``"cpu"`` or ``"cuda"``.  ``dtype``: what it computes in; None is the device's best.  ``deterministic``
-    binds only kernels whose results do not depend on the batch.  Raises FileError, or RequestError for a bundle that
-    holds a bare program.
+    binds only kernels whose results do not depend on the batch (a text model's never do).  Raises FileError, or
+    RequestError for a bundle that holds a bare program.
     """
+    bundle = _opened(name)
+    module, kind = FAMILIES[bundle.manifest.family]
+    return getattr(importlib.import_module(module), kind).from_bundle(bundle, device, dtype, deterministic)
+
+
+def family_of(name: str | Path) -> str:
+    """The family of the model that :func:`load` would open."""
+    return _opened(name).manifest.family
+
+
+def _opened(name: str | Path) -> Bundle:
+    """The bundle of a family that is known."""
     from fusegen.runtime.bundle import Bundle
 
     if not isinstance(name, (str, Path)):
@@ -57,11 +72,9 @@ def load(
         raise RequestError(
             f"the bundle is of {what}", str(path), f"there are {', '.join(FAMILIES)}; or use fusegen.read"
         )
-    module, kind = FAMILIES[family]
-    made: Any = getattr(importlib.import_module(module), kind).from_bundle(bundle, device, dtype, deterministic)
-    return made
+    return bundle
 
 
-def save(model: TextToImage, path: str | Path) -> None:
+def save(model: Any, path: str | Path) -> None:
     """Write ``model`` as a ``.fg`` file: whole or not at all."""
     model.save(path)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusegen.models import bundled
 from fusegen.models.request import (
     MOST_IMAGES,
     MOST_SIDE,
@@ -33,10 +34,11 @@ from fusegen.models.request import (
 from fusegen.runtime import noise
 from fusegen.runtime.bundle import Bundle
 from fusegen.runtime.compile import compile as compile_program
-from fusegen.runtime.compile import native
+from fusegen.runtime.compile import default_dtype
 from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import Error, FileError, RequestError
-from fusegen.runtime.loop.denoise import Cancel, Watch, denoise
+from fusegen.runtime.loop.cancel import Cancel
+from fusegen.runtime.loop.denoise import Watch, denoise
 from fusegen.runtime.sampler import coefficients
 from fusegen.runtime.schedule import SIGMAS, ScheduleConfig, one_of
 
@@ -68,13 +70,6 @@ class Follow:
             preview and (lambda done, denoised: preview(before + done, pictures(denoised, self.where))),
             self.cancel,
         )
-
-
-def default_dtype(device: str) -> torch.dtype:
-    """What a network computes in unless told: bfloat16 where the device has such arithmetic, else float32."""
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if native("bfloat16") else torch.float32
 
 
 class TextToImage:
@@ -124,7 +119,7 @@ class TextToImage:
                 raise FileError(f"the bundle has no component {name!r}", where, f"a {FAMILY} model needs it")
         chosen = default_dtype(device) if dtype is None else dtype
         return cls(
-            _tokenizer(bundle),
+            bundled.tokenizer(bundle),
             compile_program(bundle.program("text_encoder"), device, torch.float32, deterministic=deterministic),
             compile_program(bundle.program("denoiser"), device, chosen, deterministic=deterministic),
             schedule,
@@ -228,13 +223,7 @@ class TextToImage:
 
     def save(self, path: str | Path) -> None:
         """Write the model as a bundle: its programs as they were read, its files and manifest."""
-        if self.bundle is None:
-            raise RequestError("this model was not loaded from a bundle", "save", "save the bundle it was made from")
-        source = self.bundle
-        own = {name: source.file(name) for name in source.manifest.members if not name.startswith("components/")}
-        kinds = {c.storage_dtype for c in source.manifest.components.values()}
-        programs = {name: source.program(name) for name in source.manifest.components}
-        Bundle.write(path, source.manifest, programs, own, kinds.pop() if len(kinds) == 1 else "")
+        bundled.save(self.bundle, path)
 
     def _where(self) -> str:
         return str(self.bundle.path) if self.bundle else ""
@@ -253,14 +242,3 @@ def pictures(x: Tensor, where: str = "") -> list[Image]:
         raise Error("the model gave values that are not finite", where, "load it with dtype='float32'")
     pixels = x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [pil.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
-
-
-def _tokenizer(bundle: Bundle) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_str(bundle.file("tokenizer.json").decode())
-    except Error:
-        raise
-    except Exception as error:  # the library raises bare Exception for a file it cannot read
-        raise FileError(f"tokenizer.json cannot be read: {error}", str(bundle.path), "get the file again") from None

@@ -23,6 +23,7 @@ from fusegen.runtime.manifest import COMPONENT_NAME, MANIFEST, STORAGE, Componen
 from fusegen.runtime.program import Program
 from fusegen.runtime.read import archive, graph_json, json_text, safetensors
 from fusegen.runtime.read.folder import Folder
+from fusegen.runtime.rewrite.cast import tables
 
 MAX_FILE = 256 << 20  # bytes of a member that is read whole
 _CODE = (
@@ -144,9 +145,9 @@ class Bundle:
         """Write a bundle and return its manifest, completed.
 
         ``programs`` by component name, ``files`` by member name.  ``storage_dtype`` ``"float16"`` or ``"bfloat16"``
-        stores float32 weights in half the bytes, rounded.  The same arguments give the same bytes.  The file appears
-        whole or not at all; raises :class:`FileError` where it cannot be written, :class:`RequestError` for a name
-        that cannot be a member's.
+        stores float32 weights in half the bytes, rounded; tables of rotary positions stay.  The same arguments give the
+        same bytes.  The file appears whole or not at all; raises :class:`FileError` where it cannot be written,
+        :class:`RequestError` for a name that cannot be a member's.
         """
         path = Path(path)
         if storage_dtype and storage_dtype not in STORAGE:
@@ -173,7 +174,8 @@ def _members(
             raise RequestError(f"{name!r} cannot be a component's name", mend="use lower-case letters, digits and _")
         weights = dict(program.weights)
         if storage_dtype:
-            weights = {k: v.to(STORAGE[storage_dtype]) if v.dtype == torch.float32 else v for k, v in weights.items()}
+            short = {k for k, v in weights.items() if v.dtype == torch.float32} - tables(program)
+            weights = {k: v.to(STORAGE[storage_dtype]) if k in short else v for k, v in weights.items()}
         members[f"components/{name}/graph.json"] = [graph_json.dumps(program)]
         members[f"components/{name}/weights.safetensors"] = list(safetensors.chunks(weights))
     for name, data in files.items():

@@ -1,8 +1,8 @@
 """A plan made ready to run: a file of registers and one closure for each node that has work to do.
 
 Building runs every node once on the first inputs, so that kernels are bound to real memory.  A value is *stable* where
-its memory never moves between runs (weights, the arena, views of them): a kernel that reads stable values alone is
-called with no preparation, and a view of one costs nothing again.
+its memory never moves between runs (weights, the arena, pinned inputs, views of them): a kernel that reads stable
+values alone is called with no preparation, and a view of one costs nothing again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
-from fusegen.runtime import closures
+from fusegen.runtime import closures, state
 from fusegen.runtime.backends import aten
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Call
@@ -40,6 +40,7 @@ class Capture:
         self.stable: set[str] = set()
         self.runs: dict[str, list[tuple[Step, Run]]] = {phase: [] for phase in PHASES}
         self.loops: dict[str, Run] = {}
+        self.versions = state.versions(plan.program)
         self._held: dict[str, Tensor] = {}
         self.arena = torch.empty(plan.layout.peak, dtype=torch.uint8, device=backend.device)
         self.nbytes = plan.layout.peak
@@ -50,7 +51,16 @@ class Capture:
         if self.backend.graph:
             held = self._held.get(name)
             value = self._held[name] = value.clone() if held is None else held.copy_(value)
-        self.registers[self.slot(name)] = value
+        self._set(name, value)
+
+    def pin(self, name: str, value: Tensor) -> None:
+        """Set an input once and for all: runs read it, and write it, where it lies."""
+        self._set(name, value)
+        self.stable.update(self.versions.get(name, (name,)))
+
+    def _set(self, name: str, value: Tensor) -> None:
+        for version in self.versions.get(name, (name,)):
+            self.registers[self.slot(version)] = value
 
     def value(self, name: str) -> Tensor:
         """A value as it now is."""
@@ -117,7 +127,7 @@ class Capture:
         """The closure of a function that returns its outputs, or writes the planned one."""
         if step.binding.by_sample:
             call = closures.by_sample(call, step.binding.by_sample, step.outputs[0], self.backend.device)
-        slots = [self.slot(o) for o in step.node.outputs]
+        slots = [self.slot(name) for name, _ in step.made()]
         get = closures.getter(tuple(substitute(a, _Slots(self)) for a in call.args), self._constant)
         dead = self._dying(step)
         if step.binding.planned:
@@ -126,8 +136,7 @@ class Capture:
             self.stable.add(step.node.outputs[0])
             run = closures.writing(call.function, get, {**call.kwargs, "out": out}, self.registers, dead)
         else:
-            several = len(step.node.outputs) > 1
-            run = closures.returning(call.function, get, call.kwargs, self.registers, slots, dead, several)
+            run = closures.returning(call.function, get, call.kwargs, self.registers, slots, dead)
         run()
         if self.backend.fuses:  # elsewhere no kernel goes by the plan's strides
             self._check(step)
@@ -152,10 +161,10 @@ class Capture:
         op = registry.get(step.node.op.split(".")[1])
         kernel = next(k for k in op.kernels if k.name == step.binding.name and k.device == self.backend.device)
         args = tuple(substitute(v, _Registers(self)) for v in step.node.args.values())
-        specs = zip(step.node.outputs, step.outputs, strict=True)
-        outs = tuple(self._planned(n, s) if step.binding.planned else self._own(s) for n, s in specs)
+        made = step.made()
+        outs = tuple(self._planned(n, s) if step.binding.planned else self._own(s) for n, s in made)
         launch = kernel.bind(outs, args)
-        slots = [self.slot(o) for o in step.node.outputs]
+        slots = [self.slot(name) for name, _ in made]
         moving = [
             (at, self.index[v.name])
             for at, v in enumerate(step.node.args.values())
@@ -164,7 +173,7 @@ class Capture:
         if step.binding.planned:
             for slot, out in zip(slots, outs, strict=True):
                 self.registers[slot] = out
-            self.stable.update(step.node.outputs)
+            self.stable.update(name for name, _ in made)
             run = closures.launching(launch, moving, self.registers, self._dying(step))
         else:
             run = closures.copying(launch, moving, self.registers, slots, outs)
@@ -212,6 +221,7 @@ class _Slots(_Registers):
 def _deaths(plan: Plan) -> dict[str, tuple[str, ...]]:
     """Node -> the values last used there that nobody outside its phase needs."""
     keep = plan.crossing | set(plan.program.outputs) | set(plan.program.inputs) | set(plan.program.weights)
+    keep |= {v for names in state.versions(plan.program).values() for v in names}
     last: dict[str, str] = {}
     for step in plan.steps:
         last.update(dict.fromkeys([*step.node.outputs, *step.node.inputs()], step.node.name))

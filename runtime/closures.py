@@ -71,29 +71,26 @@ def writing(function: Any, get: Any, kwargs: Mapping[str, Any], registers: Regis
 
 
 def returning(
-    function: Any,
-    get: Any,
-    kwargs: Mapping[str, Any],
-    registers: Registers,
-    slots: Sequence[int],
-    dead: Sequence[int],
-    several: bool,
+    function: Any, get: Any, kwargs: Mapping[str, Any], registers: Registers, slots: Sequence[int], dead: Sequence[int]
 ) -> Run:
-    """A function that returns its output, or ``several`` in a list."""
-    first = slots[0]
+    """A function that returns its output, or a list of several."""
+
+    def many() -> None:
+        for slot, value in zip(slots, function(*get(registers), **kwargs) or (), strict=False):
+            registers[slot] = value
+        for slot in dead:
+            registers[slot] = None
+
+    if len(slots) != 1:
+        return many
+    (first,) = slots
 
     def one() -> None:
         registers[first] = function(*get(registers), **kwargs)
         for slot in dead:
             registers[slot] = None
 
-    def many() -> None:
-        for slot, value in zip(slots, function(*get(registers), **kwargs), strict=False):
-            registers[slot] = value
-        for slot in dead:
-            registers[slot] = None
-
-    return many if several else one
+    return one
 
 
 def launching(launch: Launch, moving: Moving, registers: Registers, dead: Sequence[int]) -> Run:

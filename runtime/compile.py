@@ -60,6 +60,13 @@ def _dtype(
     return wanted, ()
 
 
+def default_dtype(device: str) -> torch.dtype:
+    """What a network computes in unless told: bfloat16 where the device has such arithmetic, else float32."""
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if native("bfloat16") else torch.float32
+
+
 def native(dtype: str) -> bool:
     """Whether this CPU's matrix products take ``"float16"`` or ``"bfloat16"`` as they are."""
     operator = (

@@ -6,12 +6,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusegen.runtime import measure, state
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.capture import Capture
 from fusegen.runtime.errors import OutOfMemoryError, RequestError
@@ -25,20 +25,11 @@ GIB = 1 << 30
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc")
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one kernel or routine took of a profiled run: seconds, calls, and its part of the whole."""
-
-    name: str
-    seconds: float
-    calls: int
-    part: float
-
-
 class Session:
     """A compiled program: call it with the inputs, in order or by name, for its output (a tuple if there are several).
 
-    Inputs are tensors on any device; outputs are new contiguous tensors on the backend's device, the caller's own.  One
+    Inputs are tensors on any device; outputs are new contiguous tensors on the backend's device, the caller's own.
+    Inputs that the program writes (``state``: name -> its values, ``runtime/state.py``) are written in place.  One
     lock serialises calls from several threads.  Captured shapes are kept, least recently used first out, within
     ``memory`` bytes beyond the weights.  Raises :class:`RequestError` for inputs that do not fit, and
     :class:`OutOfMemoryError`, after which the next call works.
@@ -54,19 +45,38 @@ class Session:
     ):
         self.program, self.backend, self.deterministic = program, backend, deterministic
         self.memory, self.notes = memory, notes
-        self.weights = Weights(backend.place)
+        self.weights, self.state = Weights(backend.place), state.versions(program)
         self._captures: OrderedDict[Any, Capture] = OrderedDict()
         self._lock = threading.RLock()
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Any:
         given = self._given(inputs, named)
-        with self._lock, _running():
+        with self.running():
             capture = self.capture(given)
             with self.whole(capture):
                 for name, value in given.items():
                     capture.load(name, value)
                 capture.run("step")
+                if self.backend.graph:  # it read, and wrote, copies
+                    for name in self.state:
+                        given[name].copy_(capture.value(name))
                 return _outputs(capture)
+
+    def pinned(self, inputs: Mapping[str, Tensor]) -> Pinned:
+        """The session on inputs whose memory stays: for a loop that writes them, or lets the program do so."""
+        return Pinned(self, self._given((), dict(inputs)), inputs)
+
+    def zeros(self, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+        """New memory for the inputs that the program writes, where the symbols have the values ``sizes``."""
+        specs = {name: self.program.inputs[name] for name in self.state}
+        shapes = {name: [evaluate(d, sizes) for d in spec.shape] for name, spec in specs.items()}
+        return {k: torch.zeros(shapes[k], dtype=v.dtype, device=self.backend.device) for k, v in specs.items()}
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """What a run takes: the lock, inference mode, and errors of an allocator as our own."""
+        with self._lock, _running():
+            yield
 
     @property
     def plan(self) -> Plan:
@@ -83,21 +93,20 @@ class Session:
         specs = {k: TensorSpec(tuple(v.shape), v.dtype) for k, v in given.items()}
         return plan(self.program, specs, self.backend, self.deterministic, fixed, per_step, self.notes)
 
-    def profile(self, *inputs: Tensor, runs: int = 5, **named: Tensor) -> list[Share]:
-        """The measured share of time of each kernel and routine over ``runs`` runs, the largest first."""
-        self(*inputs, **named)
+    def profile(self, *inputs: Tensor, **named: Tensor) -> list[measure.Share]:
+        """The measured share of time of each kernel and routine, the largest first, and what is spent between them.
+
+        A program that writes its inputs is measured pinned, as its loop runs it.
+        """
         given = self._given(inputs, named)
-        seconds: dict[str, list[float]] = {}
-        with self._lock, _running():
-            capture = self.capture(given)
-            for _ in range(runs):
-                for name, value in given.items():
-                    capture.load(name, value)
-                for step, taken in capture.profile("step"):
-                    seconds.setdefault(f"{step.binding.how} {step.binding.name}", []).append(taken)
-        whole = sum(map(sum, seconds.values()))
-        rows = [Share(k, sum(v) / runs, len(v) // runs, sum(v) / whole) for k, v in seconds.items()]
-        return sorted(rows, key=lambda r: -r.seconds)
+        if self.state:
+            pinned = self.pinned(given)
+            pinned()
+            with self.running():
+                return measure.shares(pinned.capture, pinned)
+        self(**given)
+        with self.running():
+            return measure.shares(self.capture(given), lambda: self(**given))
 
     def trajectory(self, fixed: Mapping[str, Tensor], per_step: Mapping[str, Tensor]) -> Trajectory:
         """A run of many steps, of which ``fixed`` inputs stay the same and ``per_step`` inputs are known ahead.
@@ -154,7 +163,10 @@ class Session:
         for name, value in found.items():
             if not isinstance(value, Tensor):
                 raise RequestError(f"input {name!r} is a {type(value).__name__}", mend="give a torch.Tensor")
-        return {n: found[n].detach().to(self.backend.device).contiguous() for n in names}
+        out = {n: found[n].detach().to(self.backend.device).contiguous() for n in names}
+        for name in self.state:
+            _same_memory(name, out[name], found[name])
+        return out
 
 
 class Trajectory:
@@ -176,7 +188,7 @@ class Trajectory:
             raise RequestError(f"step {step} does not exist", mend=f"there are {self.steps}, from 0")
         given = dict(zip(self.free, inputs, strict=False)) | named
         session = self.session
-        with session._lock, _running():
+        with session.running():
             full = session._given((), {**self.fixed, **self._row(step, given), **given})
             capture = session.capture(full, tuple(self.fixed), tuple(self.per_step))
             with session.whole(capture):
@@ -216,6 +228,43 @@ class Trajectory:
             capture.run("per_step")
             self._rows.append({n: capture.value(n) for n in capture.plan.crossing if phases[n] == "per_step"})
         self._capture = capture
+
+
+class Pinned:
+    """A session's step on inputs whose memory stays; call it any number of times.  Made by :meth:`Session.pinned`.
+
+    It reads the tensors it was made with as they are at each call, and returns the output (a tuple if there are
+    several) where it lies: it holds until the next call.
+    """
+
+    def __init__(self, session: Session, given: Mapping[str, Tensor], inputs: Mapping[str, Tensor]):
+        for name, value in given.items():
+            _same_memory(name, value, inputs[name])
+        self.session, self.given = session, given
+        self.capture = self._captured()
+
+    def _captured(self) -> Capture:
+        with self.session.running():
+            made = Capture(self.session.planned(self.given), self.session.backend, self.session.weights)
+            made.run("constant")
+            for name, value in self.given.items():
+                made.pin(name, value)
+            return made
+
+    def __call__(self) -> Any:
+        with self.session.running():
+            try:
+                self.capture.run("step")
+            except BaseException:
+                self.capture = self._captured()
+                raise
+            values = [self.capture.value(name) for name in self.capture.plan.program.outputs]
+        return values[0] if len(values) == 1 else tuple(values)
+
+
+def _same_memory(name: str, ours: Tensor, given: Tensor) -> None:
+    if ours.data_ptr() != given.data_ptr():
+        raise RequestError(f"input {name!r} is used where it lies", mend=f"give a contiguous tensor on {ours.device}")
 
 
 def _outputs(capture: Capture) -> Any:

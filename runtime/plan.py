@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
-from fusegen.runtime import join, upsample, winograd
+from fusegen.runtime import join, state, upsample, winograd
 from fusegen.runtime.backends.base import Backend, Binding
 from fusegen.runtime.cost import cost
 from fusegen.runtime.errors import GraphError
@@ -39,6 +39,12 @@ class Step:
     outputs: tuple[Strided, ...]
     bytes: int
     flops: int
+
+    def made(self) -> list[tuple[str, Strided]]:
+        """The outputs but for those that are an argument, written in place."""
+        written = state.writes(self.node).values()
+        both = zip(self.node.outputs, self.outputs, strict=False)
+        return [(name, spec) for name, spec in both if name not in written]
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def plan(
     ``fixed`` and ``per_step`` name inputs of a trajectory.  Raises :class:`RequestError` if the inputs do not fit and
     :class:`GraphError` naming a node that cannot run, or cannot be made deterministic where that is asked.
     """
-    static = backend.lower(specialize(program, given))
+    static = backend.lower(specialize(state.check(program), given))
     if backend.fuses:
         for rule in (upsample, winograd, join):
             static = rule.folded(static, lambda op, args: _declined(op, backend, args))
@@ -149,7 +155,7 @@ def _step(
     values = {k: substitute(v, metas) for k, v in node.args.items()}
     specs = tuple(program.specs[o] for o in node.outputs if o in program.specs)
     outs = tuple(s for s in specs if isinstance(s, Strided))
-    if outs and all(o.alias for o in outs):
+    if outs and all(o.alias for o in outs) and not state.writes(node):
         return Step(node, Binding("view", node.op), phase, depends, outs, 0, 0)
     if node.op.startswith("fusegen."):
         op = registry.get(node.op.split(".")[1])
@@ -227,6 +233,6 @@ def _intervals(steps: Sequence[Step], program: Program) -> list[Interval]:
         for name in step.node.inputs():
             last[root[name]] = index
         if step.binding.planned:
-            start |= {o: (index, spec.nbytes) for o, spec in zip(step.node.outputs, step.outputs, strict=False)}
+            start |= {o: (index, spec.nbytes) for o, spec in step.made()}
     last |= {root[o]: len(steps) for o in program.outputs}
     return [Interval(name, nbytes, at, last.get(name, at)) for name, (at, nbytes) in start.items()]

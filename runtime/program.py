@@ -43,8 +43,8 @@ class Node:
     ``op``: ``"aten.conv2d.default"``, ``"fusegen.group_norm.default"``, or ``"sym.mul"`` … for integer arithmetic
     on symbolic sizes.  ``args``: schema argument name -> value; a value is a :class:`Ref`, a plain Python scalar or
     string, None, a ``torch.dtype`` / ``device`` / ``layout`` / ``memory_format``, or a tuple of such.  ``outputs``: the
-    names it defines, one per output; what an op returns in lists is flattened, in order.  ``source``: the module path
-    it came from, for messages.
+    names it defines, one per output; what an op returns in lists is flattened, in order; behind them, one for each
+    argument that the op writes in place (``runtime/state.py``).  ``source``: the module path it came from.
     """
 
     name: str

@@ -18,6 +18,7 @@ from torch import Tensor
 from fusegen.runtime.errors import Error, GraphError, RequestError
 from fusegen.runtime.no_dynamo import no_dynamo
 from fusegen.runtime.program import Node, Program, TensorSpec, substitute
+from fusegen.runtime.read.operators import written
 from fusegen.runtime.read.values import SYM
 from fusegen.runtime.rewrite.graph import overload
 from fusegen.runtime.symbols import MAX_SIZE, evaluate, symbols_of
@@ -47,7 +48,7 @@ _SYM: dict[str, Callable[..., Any]] = {
 class Strided(TensorSpec):
     """A static spec: every dimension is an integer, and the strides (elements) are known.
 
-    ``alias`` names the value whose memory this one shares, where its node is a view.
+    ``alias`` names the value whose memory this one shares, where its node is a view or writes to it in place.
     """
 
     strides: tuple[int, ...] = ()
@@ -233,7 +234,8 @@ def _infer(
             raise
         except Exception as error:
             raise GraphError(f"{node.op} does not fit its arguments: {error}", where=place(node)) from None
-        memo[key] = [(strided(t), storages.get(t.untyped_storage()._cdata)) for t in outs]
+        made = [(strided(t), storages.get(t.untyped_storage()._cdata)) for t in outs]
+        memo[key] = made + [(strided(values[name]), name) for name in written(node.op)]
     return memo[key]
 
 
@@ -254,7 +256,7 @@ def _call_meta(op: str, values: dict[str, Any]) -> Sequence[Tensor]:
         values["device"] = torch.device("meta")
     args, kwargs = arrange(handle, values)
     out = handle(*args, **kwargs)
-    return (out,) if isinstance(out, Tensor) else [t for t in out if t is not None]
+    return (out,) if isinstance(out, Tensor) else [t for t in out or () if t is not None]
 
 
 def arrange(handle: Any, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

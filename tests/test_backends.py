@@ -129,9 +129,10 @@ def test_deterministic_cuts_every_library_product_into_samples():
     whole = session(x, image)
     for i in range(4):
         assert torch.equal(session(x[i : i + 1], image[i : i + 1])[0], whole[i])
-    steps = session.plan.steps
+    steps = session.planned({"x": x, "image": image}).steps
     assert all(s.binding.invariant for s in steps)
     assert {"conv2d", "bmm"} <= {s.node.op.split(".")[1] for s in steps if s.binding.by_sample}
+    assert not any(s.binding.by_sample for s in session.plan.steps), "one sample is the call that each of more gets"
 
 
 def test_float16_never_stays_on_a_cpu_without_it(monkeypatch):

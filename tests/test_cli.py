@@ -101,7 +101,7 @@ def test_the_version_is_printed() -> None:
         ("generate -m emoji -p cat --sampler best", "no sampler is called 'best'; there are .*ddim.*euler"),
         ("generate -m emoji -p cat --steps 0", "argument --steps: 0 is out of range, which is 1 to"),
         ("generate -m emoji -p cat --steps ten", "argument --steps: 'ten' is not a whole number"),
-        ("generate -m emoji -p cat -n 1000000000", "argument -n/--count: 1000000000 is out of range"),
+        ("generate -m emoji -p cat -n 1000000000", "argument -n: 1000000000 is out of range"),
         ("generate -m emoji -p cat -W -5", "argument -W/--width"),
         ("generate -m emoji -p cat --seed 9223372036854775808", "argument --seed: .* is out of range"),
         ("generate -m emoji -p cat --cfg-scale nan", "argument --cfg-scale: 'nan' is not a finite number"),

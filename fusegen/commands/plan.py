@@ -12,7 +12,8 @@ from fusegen import components
 from fusegen.arguments import add_device, integer, set_threads
 
 if TYPE_CHECKING:
-    from fusegen.runtime.engine import Session, Share
+    from fusegen.runtime.engine import Session
+    from fusegen.runtime.measure import Share
     from fusegen.runtime.program import Program, TensorSpec
 
 HELP = "say which kernel runs where, and why"

@@ -43,6 +43,8 @@ class Backend:
             return binding
         if cut is None or not deterministic:
             return replace(binding, invariant=False)
+        if all(metas[name].shape[0] == 1 for name in cut):
+            return binding  # one sample: the call that each of more would get
         return replace(binding, by_sample=cut, planned=False)
 
     def call(self, node: Node, binding: Binding, program: Program, weights: Weights) -> Call:

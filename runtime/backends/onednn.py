@@ -6,6 +6,7 @@ of the three with the product, and what is left is done in place on its output. 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,9 @@ CONV = ("runtime.conv2d",)
 # oneDNN spends about ten microseconds before a product starts, and MKL fewer: up to this many multiply-adds in float32
 # the plain call is faster (measured on a Zen 5; on an AVX-512 Xeon, whose MKL is faster, up to twice as many).
 SMALL = 1 << 20
+# Up to so many bytes a product is copied to its planned place: that takes less time than to make its views again and
+# to tell the kernels that read it where it lies now.
+COPIED = 1 << 14
 _UNARY = {
     "none": ("none", ""),
     "relu": ("relu", ""),
@@ -48,14 +52,15 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | None:
     """oneDNN's binding of the node, or None where it does not serve."""
     constant = isinstance(node.args["weight"], Ref) and node.args["weight"].name in program.weights
-    out = program.specs[node.outputs[0]]
+    out = specialize.spec_of(program, node.outputs[0])
     x, weight = metas["input"], metas["weight"]
     extra = [k for k in ("residual", "activation", "multiplier") if metas.get(k) not in (None, "none")]
     if not constant or 0 in out.shape or 0 in x.shape or x.dtype != weight.dtype or weight.dtype not in _DTYPES:
         return None
     if node.op in LINEAR and not extra and weight.dtype == torch.float32 and x.numel() * weight.shape[0] <= SMALL:
         return None
-    return Binding("library", "onednn " + " + ".join([node.op.split(".")[1], *extra]))
+    name = "onednn " + " + ".join([node.op.split(".")[1], *extra])
+    return Binding("library", name, planned=node.op in LINEAR and out.nbytes <= COPIED)
 
 
 def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Call:
@@ -67,7 +72,10 @@ def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Ca
     activation = args.get("activation", "none")
     if node.op in LINEAR:
         packed = _pack_linear(args["weight"].name, program, weights, math.prod(shape[:-1]))
-        return Call(_linear_call(activation, others), (args["input"], packed, args["bias"], *others), _NAMES)
+        function: Callable[..., Any] = _linear_call(activation, others)
+        if binding.planned:
+            function = functools.partial(_into, function)
+        return Call(function, (args["input"], packed, args["bias"], *others), _NAMES)
     packed = _pack_conv(node, program, weights, shape)
     where = [list(args[k]) for k in ("padding", "stride", "dilation")]
     return Call(
@@ -119,6 +127,11 @@ def _linear_call(activation: str, others: tuple[Any, Any]) -> Callable[..., Tens
     if not residual:
         return lambda x, w, b, r, m: _linear(x, w, b, unary, [], algorithm).mul_(m)
     return lambda x, w, b, r, m: _finish(_linear_binary(x, r, w, b, "add"), after, m)
+
+
+def _into(function: Callable[..., Tensor], *args: Any, out: Tensor) -> None:
+    """Call, and copy what it returns to ``out``."""
+    out.copy_(function(*args))
 
 
 def _conv_call(activation: str, others: tuple[Any, Any], where: list[Any]) -> Callable[..., Tensor]:

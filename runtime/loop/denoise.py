@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,18 +11,10 @@ from torch import Tensor
 from fusegen.kernels import sampler_step as kernel
 from fusegen.runtime import noise
 from fusegen.runtime.errors import Cancelled, RequestError
+from fusegen.runtime.loop.cancel import Cancel, asked
 from fusegen.runtime.sampler import Coefficients
 
 Model = Callable[[int, Tensor], Tensor]
-
-
-class Event(Protocol):
-    """What cancels from another thread; ``threading.Event`` is one."""
-
-    def is_set(self) -> bool: ...
-
-
-Cancel = Event | Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -40,8 +31,7 @@ class Watch:
 
     def before(self, done: int, total: int) -> None:
         """Raise :class:`Cancelled` if the caller has asked to stop."""
-        asked = self.cancel
-        if asked is not None and (asked() if callable(asked) else asked.is_set()):
+        if asked(self.cancel):
             raise Cancelled("the generation was cancelled", f"after {done} of {total} evaluations")
 
     def after(self, done: int, total: int, denoised: Tensor) -> None:

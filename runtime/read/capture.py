@@ -60,7 +60,8 @@ def serialize(program: torch.export.ExportedProgram) -> dict[str, Any]:
         raise GraphError(
             f"PyTorch {torch.__version__} does not have the serializer that is used", mend="use PyTorch 2.11 to 2.13"
         ) from None
-    if any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in program.graph.nodes):
+    operators = (n.target for n in program.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+    if any(op._schema.is_mutable and op.namespace != "fusegen" for op in operators):
         program = program.run_decompositions({})  # decomposes nothing, but turns writes into new values
     serializer = ExportedProgramSerializer()
     # The weights are not wanted here.  PyTorch 2.11 has no options to leave them out, and pickles them in vain.

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusegen.runtime import symbols
+from fusegen.runtime import state, symbols
 from fusegen.runtime.errors import Error, GraphError
 from fusegen.runtime.program import Node, Program, Ref, TensorSpec, check, refs, substitute
 from fusegen.runtime.read import operators, values
@@ -59,7 +59,7 @@ def program(document: Mapping[str, Any], weights: Mapping[str, Tensor], name: st
         raise GraphError(
             "the graph is not as torch.export writes it", f"{name}: {type(error).__name__} {error}"
         ) from None
-    return check(replace(_finish(name, reader, outputs, ranges), guards=guards))
+    return state.check(check(replace(_finish(name, reader, outputs, ranges), guards=guards)))
 
 
 def _check_version(document: Mapping[str, Any], name: str) -> None:
@@ -201,7 +201,22 @@ class _Reader:
         if not op.startswith(values.SYM):
             args = operators.complete(operators.resolve(op, self.trust), args, str(entry.get("name") or ""))
         name = self._unique(prefix + str(entry.get("name") or (outputs[0] if outputs else op)))
+        outputs += self._written(name, op, args, local)
         self.nodes.append(Node(name, op, args, tuple(outputs), values.source(entry)))
+
+    def _written(self, name: str, op: str, args: Mapping[str, Any], local: dict[str, Any]) -> list[str]:
+        """New names for what the node writes in place; later uses of the old ones are sent to them."""
+        made = []
+        for argument in operators.written(op):
+            old, new = args[argument], f"{name}.{argument}"
+            if not isinstance(old, Ref):
+                raise GraphError(f"{op} writes to {argument!r}, which is no tensor")
+            for key in (old.name, *(k for k, v in local.items() if v == old)):
+                local[key] = Ref(new)
+            if old.name in self.inputs or old.name in self.specs:
+                self.specs[new] = self.inputs.get(old.name) or self.specs[old.name]
+            made.append(new)
+        return made
 
     def _unique(self, name: str) -> str:
         candidate, count = name, 1

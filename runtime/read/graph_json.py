@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusegen.runtime import symbols
+from fusegen.runtime import state, symbols
 from fusegen.runtime.errors import Error, FileError, GraphError
 from fusegen.runtime.program import Applied, Node, Program, Ref, TensorSpec, check
 from fusegen.runtime.read import json_text, operators, values
@@ -215,7 +215,7 @@ def _program(document: dict[str, Any], weights: Mapping[str, Tensor]) -> Program
         applied=tuple(Applied(_text(rule), int(count), names(left)) for rule, count, left in found["applied"]),
         guards=tuple(_guard(g, known) for g in names(found["guards"])),
     )
-    return check(program)
+    return state.check(check(program))
 
 
 def _guard(text: str, known: frozenset[str]) -> str:

@@ -1,7 +1,8 @@
 """Operators by name: which may stand in a graph, and their arguments in one normal form.
 
-A graph from a file is data from a stranger, so it may only call operators that compute new tensors from tensors: ATen's
-and fusegen's own that write to no argument and take no free-form string (``aten.from_file`` maps any path).
+A graph from a file is data from a stranger, so it may only call operators that compute tensors from tensors: ATen's
+that write to no argument, and fusegen's own, neither with a free-form string (``aten.from_file`` maps any path).  What
+fusegen's own may write to, ``runtime/state.py`` says.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def resolve(name: str, trust: bool = False) -> Any:
     """The ``torch._ops.OpOverload`` called ``name`` (``"aten.conv2d.default"``).
 
     Raises :class:`GraphError` where there is none in this PyTorch, and :class:`UnsafeFileError` where it may do more
-    than compute; ``trust`` lets operators of any namespace through, but none that writes to its arguments.
+    than compute; ``trust`` lets operators of any namespace through, but only fusegen's own may write to arguments.
     """
     found = _NAME.fullmatch(name)
     if found is None:
@@ -59,8 +60,17 @@ def resolve(name: str, trust: bool = False) -> Any:
     return op
 
 
+@functools.lru_cache(maxsize=4096)
+def written(name: str) -> tuple[str, ...]:
+    """The arguments that the operator of a node writes in place, in schema order."""
+    if not name.startswith("fusegen."):
+        return ()  # no other operator that writes can be read
+    arguments = resolve(name, trust=True)._schema.arguments
+    return tuple(a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
 def _check(name: str, schema: Any, trust: bool) -> None:
-    if schema.is_mutable:
+    if schema.is_mutable and not name.startswith("fusegen."):
         raise GraphError(
             f"{name} writes to its argument",
             mend="export with exported_program.run_decompositions({}), which removes writes",
@@ -69,7 +79,8 @@ def _check(name: str, schema: Any, trust: bool) -> None:
     if strings and not trust:
         raise UnsafeFileError(f"the graph calls {name}, whose {strings[0]!r} could reach outside the graph")
     base = name.split(".")[1]
-    if base not in _SIZES and not any(str(r.type) in _TENSORS for r in schema.returns):
+    made = schema.is_mutable or any(str(r.type) in _TENSORS for r in schema.returns)
+    if base not in _SIZES and not made:
         raise GraphError(
             f"{name} makes no tensor", mend="a number taken from a tensor's data cannot be planned; export without it"
         )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusegen.runtime import state
 from fusegen.runtime.program import Node, Program, Ref, TensorSpec, substitute
 from fusegen.runtime.read.operators import complete
 from fusegen.runtime.rewrite.graph import FLOATS, Names, overload, spec_of, tensors
@@ -34,6 +35,9 @@ _GEMM = tuple(f"aten.{name}." for name in _GEMM_WORDS.split())
 # bfloat16, and kernels take any dtype.
 _LEFT = {("fusegen.attention.default", "mask"), ("aten.scaled_dot_product_attention.default", "attn_mask")}
 _LEFT |= {(f"fusegen.{op}.default", table) for op in ("rope", "qk_norm_rope") for table in ("cos", "sin")}
+# What a request asks of a sampler, a number a row.
+_ASKED = "temperature top_p min_p typical_p repetition frequency presence bias bias_values"
+_LEFT |= {("fusegen.sample_token.default", name) for name in _ASKED.split()}
 # Parameters of norms, which kernels take in float32.
 _NORM_WORDS = "group_norm layer_norm rms_norm add_norm join_group_norm qk_norm_rope"
 _NORMS = {f"fusegen.{name}.default" for name in _NORM_WORDS.split()}
@@ -48,6 +52,13 @@ _THROUGH_WORDS = """
     chunk split split_with_sizes flatten unflatten t unbind cat stack
 """
 _THROUGH = frozenset(_THROUGH_WORDS.split())
+
+
+def tables(program: Program) -> set[str]:
+    """The weights that are read as cosines and sines, and lose their low bits in a shorter dtype."""
+    keys = {(op, key) for op, key in _LEFT if key in ("cos", "sin")}
+    values = (v for n in program.nodes for k, v in n.args.items() if (n.op, k) in keys)
+    return {v.name for v in values if isinstance(v, Ref) and v.name in program.weights}
 
 
 def float_casts(program: Program) -> dict[str, str]:
@@ -73,7 +84,8 @@ def model_dtype(program: Program) -> torch.dtype:
 def cast(program: Program, dtype: torch.dtype) -> tuple[Program, int]:
     """``program`` computing in ``dtype``; inputs and outputs keep their dtypes.  Also how many casts it took.
 
-    Weights are converted once, here; those already in their dtype are shared with ``program``.
+    Inputs that it writes in place are the session's own memory, and take ``dtype``.  Weights are converted once, here;
+    those already in their dtype are shared with ``program``.
     """
     caster = _Caster(program, dtype, model_dtype(program))
     caster.inputs()
@@ -94,6 +106,7 @@ class _Caster:
     now: dict[str, TensorSpec] = field(default_factory=dict)
     made: dict[tuple[str, torch.dtype], str] = field(default_factory=dict)
     table: dict[str, Ref] = field(default_factory=dict)
+    given: dict[str, TensorSpec] = field(default_factory=dict)  # the inputs, where they change
     raised: set[str] = field(default_factory=set)  # float32 values that come from one in the compute dtype
 
     def __post_init__(self) -> None:
@@ -103,10 +116,14 @@ class _Caster:
         self.now = {k: TensorSpec(tuple(w.shape), w.dtype) for k, w in self.program.weights.items()}
 
     def inputs(self) -> None:
-        """Inputs of two or more dimensions start in the compute dtype."""
+        """Inputs of two or more dimensions start in the compute dtype; those written in place are in it."""
+        written = state.versions(self.program)
         for name, spec in self.program.inputs.items():
             self.now[name] = spec
-            if spec.dtype in FLOATS and len(spec.shape) >= 2 and not self._cast_already(name):
+            if name in written:
+                self.now[name] = spec = replace(spec, dtype=self.low) if spec.dtype in FLOATS else spec
+                self.given[name] = spec
+            elif spec.dtype in FLOATS and len(spec.shape) >= 2 and not self._cast_already(name):
                 self.table[name] = Ref(self.as_dtype(name, self.low))
 
     def _cast_already(self, name: str) -> bool:
@@ -223,5 +240,6 @@ class _Caster:
             known = spec is not None and name in self.now and spec.dtype in FLOATS
             outputs.append(self.as_dtype(name, spec.dtype) if known and spec is not None else name)
         weights = {**self.program.weights, **self.weights}
-        program = replace(self.program, outputs=tuple(outputs), weights=weights, specs=self.specs)
+        inputs = {**self.program.inputs, **self.given}
+        program = replace(self.program, inputs=inputs, outputs=tuple(outputs), weights=weights, specs=self.specs)
         return program.with_nodes(tuple(self.nodes))

@@ -1,0 +1,88 @@
+"""What the benchmarks of whole models share: rows behind a gate, and the time from a cold process to a first output."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from fusegen.bench import timing, verify
+from fusegen.bench.row import Row, versions
+
+WHO = ("eager", "compile", "fusegen")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A model's benchmark.  ``run(who, dtypes, cases, seconds)`` yields the rows of each dtype and case as they are
+    measured; each of ``cases`` can be run by itself: torch.compile takes minutes for every case, dtype and process."""
+
+    cases: Sequence[str]
+    run: Callable[[Sequence[str], Sequence[str], Sequence[str], float], Iterator[list[Row]]]
+
+
+def gated(what: str, case: str, name: str, dtype: str, verdict: verify.Verdict) -> Row:
+    """A contender's row before it is timed."""
+    note = "" if verdict.ok else f"over its error bound: rms {verdict.rms:.2g}, peak {verdict.peak:.2g}"
+    facts: dict[str, Any] = dict(threads=torch.get_num_threads(), versions=versions(), note=note)
+    return Row(what, case, name, dtype, "cpu", verdict.ok, error_rms=verdict.rms, error_peak=verdict.peak, **facts)
+
+
+def timed(
+    rows: Mapping[str, Row],
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float,
+    extra: Callable[[float], dict[str, float]],
+) -> list[Row]:
+    """``rows`` with the times of the ``calls``, those that passed their gate, in turn; the first is the baseline.
+    ``extra(median)``: what else a row says."""
+    if not calls:  # nobody passed: the rows say why, and there is no time to give
+        return list(rows.values())
+    took = timing.interleave(calls, next(iter(calls)), seconds=seconds, sample=0.0)
+    return [_with(row, took[key], extra) if key in took else row for key, row in rows.items()]
+
+
+def _with(row: Row, t: timing.Timing, extra: Callable[[float], dict[str, float]]) -> Row:
+    more = extra(t.median) | {"rounds": float(t.rounds)}
+    return replace(row, median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio, extra=more)
+
+
+def cold(what: str, case: str, module: str, who: Sequence[str], dtype: str, rounds: int = 3) -> list[Row]:
+    """From starting Python to a first output, each in a process of its own, in turn; compile caches start empty.
+
+    ``python -m module NAME DTYPE`` makes the output of the contender NAME and prints it as JSON."""
+    times: dict[str, list[float]] = {name: [] for name in who}
+    for index in range(rounds):
+        for name in times:
+            if name != "compile" or index == 0:  # it takes minutes, and once tells enough
+                times[name].append(_process(module, name, dtype))
+    base = statistics.median(times.get("eager") or next(iter(times.values())))
+    rows = []
+    for name, taken in times.items():
+        middle = statistics.median(taken)
+        span: dict[str, Any] = dict(median_s=middle, p20_s=min(taken), p80_s=max(taken), ratio=base / middle)
+        span |= dict(threads=torch.get_num_threads(), versions=versions(), extra={"rounds": float(len(taken))})
+        rows.append(Row(what, case, name, dtype, "cpu", True, **span))
+    return rows
+
+
+def _process(module: str, name: str, dtype: str) -> float:
+    with tempfile.TemporaryDirectory() as empty:
+        caches = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
+        start = time.perf_counter()
+        command = [sys.executable, "-m", module, name, dtype]
+        done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
+        taken = time.perf_counter() - start
+    if done.returncode:
+        raise RuntimeError(f"the process of {name} failed: {done.stderr.strip().splitlines()[-1:]}")
+    json.loads(done.stdout)
+    return taken

@@ -1,0 +1,61 @@
+"""Where the time of a captured plan goes: each kernel's share, and what is spent between them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fusegen.runtime.capture import Capture
+
+BETWEEN = "outside kernels"
+RUNS, SECONDS = 5, 0.3  # at least so many runs, and so long
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one kernel or routine took of a profiled run: seconds, calls, and its part of the whole."""
+
+    name: str
+    seconds: float
+    calls: int
+    part: float
+
+
+def shares(capture: Capture, call: Callable[[], Any]) -> list[Share]:
+    """The median seconds of every kernel and routine in a run, and those of ``call`` (which runs it whole) beyond them.
+
+    What a clock and an empty closure take is measured too, and taken off; views count as outside.
+    """
+    runs = _runs(call)
+    empty = statistics.median(_timed(lambda: None) for _ in range(1000))
+    whole = statistics.median(_timed(call) for _ in range(runs))
+    taken: dict[int, list[float]] = {}
+    steps = []
+    for _ in range(runs):
+        steps = capture.profile("step")
+        for index, (_, seconds) in enumerate(steps):
+            taken.setdefault(index, []).append(seconds)
+    found: dict[str, list[float]] = {}
+    for index, (step, _) in enumerate(steps):
+        if step.binding.how != "view":
+            name = f"{step.binding.how} {step.binding.name}"
+            found.setdefault(name, []).append(max(0.0, statistics.median(taken[index]) - empty))
+    inside = sum(map(sum, found.values()))
+    whole = max(whole, inside)
+    rows = [Share(name, sum(s), len(s), sum(s) / whole) for name, s in found.items()]
+    rows.append(Share(BETWEEN, whole - inside, len(steps), (whole - inside) / whole))
+    return sorted(rows, key=lambda r: -r.seconds)
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _runs(call: Callable[[], Any]) -> int:
+    once = min(_timed(call) for _ in range(3))
+    return max(RUNS, min(1000, int(SECONDS / max(once, 1e-6))))

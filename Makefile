@@ -9,7 +9,7 @@
 #   make races       the C++ kernels under ThreadSanitizer
 #   make test-arm    the C++ kernels for AArch64, under an emulator
 #   make native      the three before, in one process
-#   make zoo         train and export the zoo's model anew (hours on a CPU)
+#   make zoo         train and export the zoo's models anew (hours on a CPU)
 #   make clean       remove what these targets made
 #
 # JOBS: how many processes `make test` uses; PYTHON: the interpreter of the environment; PIP_FLAGS go to every pip
@@ -87,6 +87,8 @@ need-arm:
 zoo: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.models.zoo.emoji.train --out build/emoji
 	$(BIN)/python -m fusegen.models.zoo.emoji.export build/emoji -o models/zoo/emoji.fg
+	$(BIN)/python -m fusegen.models.zoo.pycode.train --out build/pycode
+	$(BIN)/python -m fusegen.models.zoo.pycode.export build/pycode -o models/zoo/pycode.fg
 
 clean:
 	rm -rf $(VENV) .links build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -27,12 +27,15 @@ def zoo() -> dict[str, Path]:
 
 
 def locate(name: str | Path) -> Path:
-    """The file of ``name``: a path that exists, else a model of the zoo; FileError lists those there are."""
+    """The file of ``name``: a model of the zoo, else a path that exists; FileError lists those there are.
+
+    A file or folder of the current directory called like one of them is ``./emoji``, or a :class:`~pathlib.Path`.
+    """
     path, known = Path(name), zoo()
+    if isinstance(name, str) and name in known:
+        return known[name]
     if path.exists():
         return path
-    if str(name) in known:
-        return known[str(name)]
     raise FileError(f"there is no model {str(name)!r}", "", f"give a .fg file, or one of {', '.join(known) or 'none'}")
 
 

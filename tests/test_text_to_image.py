@@ -206,6 +206,15 @@ def test_names_of_models(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fusegen.load(7)  # type: ignore[arg-type]
 
 
+def test_a_folder_called_like_a_model_of_the_zoo_does_not_hide_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "emoji").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert loading.locate("emoji").name == "emoji.fg"
+    assert loading.locate("./emoji") == loading.locate(Path("emoji")) == Path("emoji")
+
+
 @pytest.mark.parametrize(
     ("change", "say"),
     [

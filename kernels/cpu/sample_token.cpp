@@ -1,6 +1,7 @@
 // levels: scalar avx2 avx512 neon
 // One token a row; kernels/sample_token.py says what every step means, and that masses are whole numbers: what is summed
 // in which order changes nothing.  A row is one work item, or, where it is alone, shared out by blocks of the vocabulary.
+#include <algorithm>
 #include <cmath>
 
 #include "abi.h"
@@ -14,6 +15,7 @@ namespace {
 constexpr int64_t kLanes = 1024;  // of the draw's order
 constexpr uint32_t kTag = 1;
 constexpr int64_t kParts = 16;    // shares of a row, at most
+constexpr int kTogether = 4;  // vectors
 constexpr int64_t kShare = 1 << 14;  // tokens of a share, at least
 constexpr float kInfinity = __builtin_inff();
 
@@ -88,7 +90,7 @@ struct Row {
       if (bias) v = clean(add(v, n == W ? load(bias + i) : load_n(bias + i, n)));
       store(y + i, v);
       if (n == W) return v;
-      for (int j = n; j < W; ++j) y[i + j] = -kInfinity;
+      std::fill(y + i + n, y + i + W, -kInfinity);
       return load(y + i);
     });
   }
@@ -171,27 +173,36 @@ struct Row {
       if (found[part] > largest) largest = found[part], first = block[part];
   }
 
-  int64_t first_largest() const {
-    int64_t i = first;
-    while (y[i] != largest) ++i;
-    return i;
-  }
+  int64_t first_largest() const { return std::find(y + first, y + size, largest) - y; }
 
   // The weights of all, and the mass of what is kept.
   int64_t weigh() {
-    const bool all = farthest == kLargest && least == 0 && away == kInfinity;
+    return weigh([&](int64_t i, int64_t) { return load(y + i); }, [&](int64_t i, vf weight) { store(w + i, weight); });
+  }
+
+  // The same of the logits value(i, lanes left); keep(i, weights) stores them, or not.
+  template <class F, class K>
+  FG_MEMBER int64_t weigh(const F &value, const K &keep) const {
     int64_t mass[kParts], total = 0;
     shares([&](int64_t part, int64_t from, int64_t to) {
       Mass sum;
-      for (int64_t i = from; i < to; i += W) {
-        const vf d = distance(i), weight = weights(d);
-        store(w + i, weight);
-        sum.add(all ? weight : kept(d, weight));
-      }
+      int64_t i = from;
+      for (; i + kTogether * W <= to; i += kTogether * W) weigh_some<kTogether>(value, keep, i, kTogether * W, &sum);
+      for (; i < to; i += W) weigh_some<1>(value, keep, i, to - i, &sum);
       mass[part] = sum.total();
     });
     for (int64_t part = 0; part < parts; ++part) total += mass[part];
     return total;
+  }
+
+  // N vectors from `i` on, of which `left` lanes are there.
+  template <int N, class F, class K>
+  FG_MEMBER void weigh_some(const F &value, const K &keep, int64_t i, int64_t left, Mass *sum) const {
+    vf d[N], weight[N];
+    for (int v = 0; v < N; ++v) d[v] = weight[v] = distance(value(i + v * W, left - v * W));
+    ::weigh(weight);
+    const bool all = farthest == kLargest && least == 0 && away == kInfinity;
+    for (int v = 0; v < N; ++v) keep(i + v * W, weight[v]), sum->add(all ? weight[v] : kept(d[v], weight[v]));
   }
 
   int64_t mass_kept() const {
@@ -294,16 +305,42 @@ struct Row {
 // The logarithm of the mass over 2^40.
 double log_mass(int64_t mass) { return std::log(static_cast<double>(mass) / static_cast<double>(kWhole)); }
 
+// The likeliest token of logits as they are: nothing is stored but what is asked for.
+template <class T>
+void sample_largest(Row &row) {
+  const fg_sample_token_args *a = row.a;
+  const T *logits = static_cast<const T *>(a->logits) + row.b * a->logits_row;
+  const auto value = [&](int64_t i, int64_t left) {
+    if (left >= W) return clean(load(logits + i));
+    float lanes[W];
+    store(lanes, clean(load_n(logits + i, static_cast<int>(left))));
+    std::fill(lanes + left, lanes + W, -kInfinity);
+    return load(lanes);
+  };
+  row.find_largest([&](int64_t i) { return value(i, row.size - i); });
+  const bool none = row.largest == -kInfinity;
+  int64_t i = none ? -1 : row.first;
+  for (int64_t lane = W; !none && lane == W; i += lane) {
+    float lanes[W];
+    store(lanes, value(i, row.size - i));
+    for (lane = 0; lane < W && lanes[lane] != row.largest;) ++lane;
+  }
+  static_cast<int64_t *>(a->token)[row.b] = i;
+  const double norm = !none && a->model ? log_mass(row.weigh(value, [](int64_t, vf) {})) : 0;
+  static_cast<float *>(a->logprob)[row.b] = none ? -kInfinity : static_cast<float>(-norm);
+}
+
 template <class T>
 void sample(Row &row) {
   const fg_sample_token_args *a = row.a;
   const int64_t b = row.b;
   int64_t *token = static_cast<int64_t *>(a->token) + b, *ids = static_cast<int64_t *>(a->top_tokens) + b * a->top;
   float *logprob = static_cast<float *>(a->logprob) + b, *logprobs = static_cast<float *>(a->top_logprobs) + b * a->top;
-  row.prepare<T>();
-  const bool none = row.largest == -kInfinity;
   const float heat = at(a->temperature, b, 1.0f), inverse = 1.0f / heat;
-  const bool greedy = none || !(heat > 0) || inverse == kInfinity;
+  const bool cold = !(heat > 0) || inverse == kInfinity;
+  if (cold && !a->history && !a->bias && !a->mask && !a->pairs && !a->top) return sample_largest<T>(row);
+  row.prepare<T>();
+  const bool none = row.largest == -kInfinity, greedy = none || cold;
   double norm = 0;
   if (none) {
     *token = -1;
@@ -336,8 +373,7 @@ template <class T>
 int rows(const fg_sample_token_args *a) {
   const int64_t room = (a->vocabulary + 3 * W + 15) / 16 * 16, threads = fg_threads();
   int64_t parts = 2 * a->batch > threads && a->batch > 1 ? 1 : a->vocabulary / kShare;
-  parts = parts < 1 ? 1 : parts < threads ? parts : threads;
-  parts = parts < kParts ? parts : kParts;
+  parts = std::min(std::max<int64_t>(parts, 1), std::min(threads, kParts));
   return parallel_for(a->batch, parts > 1 ? a->batch : 1, [&](int64_t b) {
     float *memory = static_cast<float *>(fg_scratch(static_cast<size_t>(4 * room) * sizeof(float)));
     if (!memory) return static_cast<int>(FG_NO_MEMORY);

@@ -4,10 +4,12 @@
 // A chunk of the image, some rows of a sample or some whole samples, is copied into pixels of packed units with zeros
 // around them: row y of the copy is row y - 1 of the chunk, and has one zero pixel before it, which also ends the row
 // above.  A tap is then a constant distance between flat pixel numbers, and a product runs over rows without a seam; its
-// sum at the zero pixel, one a row, is dropped.  Work is shared by phase and panel of output channels.
+// sum at the zero pixel, one a row, is dropped.  Work is shared by phase and panel of output channels.  Where a channel's
+// pixels lie together, in x or in the output, squares of both are turned on the way, the output's from a chunk made aside.
 #include "abi.h"
 #include "moments.h"
 #include "threads.h"
+#include "turn.h"
 #include "upsample2x_engine.h"
 
 namespace {
@@ -21,7 +23,10 @@ struct Problem {
   int64_t units, step, columns;    // units of a sum, of a pixel with what pads it; pixels of a row of the copy
   int64_t samples, rows, block;    // of a chunk; units of a sample's copy
   int64_t panels, panel;           // and units of a panel
+  int64_t made_row, made_batch;    // elements of what a chunk makes, pixel after pixel
+  bool aside;                      // it is made in memory of its own
   unit *pixels, *packed;           // the chunk; a panel for each thread
+  T *made;
   int *busy;                       // which of those are taken
 
   explicit Problem(const fg_upsample2x_conv_args *args) : a(args) {
@@ -36,15 +41,20 @@ struct Problem {
     samples = samples < a->batch ? samples : a->batch;
     panels = (a->outputs + E::NR - 1) / E::NR;
     panel = rounded(TAPS * units * E::NR, 16);
+    aside = a->out_channel != 1 && a->outputs > 1;
+    made_row = aside ? 2 * a->width * a->outputs : a->out_row;
+    made_batch = aside ? 2 * rows * made_row : a->out_batch;
   }
 
   bool reserve() {
-    const int64_t threads = fg_threads(), words = samples * block + threads * panel;
-    char *memory = static_cast<char *>(fg_scratch(static_cast<size_t>(4 * (words + threads))));
+    const int64_t threads = fg_threads(), words = samples * block + threads * panel + rounded(threads, 16);
+    const size_t turning = aside ? static_cast<size_t>(samples * made_batch) * sizeof(T) : 0;
+    char *memory = static_cast<char *>(fg_scratch(static_cast<size_t>(4 * words) + turning));
     if (!memory) return false;
     pixels = reinterpret_cast<unit *>(memory);
     packed = pixels + samples * block;
     busy = reinterpret_cast<int *>(packed + threads * panel);
+    made = reinterpret_cast<T *>(memory + 4 * words);
     for (int64_t i = 0; i < threads; ++i) busy[i] = 0;
     return true;
   }
@@ -59,10 +69,32 @@ struct Problem {
     if (ends) memset(to + columns * step, 0, static_cast<size_t>(ends * step) * 4);
     const T *x = static_cast<const T *>(a->x) + b * a->x_batch + at * a->x_row;
     to += step;
-    if (a->x_channel == 1)
+    if (a->x_channel == 1) {
       for (int64_t i = 0; i < a->width; ++i) E::pixel(x + i * a->x_column, a->inputs, to + i * step);
-    else
-      for (int64_t c = 0; c < a->inputs; ++c) E::channel(x + c * a->x_channel, c, a->width, step, to);
+      return;
+    }
+    auto *elements = reinterpret_cast<typename E::element *>(to);
+    for (int64_t c = 0; c < a->inputs; c += kSide)
+      for (int64_t i = 0; i < a->width; i += kSide)
+        turned(least(a->inputs - c), least(a->width - i), elements + i * E::PER * step + c, E::PER * step,
+               [&](int64_t j, int64_t v, int n) { return load_n(x + (c + j) * a->x_channel + i + v, n); });
+  }
+
+  static int64_t least(int64_t n) { return n < kSide ? n : kSide; }
+
+  // Where sample `s` of the chunk at sample `b` and row `first` is made.
+  T *target(int64_t b, int64_t first, int64_t s) const {
+    return aside ? made + s * made_batch : static_cast<T *>(a->out) + (b + s) * a->out_batch + 2 * first * a->out_row;
+  }
+
+  // Row `y` of sample `b + s`, made aside, to its place in row `2 first + y` of the output.
+  void turn_row(int64_t b, int64_t first, int64_t s, int64_t y) const {
+    const T *from = made + s * made_batch + y * made_row;
+    T *out = static_cast<T *>(a->out) + (b + s) * a->out_batch + (2 * first + y) * a->out_row;
+    for (int64_t c = 0; c < a->outputs; c += kSide)
+      for (int64_t i = 0; i < 2 * a->width; i += kSide)
+        turned(least(2 * a->width - i), least(a->outputs - c), out + c * a->out_channel + i, a->out_channel,
+               [&](int64_t j, int64_t v, int n) { return load_n(from + (i + j) * a->outputs + c + v, n); });
   }
 
   unit *take_panel(int64_t *slot) const {
@@ -89,27 +121,24 @@ struct Problem {
     for (int64_t s = 0; s < ahead; ++s)
       for (int64_t m = 0; m < count * columns; m += E::MR) {
         E::tile(pixels + s * block + m * step, tap, step, units, filters, some, sums);
-        T *out = static_cast<T *>(a->out) + (b + s) * a->out_batch + n0 * a->out_channel;
-        write(sums, offset, some, m, count, out + (2 * first + p) * a->out_row + q * a->out_column);
+        const int64_t column = aside ? a->outputs : a->out_column;
+        write(sums, offset, some, m, count, column, target(b, first, s) + p * made_row + q * column + n0);
       }
     E::end();
     __atomic_store_n(&busy[slot], 0, __ATOMIC_RELEASE);
   }
 
-  // MR sums from flat pixel `m` on; `out` is the phase's first pixel of the chunk.
-  void write(const float *sums, const float *offset, int some, int64_t m, int64_t count, T *out) const {
+  // MR sums from flat pixel `m` on; `out` is the phase's first pixel of the chunk, pixels are `column` elements apart.
+  void write(const float *sums, const float *offset, int some, int64_t m, int64_t count, int64_t column, T *out) const {
     for (int i = 0; i < E::MR; ++i) {
       const int64_t y = (m + i) / columns, x = (m + i) % columns;
       if (y >= count) return;
       if (x == a->width) continue;
-      T *to = out + 2 * y * a->out_row + 2 * x * a->out_column, line[E::NR];
+      T *to = out + 2 * y * made_row + 2 * x * column;
       for (int n = 0; n < some; n += W) {
         const int part = some - n < W ? some - n : W;
-        const vf value = add(load_n(sums + i * E::NR + n, part), load_n(offset + n, part));
-        store_n(a->out_channel == 1 ? to + n : line + n, value, part);
+        store_n(to + n, add(load_n(sums + i * E::NR + n, part), load_n(offset + n, part)), part);
       }
-      if (a->out_channel != 1)
-        for (int n = 0; n < some; ++n) to[n * a->out_channel] = line[n];
     }
   }
 };
@@ -129,6 +158,10 @@ int convolve(const fg_upsample2x_conv_args *a) {
         return 0;
       });
       parallel_for(4 * problem.panels, 1, [&](int64_t item) { return problem.multiply(item, b, first, count), 0; });
+      if (problem.aside)
+        parallel_for(samples * 2 * count, 2, [&](int64_t item) {
+          return problem.turn_row(b, first, item / (2 * count), item % (2 * count)), 0;
+        });
     }
   return FG_OK;
 }

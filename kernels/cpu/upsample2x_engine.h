@@ -16,6 +16,7 @@ FG_INLINE int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to
 // One float a unit; every element type is converted when it is packed.
 struct FloatEngine {
   using unit = float;
+  using element = float;  // of a unit, PER of them
   static constexpr int PER = 1, ALIGN = 1;  // input channels of a unit; a sum's units are a multiple of ALIGN
 #if defined(FG_HAS_AVX512) || defined(FG_LEVEL_NEON)
   static constexpr int MR = 8, NV = 3;
@@ -34,16 +35,6 @@ struct FloatEngine {
     for (int64_t i = 0; i < n; i += W) {
       int some = n - i < W ? static_cast<int>(n - i) : W;
       store_n(to + i, load_n(x + i, some), some);
-    }
-  }
-  // `n` pixels of channel `c`, contiguous.
-  template <class T>
-  FG_INLINE void channel(const T *x, int64_t c, int64_t n, int64_t step, float *to) {
-    for (int64_t i = 0; i < n; i += W) {
-      float lanes[W];
-      int some = n - i < W ? static_cast<int>(n - i) : W;
-      store(lanes, load_n(x + i, some));
-      for (int l = 0; l < some; ++l) to[(i + l) * step + c] = lanes[l];
     }
   }
   // One tap: rows of `inputs` by `outputs` filters, `count` of them from `first` on.
@@ -102,13 +93,10 @@ struct FloatEngine {
 template <int COLUMNS>
 struct Pairs {
   using unit = uint32_t;
+  using element = bf16;
   static constexpr int PER = 2, NR = COLUMNS;
 
   FG_INLINE void pixel(const bf16 *x, int64_t n, uint32_t *to) { memcpy(to, x, static_cast<size_t>(n) * sizeof(bf16)); }
-  FG_INLINE void channel(const bf16 *x, int64_t c, int64_t n, int64_t step, uint32_t *to) {
-    bf16 *half = reinterpret_cast<bf16 *>(to) + c;
-    for (int64_t i = 0; i < n; ++i) half[2 * i * step] = x[i];
-  }
   FG_INLINE void filters(const bf16 *f, int64_t inputs, int64_t outputs, int64_t first, int count, uint32_t *to) {
     for (int64_t k = 0; k < inputs; k += 2)
       for (int n = 0; n < NR; n += 16) {

@@ -20,20 +20,27 @@ FG_INLINE vf trunc(vf a) { return vrndq_f32(a); }
 FG_INLINE vf trunc(vf a) { return a < 8388608.0f ? static_cast<float>(static_cast<int32_t>(a)) : a; }
 #endif
 
-// trunc(2^40 e^-d) for d >= 0, infinity included.
-FG_INLINE vf weights(vf d) {
-  d = min(d, set1(kFarthest));
-  const vf n = round(mul(d, set1(-1.44269504088896341f)));
-  const vf r = add(sub(mul(n, set1(-0.693359375f)), d), mul(n, set1(2.12194440054690583e-4f)));
-  vf p = set1(1.0f / 5040.0f);
-  p = add(mul(p, r), set1(1.0f / 720.0f));
-  p = add(mul(p, r), set1(1.0f / 120.0f));
-  p = add(mul(p, r), set1(1.0f / 24.0f));
-  p = add(mul(p, r), set1(1.0f / 6.0f));
-  p = add(mul(p, r), set1(0.5f));
-  p = add(mul(p, r), set1(1.0f));
-  p = add(mul(p, r), set1(1.0f));
-  return trunc(scale2(p, add(n, set1(static_cast<float>(kWeightBits)))));
+// d = trunc(2^40 e^-d) for d >= 0, infinity included.  Several vectors step by step: one alone is a chain of thirty
+// operations, too long for the processor to look past.
+template <int N>
+FG_INLINE void weigh(vf (&d)[N]) {
+  constexpr float kTerms[] = {1.0f / 720.0f, 1.0f / 120.0f, 1.0f / 24.0f, 1.0f / 6.0f, 0.5f, 1.0f, 1.0f};
+  vf n[N], r[N], p[N];
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) d[v] = min(d[v], set1(kFarthest));
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) n[v] = round(mul(d[v], set1(-1.44269504088896341f)));
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v)
+    r[v] = add(sub(mul(n[v], set1(-0.693359375f)), d[v]), mul(n[v], set1(2.12194440054690583e-4f)));
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) p[v] = set1(1.0f / 5040.0f);
+#pragma GCC unroll 8
+  for (float term : kTerms)
+#pragma GCC unroll 4
+    for (int v = 0; v < N; ++v) p[v] = add(mul(p[v], r[v]), set1(term));
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v) d[v] = trunc(scale2(p[v], add(n[v], set1(static_cast<float>(kWeightBits)))));
 }
 
 }  // namespace

@@ -7,37 +7,49 @@
 namespace {
 
 constexpr int64_t kAhead = 1 << 13;  // bytes from what is computed to what is prefetched, where memory is read
+constexpr int kVectors = kAtOnce < 4 ? kAtOnce : 4;  // beside what the gates are multiplied by
 constexpr int64_t kItem = 1 << 13;  // elements of the output that one work item makes, about
 
 enum Activation : int64_t { kSilu, kGelu, kGeluTanh, kRelu, kSigmoid, kQuickGelu };
 
-template <class T, int64_t kActivation>
-FG_INLINE vf activated(vf g) {
-  if constexpr (kActivation == kSilu) return silu<T>(g);
-  if constexpr (kActivation == kGelu) return gelu<T>(g);
-  if constexpr (kActivation == kGeluTanh) return gelu_tanh<T>(g);
-  if constexpr (kActivation == kRelu) return max(set1(0.0f), g);
-  if constexpr (kActivation == kSigmoid) return logistic2<T>(mul(g, set1(-1.44269504088896341f)));
-  if constexpr (kActivation == kQuickGelu) return mul(g, logistic2<T>(mul(g, set1(-2.4554669f))));  // 1.702 log2(e)
+template <class T, int64_t kActivation, int N>
+FG_INLINE void activate(vf (&g)[N]) {
+  if constexpr (kActivation == kSilu) silu<T>(g);
+  if constexpr (kActivation == kGelu) gelu<T>(g);
+  if constexpr (kActivation == kGeluTanh) gelu_tanh<T>(g);
+  if constexpr (kActivation == kRelu)
+    for (vf &v : g) v = max(set1(0.0f), v);
+  constexpr bool kQuick = kActivation == kQuickGelu;
+  if constexpr (kActivation == kSigmoid || kQuick) {
+    vf y[N];
+#pragma GCC unroll 8
+    for (int v = 0; v < N; ++v) y[v] = g[v], g[v] = mul(g[v], set1(kQuick ? -2.4554669f : -1.44269504f));  // 1.702 log2(e)
+    logistic2<T>(g);
+#pragma GCC unroll 8
+    for (int v = 0; kQuick && v < N; ++v) g[v] = mul(y[v], g[v]);
+  }
 }
 
 template <class T, int64_t kActivation>
 FG_INLINE void run_of(const T *gate, const T *up, T *out, int64_t n, int64_t ahead) {
   int64_t i = 0;
-  for (; ahead && i + 2 * W <= n; i += 2 * W) {
-    __builtin_prefetch(gate + i + ahead);
-    __builtin_prefetch(up + i + ahead);
-    if (sizeof(T) == 4) __builtin_prefetch(gate + i + ahead + W);
-    if (sizeof(T) == 4) __builtin_prefetch(up + i + ahead + W);
-    vf y = mul(activated<T, kActivation>(load(gate + i)), load(up + i));
-    vf z = mul(activated<T, kActivation>(load(gate + i + W)), load(up + i + W));
-    store(out + i, y);
-    store(out + i + W, z);
+  for (; i + kVectors * W <= n; i += kVectors * W) {
+    for (int64_t line = 0; ahead && line < kVectors * W; line += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(gate + i + ahead + line);
+      __builtin_prefetch(up + i + ahead + line);
+    }
+    vf y[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) y[v] = load(gate + i + v * W);
+    activate<T, kActivation>(y);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) store(out + i + v * W, mul(y[v], load(up + i + v * W)));
   }
-  for (; i + W <= n; i += W) store(out + i, mul(activated<T, kActivation>(load(gate + i)), load(up + i)));
-  if (i < n) {
-    int rest = static_cast<int>(n - i);
-    store_n(out + i, mul(activated<T, kActivation>(load_n(gate + i, rest)), load_n(up + i, rest)), rest);
+  for (; i < n; i += W) {
+    const int some = n - i < W ? static_cast<int>(n - i) : W;
+    vf y[] = {load_n(gate + i, some)};
+    activate<T, kActivation>(y);
+    store_n(out + i, mul(y[0], load_n(up + i, some)), some);
   }
 }
 

@@ -19,20 +19,44 @@ FG_INLINE vf half_erfcx(vf z, const bf16 *type) {
   return mul(fma(p, t, set1(0.1740121f)), t);
 }
 
-// y Phi(y) = max(y, 0) - |y| erfc(|y| / sqrt(2)) / 2.
-template <class T>
-FG_INLINE vf gelu(vf y) {
-  vf z = max(sub(set1(0.0f), y), y);
-  z = min(set1(13.0f), z);  // the second term is below 1e-36 there, and infinity times 0 would be NaN
-  vf e = fast_exp2<T>(mul(mul(z, z), set1(-0.72134752044448170f)));
-  return sub(max(set1(0.0f), y), mul(mul(z, e), half_erfcx(z, static_cast<const T *>(nullptr))));
+// y = y Phi(y) = max(y, 0) - |y| erfc(|y| / sqrt(2)) / 2.
+template <class T, int N>
+FG_INLINE void gelu(vf (&y)[N]) {
+  vf z[N], e[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) {
+    z[v] = min(set1(13.0f), max(sub(set1(0.0f), y[v]), y[v]));  // beyond it the second term is below 1e-36
+    e[v] = mul(mul(z[v], z[v]), set1(-0.72134752044448170f));
+  }
+  fast_exp2<T>(e);
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) e[v] = mul(mul(z[v], e[v]), half_erfcx(z[v], static_cast<const T *>(nullptr)));
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) y[v] = sub(max(set1(0.0f), y[v]), e[v]);
 }
 
-// y / (1 + e^(-2 u)), u = sqrt(2 / pi) (y + 0.044715 y^3): y (1 + tanh u) / 2.
+// y = y / (1 + e^(-2 u)), u = sqrt(2 / pi) (y + 0.044715 y^3): y (1 + tanh u) / 2.
+template <class T, int N>
+FG_INLINE void gelu_tanh(vf (&y)[N]) {
+  vf t[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) t[v] = mul(y[v], fma(set1(-0.10294324f), mul(y[v], y[v]), set1(-2.3022082f)));
+  logistic2<T>(t);
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) y[v] = mul(y[v], t[v]);
+}
+
+template <class T>
+FG_INLINE vf gelu(vf y) {
+  vf one[] = {y};
+  gelu<T>(one);
+  return one[0];
+}
 template <class T>
 FG_INLINE vf gelu_tanh(vf y) {
-  vf t = mul(y, fma(set1(-0.10294324f), mul(y, y), set1(-2.3022082f)));
-  return mul(y, logistic2<T>(t));
+  vf one[] = {y};
+  gelu_tanh<T>(one);
+  return one[0];
 }
 
 }  // namespace

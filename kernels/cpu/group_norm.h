@@ -7,11 +7,7 @@
 // What is added a channel goes into the statistics and the mean, so that it costs nothing an element; what is joined is
 // written chunk by chunk, just before the statistics of the chunk are taken from it.
 #pragma once
-#include "abi.h"
-#include "moments.h"
-#include "silu.h"
-#include "stream.h"
-#include "vectors.h"
+#include "group_norm_last.h"
 
 namespace {
 
@@ -19,60 +15,6 @@ constexpr int64_t kResident = 1 << 20;   // bytes of x that one work item may ho
 constexpr int64_t kSmall = 1 << 15;      // bytes of x below which one thread is enough
 constexpr int64_t kRun = 8;              // work items, at most, that a thread takes together
 constexpr int64_t kTogether = 16;        // contiguous chunks, at most, of a sweep that a thread takes together
-constexpr int64_t kChunk = 4096;         // elements of a contiguous chunk
-constexpr int64_t kRows = 256;           // pixels of a channels-last chunk
-constexpr int64_t kTile = 1024;          // channels of it handled together
-constexpr int64_t kColumns = 512;        // ... made in a buffer together
-
-template <class T, bool kSilu>
-FG_INLINE vf normalized(vf x, vf mean, vf scale, vf shift) {
-  vf y = fma(sub(x, mean), scale, shift);
-  return kSilu ? silu<T>(y) : y;
-}
-
-// What all work items share.  `channel` holds, per sample, three rows of C: the mean's float32 part, scale, shift.
-struct Shared {
-  const fg_group_norm_args *a;
-  int64_t width, chunks, chunk;  // channels a group; chunks a sample or slab, and their pixels or elements
-  Moments *partial;              // [batch][chunk][group]
-  float *channel;                // [batch][3][C]
-  float *added;                  // [batch][C], or null where nothing is added
-  int64_t ahead;                 // elements from those being normalized to those to be prefetched, or 0
-  bool streaming;                // whether the output is written past the caches
-  Moments *at(int64_t b, int64_t chunk_index, int64_t group) const {
-    return partial + (b * chunks + chunk_index) * a->groups + group;
-  }
-};
-
-// What is normalized: x, or what was joined.
-template <class T>
-FG_INLINE const T *input(const fg_group_norm_args *a, int64_t b) {
-  if (a->other) return static_cast<const T *>(a->joined) + b * a->channels * a->pixels;
-  return static_cast<const T *>(a->x) + b * a->x_batch;
-}
-template <class T>
-FG_INLINE T *output(const fg_group_norm_args *a, int64_t b) {
-  return static_cast<T *>(a->out) + b * a->channels * a->pixels;
-}
-
-// Joins columns [c0, c0 + n) of rows [r0, r0 + rows) of a sample: a row is a pixel's channels where these are innermost,
-// else the whole sample.
-template <class T>
-void join(const fg_group_norm_args *a, int64_t b, int64_t r0, int64_t rows, int64_t c0, int64_t n, int64_t unit) {
-  const int64_t left = a->split * unit, width = a->channels * unit, right = a->concat ? width - left : width;
-  const T *x = static_cast<const T *>(a->x) + b * a->x_batch, *other = static_cast<const T *>(a->other) + b * a->other_batch;
-  T *joined = static_cast<T *>(a->joined) + b * a->channels * a->pixels;
-  for (int64_t r = r0; r < r0 + rows; ++r) {
-    T *out = joined + r * width + c0;
-    if (!a->concat) {
-      add_row<T, T>(x + r * left + c0, other + r * right + c0, nullptr, out, n);
-      continue;
-    }
-    const int64_t first = c0 >= left ? 0 : c0 + n <= left ? n : left - c0;  // columns that are x's
-    __builtin_memcpy(out, x + r * left + c0, static_cast<size_t>(first) * sizeof(T));
-    __builtin_memcpy(out + first, other + r * right + c0 + first - left, static_cast<size_t>(n - first) * sizeof(T));
-  }
-}
 
 // Groups contiguous in memory: a chunk is kChunk elements of the group's slab.
 template <class T, bool kSilu>
@@ -119,158 +61,17 @@ struct Contiguous {
   FG_INLINE void piece(const T *x, T *out, int64_t n, float mean, float scale, float shift, int64_t ahead) {
     const vf m = set1(mean), a = set1(scale), b = set1(shift);
     int64_t i = 0;
-    for (; i + 2 * W <= n; i += 2 * W) {
-      if (ahead) {  // the next groups: memory would be idle while these, which are in the cache, are normalized
-        __builtin_prefetch(x + i + ahead);
-        if (sizeof(T) == 4) __builtin_prefetch(x + i + ahead + W);
-      }
-      vf y = normalized<T, kSilu>(load(x + i), m, a, b), z = normalized<T, kSilu>(load(x + i + W), m, a, b);
-      store(out + i, y);
-      store(out + i + W, z);
+    for (; i + kAtOnce * W <= n; i += kAtOnce * W) {
+      // The next groups: memory would be idle while these, which are in the cache, are normalized.
+      for (int64_t line = 0; ahead && line < kAtOnce * W; line += 64 / static_cast<int64_t>(sizeof(T)))
+        __builtin_prefetch(x + i + ahead + line);
+      vf y[kAtOnce];
+      normalized<T, kSilu>(x + i, W, m, a, b, y);
+#pragma GCC unroll 8
+      for (int v = 0; v < kAtOnce; ++v) store(out + i + v * W, y[v]);
     }
-    for (; i < n; i += W) {
-      int rest = n - i < W ? static_cast<int>(n - i) : W;
-      store_n(out + i, normalized<T, kSilu>(load_n(x + i, rest), m, a, b), rest);
-    }
-  }
-};
-
-// Channels innermost: a chunk is some pixels, of which an item handles the columns of its groups.
-template <class T, bool kSilu>
-struct ChannelsLast {
-  // sum[c] += x[r][c] over the rows of a tile at most kTile columns wide.
-  FG_INLINE void sums(const T *x, int64_t stride, int64_t rows, int64_t columns, float *sum) {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4)
-      for (int64_t c = 0; c < columns; c += W) {
-        const T *p = x + r * stride + c;
-        int n = columns - c < W ? static_cast<int>(columns - c) : W;
-        vf pair = add(load_some(p, n), load_some(p + stride, n));
-        vf other = add(load_some(p + 2 * stride, n), load_some(p + 3 * stride, n));
-        store(sum + c, add(load(sum + c), add(pair, other)));
-      }
-    for (; r < rows; ++r)
-      for (int64_t c = 0; c < columns; c += W) {
-        int n = columns - c < W ? static_cast<int>(columns - c) : W;
-        store(sum + c, add(load(sum + c), load_some(x + r * stride + c, n)));
-      }
-  }
-  FG_INLINE vf load_some(const T *p, int n) { return n == W ? load(p) : load_n(p, n); }
-
-  // The same of d = x - centre[c] and of d^2.
-  FG_INLINE void squares(const T *x, int64_t stride, int64_t rows, int64_t columns, const float *centre, float *sum,
-                         float *square) {
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2)
-      for (int64_t c = 0; c < columns; c += W) {
-        const T *p = x + r * stride + c;
-        int n = columns - c < W ? static_cast<int>(columns - c) : W;
-        vf m = load(centre + c);
-        __builtin_prefetch(p + 4 * stride);
-        __builtin_prefetch(p + 5 * stride);
-        vf d = sub(load_some(p, n), m), e = sub(load_some(p + stride, n), m);
-        store(sum + c, add(load(sum + c), add(d, e)));
-        store(square + c, fma(e, e, fma(d, d, load(square + c))));
-      }
-    for (; r < rows; ++r)
-      for (int64_t c = 0; c < columns; c += W) {
-        int n = columns - c < W ? static_cast<int>(columns - c) : W;
-        vf d = sub(load_some(x + r * stride + c, n), load(centre + c));
-        store(sum + c, add(load(sum + c), d));
-        store(square + c, fma(d, d, load(square + c)));
-      }
-  }
-
-  // Moments of `groups` groups side by side, `width` columns each (together at most kTile), as in moments.h; `added` to
-  // each column, where not null.
-  static void tile(const T *x, int64_t stride, int64_t rows, int64_t groups, int64_t width, const float *added,
-                   Moments *out) {
-    float sum[kTile + W], centre[kTile + W], square[kTile + W], middle[kTile];
-    for (int64_t c = 0; c < groups * width + W; ++c) sum[c] = centre[c] = square[c] = 0;
-    const int64_t head = rows < 16 ? 1 : rows / 16;
-    const double count = static_cast<double>(rows * width);
-    sums(x, stride, head, groups * width, sum);
-    for (int64_t g = 0; g < groups; ++g) {
-      float total = 0;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c)
-        total += sum[c] + (added ? static_cast<float>(head) * added[c] : 0.0f), sum[c] = 0;
-      middle[g] = total / static_cast<float>(head * width);
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) centre[c] = added ? middle[g] - added[c] : middle[g];
-    }
-    for (int64_t c = groups * width; c < groups * width + W; ++c) sum[c] = 0;
-    squares(x, stride, rows, groups * width, centre, sum, square);
-    for (int64_t g = 0; g < groups; ++g) {
-      double s = 0, q = 0;
-      for (int64_t c = g * width; c < (g + 1) * width; ++c) {
-        // What was taken from a column is centre + added, which the rounding of the centre leaves beside the middle.
-        const double n = static_cast<double>(rows), all = static_cast<double>(sum[c]);
-        const double beside = added ? static_cast<double>(centre[c]) + static_cast<double>(added[c]) - middle[g] : 0;
-        s += all + n * beside;
-        q += static_cast<double>(square[c]) + (2 * all + n * beside) * beside;
-      }
-      double m2 = q - s * s / count;
-      out[g] = {static_cast<double>(middle[g]) + s / count, m2 > 0 ? m2 : 0};
-    }
-  }
-
-  static void statistics(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
-    const int64_t channels = s.a->channels, first = chunk * s.chunk;
-    const int64_t rows = s.a->pixels - first < s.chunk ? s.a->pixels - first : s.chunk;
-    if (s.a->other) join<T>(s.a, b, first, rows, g0 * s.width, (g1 - g0) * s.width, 1);
-    const T *x = input<T>(s.a, b) + first * channels;
-    const float *added = s.added ? s.added + b * channels : nullptr;
-    if (s.width <= kTile) {
-      const int64_t step = kTile / s.width;
-      for (int64_t g = g0; g < g1; g += step)
-        tile(x + g * s.width, channels, rows, g1 - g < step ? g1 - g : step, s.width,
-             added ? added + g * s.width : nullptr, s.at(b, chunk, g));
-      return;
-    }
-    for (int64_t g = g0; g < g1; ++g) {  // a group wider than a tile: merge its parts
-      Moments whole{0, 0};
-      for (int64_t c = 0; c < s.width; c += kTile) {
-        int64_t part = s.width - c < kTile ? s.width - c : kTile;
-        Moments m[2] = {whole, {0, 0}};
-        tile(x + g * s.width + c, channels, rows, 1, part, added ? added + g * s.width + c : nullptr, m + 1);
-        whole = merged(m, 2, 1, static_cast<double>(rows * c), static_cast<double>(rows * part));
-      }
-      *s.at(b, chunk, g) = whole;
-    }
-  }
-
-  static void apply(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
-    const int64_t channels = s.a->channels, first = chunk * s.chunk;
-    const int64_t last = s.a->pixels - first < s.chunk ? s.a->pixels : first + s.chunk;
-    const int64_t c0 = g0 * s.width, columns = (g1 - g0) * s.width;
-    const float *mean = s.channel + b * 3 * channels + c0, *scale = mean + channels, *shift = scale + channels;
-    alignas(64) T buffer[4][kColumns];
-    for (int64_t r = first; r < last; r += 4) {
-      const int64_t rows = last - r < 4 ? last - r : 4, most = s.streaming ? kColumns : columns;
-      const T *x = input<T>(s.a, b) + r * channels + c0;
-      T *out = output<T>(s.a, b) + r * channels + c0;
-      for (int64_t c = 0; c < columns; c += most) {
-        const int64_t n = columns - c < most ? columns - c : most;
-        T *to = s.streaming ? buffer[0] : out + c;
-        block(x + c, to, rows, n, mean + c, scale + c, shift + c, channels, s.streaming ? kColumns : channels);
-        for (int64_t i = 0; s.streaming && i < rows; ++i) stream<T>(buffer[i], out + i * channels + c, n);
-      }
-    }
-  }
-  // Up to four rows of n columns.
-  FG_INLINE void block(const T *x, T *out, int64_t rows, int64_t columns, const float *mean, const float *scale,
-                       const float *shift, int64_t stride, int64_t out_stride) {
-    for (int64_t c = 0; c < columns; c += W) {
-      int n = columns - c < W ? static_cast<int>(columns - c) : W;
-      vf m = part(mean + c, n), k = part(scale + c, n), h = part(shift + c, n);
-      if (n == W && rows == 4)
-        for (int64_t i = 0; i < 4; ++i) {
-          __builtin_prefetch(x + (i + 4) * stride + c);
-          store(out + i * out_stride + c, normalized<T, kSilu>(load(x + i * stride + c), m, k, h));
-        }
-      else
-        for (int64_t i = 0; i < rows; ++i)
-          store_n(out + i * out_stride + c, normalized<T, kSilu>(load_n(x + i * stride + c, n), m, k, h), n);
-    }
+    for (; i < n; i += W)
+      normalized_part<T, kSilu>(x + i, n - i < W ? static_cast<int>(n - i) : W, m, a, b, out + i);
   }
 };
 
@@ -372,6 +173,8 @@ int normalize(const fg_group_norm_args *a) {
       const int64_t block = (first + i) % blocks, b = (first + i) / blocks;
       return finish<kLast>(s, b, block * width, (block + 1) * width), 0;
     });
+    // While this is written, what comes next is read.
+    s.ahead = !kLast && s.streaming && first + together < all ? together * s.width * a->pixels : 0;
     each(Sweep::apply, true);  // from the end, which was read last
   }
   return FG_OK;

@@ -261,7 +261,7 @@ def test_generating_imports_no_model_code(bundle: Path) -> None:
     """
     root = Path(fusegen.__file__).parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=root, capture_output=True, text=True, timeout=1800
     )
     assert done.returncode == 0, done.stderr
 

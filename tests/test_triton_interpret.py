@@ -28,7 +28,7 @@ def test_kernels_match_the_reference(name: str) -> None:
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,  # a hang, not a slow machine
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from fusegen.models.gan_request import GanDefaults
 from fusegen.models.latents import MEMBER, Latents
@@ -102,9 +101,9 @@ def _check_pictures(program: Program, image: ImageConfig, where: str) -> None:
 
 def _check_batch(name: str, program: Program, where: str) -> None:
     """That all inputs have one batch, free from 1 on or 1."""
-    sizes: set[Any] = {spec.shape[0] if spec.shape else None for spec in program.inputs.values()}
+    sizes = {spec.shape[0] if spec.shape else None for spec in program.inputs.values()}
     batch = sizes.pop() if len(sizes) == 1 else None
-    if batch != 1 and not (batch in program.symbols and program.symbols[batch][0] <= 1):
+    if batch != 1 and program.symbols.get(str(batch), (2, 2))[0] > 1:
         raise FileError(f"the {name} takes {_says(program)}", where, "its batch must be free, from 1 on")
 
 

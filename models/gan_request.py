@@ -110,7 +110,7 @@ def check_mix(space: Space, count: int, mix: Any, mix_seeds: Any) -> tuple[tuple
         return (), ()
     if isinstance(mix, (str, bytes)) or not isinstance(mix, Sequence) or not mix:
         raise RequestError("mix is not a list of layers", "mix", f"it is {mix!r:.80}")
-    layers = sorted({integer("a layer", layer, 0, space.layers - 1) for layer in mix})
+    layers = sorted({integer("a layer of mix", layer, 0, space.layers - 1) for layer in mix})
     others = check_seeds(mix_seeds)
     if len(others) not in (1, count):
         raise RequestError(f"{len(others)} mix_seeds for {count} seeds", "mix_seeds", "give one, or one a seed")

@@ -157,12 +157,15 @@ class Gan:
         """
         request = gan_request.check_walk(self.space, seeds, frames, space, loop)
         request = replace(request, style=gan_request.style(self.space, self.defaults, psi, psi_cutoff, edit))
-        chain = self._frames(request)
-        return (image for part in self._run(chain, request.frames, progress, cancel) for image in part)
+        return self._walked(request, progress, cancel)
 
     def save(self, path: str | Path) -> None:
         """Write the model as a bundle: its programs as they were read, its files and manifest."""
         bundled.save(self.bundle, path)
+
+    def _walked(self, request: Walk, progress: Progress | None, cancel: Cancel | None) -> Iterator[Image]:
+        for part in self._run(self._frames(request), request.frames, progress, cancel):
+            yield from part
 
     def _run(
         self, chain: Sequence[Pass], count: int, progress: Progress | None, cancel: Cancel | None

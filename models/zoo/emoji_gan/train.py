@@ -42,7 +42,7 @@ MIXED = 0.3  # how often a picture's layers come from two latents, so that style
 LOG, SAVE, SAMPLE = 50, 500, 1000  # steps between two
 _SMALL = dict(z_width=128, w_width=128, mapping_layers=4, mapping_rate=0.1, clamp=None)
 NETWORKS = {  # by the pictures' side in pixels
-    32: StyleGAN2Config(32, channels=(192, 192, 96, 48), **_SMALL),  # type: ignore[arg-type]
+    32: StyleGAN2Config(32, channels=(192, 128, 64, 32), **_SMALL),  # type: ignore[arg-type]
     64: StyleGAN2Config(64, channels=(256, 256, 192, 96, 48), **_SMALL),  # type: ignore[arg-type]
 }
 
@@ -54,7 +54,7 @@ class Settings:
     steps: int
     config: StyleGAN2Config = NETWORKS[32]
     batch: int = 16
-    peak: float = 2e-3
+    peak: float = 2.5e-3
     gamma: float = 0.05
     device: str = "cpu"
     font: Path = data.FONT
@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, choices=NETWORKS, help="pixels a side: 64 on a GPU, 32 on a CPU")
     parser.add_argument("--steps", type=int, default=20_000)
     parser.add_argument("--batch", type=int, help="64 on a GPU, 16 on a CPU")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--gamma", type=float, default=0.05, help="the weight of R1")
     parser.add_argument("--font", type=Path, default=data.FONT)
     args = parser.parse_args()

@@ -14,15 +14,12 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -35,6 +32,7 @@ from fusegen.models.stylegan2_discriminator import Discriminator
 from fusegen.models.zoo.emoji import data
 from fusegen.models.zoo.emoji.train import name_of
 from fusegen.models.zoo.emoji_gan.augment import Adaptive, Changes
+from fusegen.models.zoo.emoji_gan.watch import Losses, grid
 
 LAZY = 16  # steps between two of R1, which then counts as much as all between
 AVERAGED = 10_000  # pictures in which the moving average forgets half, a twentieth of those seen at first
@@ -211,24 +209,6 @@ class Run:
         return out
 
 
-@torch.no_grad()
-def sample(run: Run, file: Path, psis: Sequence[float] = (1.0, 0.7), side: int = 8) -> None:
-    """Draw the moving average's pictures of the same latents at each truncation psi, side by side."""
-    cfg, device = run.settings.config, run.settings.device
-    net = Generator(cfg).to(device).eval()
-    net.load_state_dict(run.average)
-    random = torch.Generator(device).manual_seed(0)
-    normal = lambda *shape: torch.randn(shape, generator=random, device=device)  # noqa: E731
-    mean, w = net.mapping(normal(1000, cfg.z_width)).mean(0), net.mapping(normal(side * side, cfg.z_width))
-    noise = [normal(*shape) for shape in cfg.noises(side * side)]
-    grids = []
-    for psi in psis:
-        images = net.synthesis((mean + psi * (w - mean))[:, None].expand(-1, cfg.layers, -1), *noise)
-        grids.append(images.unflatten(0, (side, side)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1))
-    pixels = torch.cat(grids, dim=1).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    Image.fromarray(pixels.cpu().numpy()).resize((pixels.shape[1] * 2, pixels.shape[0] * 2), 0).save(file)
-
-
 def steps_of(folder: Path, given: int) -> int:
     """How many steps the run has: what the folder's file ``steps`` says, else ``given``, which is written there."""
     file = folder / "steps"
@@ -256,37 +236,18 @@ def train(folder: Path, settings: Settings, until: int | None = None) -> Run:
             losses.add(run.advance(images))
             run.seconds = before + time.monotonic() - began
             if run.step % LOG == 0:
-                line = losses.line(run)
+                line = {"step": run.step, "kimg": run.step * settings.batch / 1000, **losses.means()}
+                line |= {"p": round(run.adaptive.p, 4), "seconds": round(run.seconds, 1)}
                 with open(folder / "log.jsonl", "a") as log:
                     log.write(json.dumps(line) + "\n")
                 run.settings = replace(run.settings, steps=steps_of(folder, settings.steps))
                 text = f"D {line['discriminator']:.2f}, G {line['generator']:.2f}, p {run.adaptive.p:.2f}"
                 progress.update(task, total=run.settings.steps, completed=run.step, description=text)
             if run.step % SAMPLE == 0:
-                sample(run, folder / f"sample-{run.step:06}.png")
+                grid(run.average, settings.config, settings.device).save(folder / f"sample-{run.step:06}.png")
             if run.step % SAVE == 0 or run.step == (until or run.settings.steps):
                 run.save()
     return run
-
-
-class Losses:
-    """Sums of what the steps return, on their device, until they are logged."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for k, v in losses.items():
-            self.sums[k] = self.sums.get(k, torch.zeros_like(v)) + v
-            self.counts[k] = self.counts.get(k, 0) + 1
-
-    def line(self, run: Run) -> dict[str, Any]:
-        """The means, and where the run stands; starts anew."""
-        line: dict[str, Any] = {"step": run.step, "kimg": run.step * run.settings.batch / 1000}
-        line |= {k: round(float(v) / self.counts[k], 5) for k, v in self.sums.items()}
-        self.__init__()  # type: ignore[misc]
-        return line | {"p": round(run.adaptive.p, 4), "seconds": round(run.seconds, 1)}
 
 
 def main() -> None:

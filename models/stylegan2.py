@@ -82,11 +82,10 @@ def resampling_filter() -> Tensor:
     return taps.outer(taps) / taps.sum() ** 2
 
 
-def filtered(x: Tensor, taps: Tensor, padding: tuple[int, int, int, int], down: int = 1) -> Tensor:
-    """Each channel of ``x`` (B, C, H, W) padded with zeros (left, right, top, bottom), convolved with ``taps``, and
-    every ``down``-th pixel of that kept."""
+def filtered(x: Tensor, taps: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    """Each channel of ``x`` (B, C, H, W) padded with zeros (left, right, top, bottom) and convolved with ``taps``."""
     weight = taps.flip(0, 1)[None, None].expand(x.shape[1], 1, -1, -1)
-    return F.conv2d(F.pad(x, padding), weight, stride=down, groups=x.shape[1])
+    return F.conv2d(F.pad(x, padding), weight, groups=x.shape[1])
 
 
 def upsampled(x: Tensor, taps: Tensor) -> Tensor:

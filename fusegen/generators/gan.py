@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from fusegen.cancelling import cancellable
 from fusegen.generators import picture
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fusegen.models.gan import Gan
 
 TITLE = "options of gan models (emoji-gan)"
@@ -144,22 +147,23 @@ def _pictures(args: Any, model: Gan, output: Path, facts: dict[str, Any], given:
     if args.mix is None:
         images = [pictures.enlarged(i, facts["scale"]) for i in model.generate(seeds, **given)]
         return picture.save(images, seeds, output, facts)
-    across = facts["mix_seeds"]
-    pairs = [(s, s) for s in [*across, *seeds]] + [(down, right) for down in seeds for right in across]
-    made = model.generate([a for a, _ in pairs], mix=args.mix, mix_seeds=[b for _, b in pairs], **given)
-    columns, rows, mixed = made[: len(across)], made[len(across) :][: len(seeds)], made[len(across) + len(seeds) :]
-    sheet = [_blank(made[0]), *columns]
-    for i, source in enumerate(rows):
-        sheet += [source, *mixed[i * len(across) : (i + 1) * len(across)]]
-    grid = pictures.grid(sheet, columns=1 + len(across))
-    pictures.save(pictures.enlarged(grid, facts["scale"]), output, facts)
+    sheet = matrix(model, seeds, facts["mix_seeds"], args.mix, **given)
+    pictures.save(pictures.enlarged(sheet, facts["scale"]), output, facts)
     return [str(output)]
 
 
-def _blank(like: Any) -> Any:
-    from PIL import Image
+def matrix(model: Gan, down: Sequence[int], across: Sequence[int], layers: Sequence[int], **given: Any) -> Image:
+    """Style mixing (Karras et al. 2019, figure 3): the pictures of ``down`` in the first column, those of ``across`` in
+    the first row, and where they meet the former with the ``layers`` of the latter; ``given`` goes to ``generate``."""
+    from PIL import Image as pil
 
-    return Image.new(like.mode, like.size, "white")
+    pairs = [(s, s) for s in [*across, *down]] + [(row, column) for row in down for column in across]
+    made = model.generate([a for a, _ in pairs], mix=layers, mix_seeds=[b for _, b in pairs], **given)
+    columns, rows, mixed = made[: len(across)], made[len(across) :][: len(down)], made[len(across) + len(down) :]
+    sheet = [pil.new(made[0].mode, made[0].size, "white"), *columns]
+    for i, source in enumerate(rows):
+        sheet += [source, *mixed[i * len(across) : (i + 1) * len(across)]]
+    return pictures.grid(sheet, columns=1 + len(across))
 
 
 def _walk(args: Any, model: Gan, output: Path, facts: dict[str, Any], given: dict[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ def test_nothing_is_run_before_it_is_asked_for() -> None:
     parts_made = single([run.append], 6, 2)
     assert run == []
     next(parts_made)
-    assert run == [range(0, 2)]
+    assert run == [range(2)]
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])

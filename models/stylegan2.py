@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -220,7 +221,7 @@ class Synthesis(nn.Module):
             width_in = width
 
     def forward(self, ws: Tensor, *noise: Tensor) -> Tensor:
-        x, image = self.b4.first(ws, noise[0])
+        x, image = cast(SynthesisBlock, self.b4).first(ws, noise[0])
         for i, resolution in enumerate(self.cfg.resolutions[1:]):
             at, block = 1 + 2 * i, self.get_submodule(f"b{resolution}")
             x, image = block(x, image, ws[:, at : at + 3], noise[at], noise[at + 1])

@@ -98,9 +98,9 @@ class Run:
     def __init__(self, folder: Path, settings: Settings):
         torch.manual_seed(0)
         self.settings, cfg = settings, settings.config
-        self.nets = nn.ModuleDict({"generator": Generator(cfg), "discriminator": Discriminator(cfg)})
+        self.generator, self.discriminator = Generator(cfg), Discriminator(cfg)
+        self.nets = nn.ModuleDict({"generator": self.generator, "discriminator": self.discriminator})
         self.nets.to(settings.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.generator, self.discriminator = self.nets["generator"], self.nets["discriminator"]
         self.average = {k: v.detach().clone() for k, v in self.generator.state_dict().items()}
         lazy = LAZY / (LAZY + 1)  # Adam as if R1 were a step of its own among them (Karras et al. 2020, appendix B)
         rates, betas = {"generator": 1.0, "discriminator": lazy}, {"generator": 0.99, "discriminator": 0.99**lazy}
@@ -115,7 +115,7 @@ class Run:
 
     def moments(self) -> dict[str, Tensor]:
         """The optimizers' state by name, under the key of each."""
-        out = {}
+        out: dict[str, Tensor] = {}
         for k, optimizer in self.optimizers.items():
             for name, p in self.nets[k].named_parameters():
                 out |= {f"{m}.{k}.{name}": optimizer.state[p][m] for m in ("exp_avg", "exp_avg_sq")}

@@ -33,5 +33,6 @@ def test_the_table_has_a_line_for_each_model(capsys: pytest.CaptureFixture[str])
     timed = {"eager": Timing(2.0, 2.0, 2.0, 1.0, 3), "fusegen": Timing(0.5, 0.5, 0.5, 4.0, 3)}
     lines = list(beside.table([beside.Beside("some", "float32", 3, "pictures", good.verdict, BOUND, timed)]))
     assert len(lines) == 2
-    wanted = ("some", "float32", "3 pictures", "1.5 pictures a second", "6.0 pictures a second", "4.00", "1.0e-03, 0.01")
+    speeds = ("1.5 pictures a second", "6.0 pictures a second", "4.00")
+    wanted = ("some", "float32", "3 pictures", *speeds, "1.0e-03, 0.01")
     assert all(cell in lines[1] for cell in wanted), lines[1]

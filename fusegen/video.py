@@ -48,7 +48,7 @@ def check(path: Path, fps: int) -> None:
 
 def save(
     frames: Iterable[Image],
-    path: Path,
+    path: str | Path,
     fps: int = RATE,
     scale: int | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -58,6 +58,7 @@ def save(
     Pixels become squares of ``scale`` (:func:`enlargement`).  ``facts`` go into an MP4's comment as JSON.  What raises
     while frames are drawn leaves no file.
     """
+    path = Path(path)
     check(path, fps)
     rest = iter(frames)
     first = next(rest, None)

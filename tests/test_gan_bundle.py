@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gans
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +18,7 @@ from torch import Tensor
 import fusegen
 from fusegen.models import latents
 from fusegen.models.latents import Latents
+from fusegen.runtime.api import capture
 from fusegen.runtime.errors import Error, FileError
 from fusegen.runtime.program import TensorSpec
 
@@ -159,3 +161,17 @@ def test_truncation_rounds_each_row_by_itself() -> None:
     assert torch.equal(together[:, 4:], w[:, None].expand(-1, 2, -1)) and torch.equal(
         known.styles(w, 6, 1.0, 6), w[:, None].expand(-1, 6, -1)
     )
+
+
+def test_a_program_for_one_picture_makes_them_one_by_one(tmp_path: Path) -> None:
+    net, shapes = gans.styled(), gans.TINY.noises(1)
+    ws = torch.randn(1, gans.TINY.layers, gans.TINY.w_width)
+    parts = {
+        "mapping": capture(net.mapping, (torch.randn(1, gans.TINY.z_width),), name="mapping"),
+        "synthesis": capture(net.synthesis, (ws, *(torch.randn(s) for s in shapes)), name="synthesis"),
+    }
+    model = fusegen.load(gans.bundle(tmp_path, parts), dtype="float32")
+    free = fusegen.load(gans.bundle(tmp_path), dtype="float32")
+    for one, other in zip(model.generate(range(3)), free.generate(range(3)), strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+    assert len(list(model.walk([1, 2], 3, "w"))) == 3

@@ -16,9 +16,8 @@ HELP = "say what this machine has, what is missing, and what that costs"
 DESCRIPTION = "Say what this machine has, what is missing, and what that costs. Include its output in fault reports."
 EXAMPLES = "  fusegen doctor\n  fusegen doctor --json\n"
 PACKAGES = (
-    *("torch", "numpy", "triton", "safetensors", "tokenizers", "pillow", "av", "onnx", "onnxruntime-gpu"),
-    "onnxruntime",
-)
+    "torch", "numpy", "triton", "safetensors", "tokenizers", "pillow", "av", "onnx", "onnxruntime-gpu", "onnxruntime",
+)  # fmt: skip
 PEERS = ("diffusers", "transformers", "openvino")
 
 

@@ -81,7 +81,8 @@ def table(found: Sequence[Beside]) -> Iterator[str]:
             speed = (_rate(one, "eager"), _rate(one, "fusegen"), f"{one.timed['fusegen'].ratio:.2f}")
         else:
             speed = ("", "its outputs are wrong", "no speed")
-        rows.append((one.model, one.dtype, f"{one.amount} {one.what}", *speed, error))
+        made = f"{one.amount} {one.what if one.amount > 1 else one.what.removesuffix('s')}"
+        rows.append((one.model, one.dtype, made, *speed, error))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "   " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

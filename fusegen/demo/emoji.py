@@ -19,7 +19,7 @@ EACH, SCALE = 6, 2  # pictures a prompt, and pixels a pixel
 COMPARED, SECONDS = 4, 4.0  # pictures a call, and about how long each side is timed
 
 
-def show() -> Beside:
+def show() -> list[Beside]:
     """Make a sheet, then as many pictures as are compared."""
     from rich.progress import track
 
@@ -39,7 +39,7 @@ def show() -> Beside:
     print(f"   {len(images)} pictures in {seconds:.1f} s ({each}); a row a prompt: {', '.join(PROMPTS)}")
     print(f"   {file('emoji.png')}")
     show_plan(model.denoiser.plan, "the denoiser (fusegen plan emoji shows all of it)")
-    return beside(model)
+    return [beside(model)]
 
 
 def beside(model: TextToImage) -> Beside:

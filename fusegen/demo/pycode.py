@@ -17,7 +17,7 @@ PROMPT, TOKENS = "def read_json(path):\n", 64
 SECONDS = 3.0  # about how long each side is timed
 
 
-def show() -> Beside:
+def show() -> list[Beside]:
     """Write a text, then as much as is compared."""
     say(f"{MODEL}: Python that goes on from a prompt")
     start = time.perf_counter()
@@ -33,7 +33,7 @@ def show() -> Beside:
     lane = model.loop.take(1)
     show_plan(lane.form(1).capture.plan, "a decoding step")
     model.loop.give(lane)
-    return beside(model)
+    return [beside(model)]
 
 
 def beside(model: TextGeneration) -> Beside:

@@ -54,7 +54,8 @@ def peer(net: nn.Module, compiled: bool, dtype: str) -> Callable[..., Tensor]:
     return call
 
 
-def _emoji(name: str, dtype: str) -> Contender:
+def contender(name: str, dtype: str) -> Contender:
+    """Who makes emoji-gan's pictures of seeds from 0 on, by name."""
     import fusegen
 
     if name == "fusegen":
@@ -95,12 +96,12 @@ def eager_pictures(mapping: Callable[..., Tensor], synthesis: Callable[..., Tens
 def emoji_gan(who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], seconds: float) -> Iterator[list[Row]]:
     """emoji-gan: from seeds to pictures, batches of 1 and 16, then the first picture of a process."""
     for dtype in dtypes or ("float32", "bfloat16"):
-        made = [_emoji(name, dtype) for name in who or whole.WHO] if set(cases) != {COLD} else []
+        made = [contender(name, dtype) for name in who or whole.WHO] if set(cases) != {COLD} else []
         for case in cases:
             if case == COLD:
                 yield whole.cold("emoji-gan", COLD, MODULE, who or whole.WHO, dtype, ["emoji-gan"])
             else:
-                expected = pixels(_emoji("eager", "float32").make(EMOJI_BATCHES[case])())
+                expected = pixels(contender("eager", "float32").make(EMOJI_BATCHES[case])())
                 calls = {c.name: c.make(EMOJI_BATCHES[case]) for c in made}
                 check = lambda images: verify.check([pixels(images)], [expected], PIXELS[dtype])  # noqa: B023, E731
                 yield _steady("emoji-gan", case, dtype, calls, check, EMOJI_BATCHES[case], seconds)
@@ -181,7 +182,7 @@ STYLEGAN2_256 = whole.Suite((*LARGE_BATCHES, COLD), stylegan2_256)
 def first(name: str, dtype: str, what: str) -> float:
     """The mean of the first picture of a process: of emoji-gan, or of the folder of :func:`large_files`."""
     if what == "emoji-gan":
-        return float(pixels(_emoji(name, dtype).make(1)()).mean())
+        return float(pixels(contender(name, dtype).make(1)()).mean())
     call = large_caller(name, dtype, Path(what))
     return float(call(*large_inputs(config_f(256), 1)).float().mean())
 

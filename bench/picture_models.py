@@ -21,8 +21,6 @@ COLD = "first picture of a process"
 # Bounds on pictures in [0, 1] against eager float32, three times what was measured: bfloat16 rounds every activation of
 # 40 network runs, and float32 may turn a value of 256.
 BOUNDS = {"float32": Tolerance(1e-4, 1.2e-2), "bfloat16": Tolerance(6e-3, 5e-2)}
-# Of the gan, one run of a small network.
-GAN_BOUNDS = {"float32": Tolerance(4e-4, 1.2e-2), "bfloat16": Tolerance(1.5e-2, 6e-2)}
 
 Make = Callable[[int], Callable[[], Any]]
 

@@ -13,14 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fusegen.kernels import sampler_step as row
-from fusegen.models.gan import Gan
 from fusegen.models.pixels import pictures
-from fusegen.models.stylegan2 import Generator
 from fusegen.models.text_encoder import TextEncoder, TextEncoderConfig
 from fusegen.models.text_to_image import TextToImage
 from fusegen.models.unet import UNet
 from fusegen.models.zoo.emoji.train import NETWORKS
-from fusegen.models.zoo.emoji_gan.train import NETWORKS as GENERATORS
 from fusegen.runtime import noise
 from fusegen.runtime.sampler import coefficients
 
@@ -87,39 +84,3 @@ class EagerTextToImage:
             x, _ = combine(x, out, r, history, guidance)
             scale = r[row.INPUT]
         return pictures(x)
-
-
-def emoji_gan_module(model: Gan) -> Generator:
-    """The emoji-gan model's networks as a module, with the weights of its bundle."""
-    net, bundle = Generator(GENERATORS[model.image.width]), model.bundle
-    assert bundle is not None
-    weights = {f"{part}.{k}": v.clone() for part in model.sessions for k, v in bundle.program(part).weights.items()}
-    missing = net.load_state_dict(weights, strict=False).missing_keys
-    unused = ("w_avg", "noise_const", "resample_filter")  # buffers that no picture needs
-    assert all(name.endswith(unused) for name in missing), missing
-    return net.eval().requires_grad_(False)
-
-
-class EagerGan:
-    """The emoji-gan pipeline on plain modules; ``compiled`` wraps the synthesis network in ``torch.compile``."""
-
-    def __init__(self, model: Gan, dtype: torch.dtype, compiled: bool = False):
-        self.model, self.dtype, net = model, dtype, emoji_gan_module(model)
-        self.mapping, self.cfg = net.mapping, net.synthesis.cfg
-        self.synthesis: Callable[..., Tensor] = net.synthesis.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if compiled:
-            import torch._inductor.config as inductor
-
-            inductor.freezing = True
-            self.synthesis = torch.compile(net.synthesis, dynamic=False, mode="max-autotune-no-cudagraphs")
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def generate(self, seeds: Sequence[int]) -> Any:
-        """The pictures of ``seeds``, with the model's own truncation."""
-        keys, latents, psi = noise.seed_tensor(seeds), self.model.latents, self.model.defaults.psi
-        assert latents is not None
-        w = self.mapping(noise.initial(keys, [self.cfg.z_width]))
-        ws = latents.w_mean.lerp(w, psi)[:, None].expand(-1, self.cfg.layers, -1).to(self.dtype)
-        drawn = [noise.at(keys, shape[1:], k + 1) for k, shape in enumerate(self.cfg.noises(len(keys)))]
-        return pictures(self.synthesis(ws, *(n.to(self.dtype) for n in drawn)))

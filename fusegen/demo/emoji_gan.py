@@ -43,15 +43,14 @@ def show() -> list[Beside]:
 
 def beside(model: Gan, count: int) -> Beside:
     """The same networks in eager PyTorch, in the same dtype."""
-    from fusegen.bench import picture_models, verify
-    from fusegen.bench.pipelines import EagerGan
+    from fusegen.bench import gan_models, picture_models, verify
     from fusegen.runtime.compile import default_dtype
 
-    dtype = default_dtype(model.device)
+    dtype = str(default_dtype(model.device)).removeprefix("torch.")
     say(f"{MODEL} beside eager PyTorch: {count} picture{'s' * (count > 1)} a call")
-    seeds, eager = range(count), EagerGan(model, dtype)
-    calls = {"eager": lambda: eager.generate(seeds), "fusegen": lambda: model.generate(seeds)}
+    eager = gan_models.contender("eager", dtype).make(count)
+    calls = {"eager": eager, "fusegen": lambda: model.generate(range(count), psi=gan_models.PSI)}
     made = {name: picture_models.pixels(call()) for name, call in calls.items()}
-    bound = picture_models.GAN_BOUNDS[str(dtype).removeprefix("torch.")]
+    bound = gan_models.PIXELS[dtype]
     verdict = verify.check([made["fusegen"]], [made["eager"]], bound)
     return compare(MODEL, dtype, count, "pictures", calls, verdict, bound, SECONDS)

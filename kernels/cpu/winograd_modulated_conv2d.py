@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusegen.kernels.bias_act import finish
 from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.cpu.winograd_conv2d import too_many
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
+from fusegen.kernels.winograd_modulated_conv2d import finish
 
 FEWER = 4  # so many times fewer tiles than a plain convolution pay: a library is slower with so few pixels
 GIVEN = {0: "x", 1: "filters", 2: "squares", 3: "styles", 5: "taps", 6: "noise", 7: "bias"}  # by argument

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fusegen.bench import picture_models, text_models
+from fusegen.bench import gan_models, picture_models, text_models
 from fusegen.bench.whole import Suite
 
-MODELS: Mapping[str, Suite] = {"emoji": picture_models.EMOJI, "pycode": text_models.PYCODE}
+MODELS: Mapping[str, Suite] = {
+    "emoji": picture_models.EMOJI,
+    "pycode": text_models.PYCODE,
+    "emoji-gan": gan_models.EMOJI_GAN,
+    "stylegan2-256": gan_models.STYLEGAN2_256,
+}

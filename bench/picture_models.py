@@ -47,7 +47,8 @@ def _emoji(name: str, dtype: str) -> Contender:
     return Contender(name, dtype, lambda n: lambda: peer.generate(PROMPT, STEPS, GUIDANCE, range(n), SAMPLER))
 
 
-def _pixels(images: Any) -> torch.Tensor:
+def pixels(images: Any) -> torch.Tensor:
+    """Pictures as (B, H, W, C) in [0, 1]."""
     return torch.from_numpy(np.stack([np.asarray(i) for i in images])).float() / 255
 
 
@@ -62,7 +63,7 @@ def emoji(who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], secon
             if case == COLD:
                 yield whole.cold("emoji", COLD, "fusegen.bench.picture_models", who or whole.WHO, dtype)
             else:
-                expected = _pixels(_emoji("eager", "float32").make(BATCHES[case])())
+                expected = pixels(_emoji("eager", "float32").make(BATCHES[case])())
                 yield _steady(made, case, expected, seconds)
 
 
@@ -70,7 +71,7 @@ def _steady(made: Sequence[Contender], case: str, expected: torch.Tensor, second
     calls, rows = {}, {}
     for c in made:
         call = c.make(BATCHES[case])
-        verdict = verify.check([_pixels(call())], [expected], BOUNDS[c.dtype])
+        verdict = verify.check([pixels(call())], [expected], BOUNDS[c.dtype])
         call()
         rows[c.name] = whole.gated("emoji", case, c.name, c.dtype, verdict)
         if verdict.ok:
@@ -81,4 +82,4 @@ def _steady(made: Sequence[Contender], case: str, expected: torch.Tensor, second
 EMOJI = whole.Suite((*BATCHES, COLD), emoji)
 
 if __name__ == "__main__":
-    print(json.dumps({"pixels": float(_pixels(_emoji(*sys.argv[1:]).make(1)()).mean())}))
+    print(json.dumps({"pixels": float(pixels(_emoji(*sys.argv[1:]).make(1)()).mean())}))

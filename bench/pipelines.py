@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fusegen.kernels import sampler_step as row
+from fusegen.models.pixels import pictures
 from fusegen.models.text_encoder import TextEncoder, TextEncoderConfig
-from fusegen.models.text_to_image import TextToImage, pictures
+from fusegen.models.text_to_image import TextToImage
 from fusegen.models.unet import UNet
 from fusegen.models.zoo.emoji.train import NETWORKS
 from fusegen.runtime import noise

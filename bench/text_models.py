@@ -24,6 +24,7 @@ from fusegen.kernels.op import Tolerance
 from fusegen.models import bundled
 from fusegen.models.gpt import GPT, GPTConfig, turn
 from fusegen.models.load import locate
+from fusegen.models.text_generation import TextGeneration
 from fusegen.runtime.bundle import Bundle
 from fusegen.runtime.loop.decode import Continuation, Decoder, Running, Sampling
 
@@ -42,7 +43,7 @@ def _bundle() -> Bundle:
 
 
 @functools.cache
-def _ids(text: str) -> list[int]:
+def ids(text: str) -> list[int]:
     """A prompt's tokens, without the model."""
     tok = bundled.tokenizer(_bundle())
     begin = tok.token_to_id(_bundle().manifest.loop["begin"])
@@ -136,10 +137,7 @@ class Eager:
 class Fusegen:
     """The same through the runtime."""
 
-    def __init__(self, dtype: str):
-        import fusegen
-
-        model = fusegen.load(MODEL, dtype=dtype)
+    def __init__(self, model: TextGeneration):
         self.loop = Decoder(model.decoder, model.text.context, (), ())  # no token ends a text: equal work for all
 
     def write(self, prompt: Sequence[int], batch: int, count: int) -> list[list[int]]:
@@ -168,7 +166,11 @@ class Fusegen:
 
 def contender(name: str, dtype: str) -> Eager | Fusegen:
     """Who writes, by name."""
-    return Fusegen(dtype) if name == "fusegen" else Eager(getattr(torch, dtype), name == "compile")
+    import fusegen
+
+    if name == "fusegen":
+        return Fusegen(fusegen.load(MODEL, dtype=dtype))
+    return Eager(getattr(torch, dtype), name == "compile")
 
 
 def pycode(who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], seconds: float) -> Iterator[list[Row]]:
@@ -185,11 +187,11 @@ def pycode(who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], seco
 
 def _verdicts(made: dict[str, Any], dtype: str) -> dict[str, verify.Verdict]:
     """Whether each contender gives the logits of eager float32 for a given text, and in float32 its greedy tokens."""
-    oracle, ids, prompt = contender("eager", "float32"), _ids(TEXT), _ids(PROMPT)
-    expected, tokens = oracle.follow(ids), oracle.write(prompt, 2, TOKENS)
+    oracle, text, prompt = contender("eager", "float32"), ids(TEXT), ids(PROMPT)
+    expected, tokens = oracle.follow(text), oracle.write(prompt, 2, TOKENS)
     out = {}
     for name, one in made.items():
-        verdict = verify.check([one.follow(ids)], [expected], BOUNDS[dtype])
+        verdict = verify.check([one.follow(text)], [expected], BOUNDS[dtype])
         same = dtype != "float32" or one.write(prompt, 2, TOKENS) == tokens
         out[name] = replace(verdict, ok=verdict.ok and same)
     return out
@@ -198,7 +200,7 @@ def _verdicts(made: dict[str, Any], dtype: str) -> dict[str, verify.Verdict]:
 def _steady(
     made: dict[str, Any], verdicts: dict[str, verify.Verdict], dtype: str, case: str, seconds: float
 ) -> list[Row]:
-    prompt, count = (_ids(PROMPT), TOKENS) if case in STEADY else (_ids(TEXT * 4)[:200], 1)
+    prompt, count = (ids(PROMPT), TOKENS) if case in STEADY else (ids(TEXT * 4)[:200], 1)
     batch = STEADY.get(case, 1)
     calls: dict[str, Callable[[], object]] = {
         name: functools.partial(one.write, prompt, batch, count) for name, one in made.items() if verdicts[name].ok
@@ -212,4 +214,4 @@ def _steady(
 PYCODE = whole.Suite((*STEADY, FIRST, COLD), pycode)
 
 if __name__ == "__main__":
-    print(json.dumps(contender(*sys.argv[1:]).write(_ids(PROMPT), 1, 16)))
+    print(json.dumps(contender(*sys.argv[1:]).write(ids(PROMPT), 1, 16)))

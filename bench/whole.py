@@ -56,15 +56,17 @@ def _with(row: Row, t: timing.Timing, extra: Callable[[float], dict[str, float]]
     return replace(row, median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio, extra=more)
 
 
-def cold(what: str, case: str, module: str, who: Sequence[str], dtype: str, rounds: int = 3) -> list[Row]:
+def cold(
+    what: str, case: str, module: str, who: Sequence[str], dtype: str, more: Sequence[str] = (), rounds: int = 3
+) -> list[Row]:
     """From starting Python to a first output, each in a process of its own, in turn; compile caches start empty.
 
-    ``python -m module NAME DTYPE`` makes the output of the contender NAME and prints it as JSON."""
+    ``python -m module NAME DTYPE *more`` makes the output of the contender NAME and prints it as JSON."""
     times: dict[str, list[float]] = {name: [] for name in who}
     for index in range(rounds):
         for name in times:
             if name != "compile" or index == 0:  # it takes minutes, and once tells enough
-                times[name].append(_process(module, name, dtype))
+                times[name].append(_process(module, name, dtype, *more))
     base = statistics.median(times.get("eager") or next(iter(times.values())))
     rows = []
     for name, taken in times.items():
@@ -75,14 +77,14 @@ def cold(what: str, case: str, module: str, who: Sequence[str], dtype: str, roun
     return rows
 
 
-def _process(module: str, name: str, dtype: str) -> float:
+def _process(module: str, *arguments: str) -> float:
     with tempfile.TemporaryDirectory() as empty:
         caches = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
         start = time.perf_counter()
-        command = [sys.executable, "-m", module, name, dtype]
+        command = [sys.executable, "-m", module, *arguments]
         done = subprocess.run(command, env=os.environ | caches, capture_output=True, text=True)
         taken = time.perf_counter() - start
     if done.returncode:
-        raise RuntimeError(f"the process of {name} failed: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"the process of {arguments[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
     json.loads(done.stdout)
     return taken

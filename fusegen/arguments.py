@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -31,6 +32,33 @@ def integer(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+def numbers(low: int, high: int, most: int) -> Callable[[str], tuple[int, ...]]:
+    """An argument type: whole numbers and ranges of them, ``0,3,8-11``, from ``low`` to ``high``; at most ``most``."""
+    one = integer(low, high)
+
+    def parse(text: str) -> tuple[int, ...]:
+        out: list[int] = []
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            begin = one(first)
+            end = one(last) if dash else begin
+            if end < begin:
+                raise argparse.ArgumentTypeError(f"the range {part.strip()} runs backwards")
+            if len(out) + end - begin >= most:
+                raise argparse.ArgumentTypeError(f"{text!r:.40} is more than {most} numbers")
+            out += range(begin, end + 1)
+        return tuple(out)
+
+    return parse
+
+
+def first_seed(seed: int | None) -> int:
+    """The seed that was asked for: 42 where none was, drawn where it is -1."""
+    if seed is None:
+        return 42
+    return secrets.randbits(32) if seed < 0 else seed
 
 
 def finite(text: str) -> float:

@@ -41,6 +41,27 @@ def grid(images: Sequence[Image], columns: int | None = None) -> Image:
     return sheet
 
 
+def enlarged(image: Image, times: int) -> Image:
+    """Each pixel as a square of ``times`` by ``times``."""
+    from PIL import Image as pil
+
+    return image.resize((image.width * times, image.height * times), pil.Resampling.NEAREST) if times > 1 else image
+
+
+def even(image: Image) -> Image:
+    """The picture with even sides: an odd one is made longer by its last row or column."""
+    from PIL import Image as pil
+
+    width, height = image.width + image.width % 2, image.height + image.height % 2
+    if (width, height) == image.size:
+        return image
+    out = pil.new(image.mode, (width, height))
+    for at in ((width - image.width, height - image.height), (0, height - image.height), (width - image.width, 0)):
+        out.paste(image, at)
+    out.paste(image, (0, 0))
+    return out
+
+
 def save(image: Image, path: Path, facts: Mapping[str, Any]) -> None:
     """Write ``image`` in the format of the suffix, whole or not at all; a PNG carries ``facts`` as JSON text."""
     from PIL.PngImagePlugin import PngInfo

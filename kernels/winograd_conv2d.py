@@ -65,19 +65,23 @@ def reference(
 ) -> Tensor:
     """A^T (filters . B^T d B) A for every tile d, in float32, or float64 where x is."""
     (out,) = allocate(x, filters, outputs, bias, residual)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    height, width = x.shape[2:]
     if out.numel() == 0:
         return out
-    padded = F.pad(x.to(wide), (1, 5, 1, 5))
-    tiles = padded.unfold(2, 6, 4).unfold(3, 6, 4)[:, :, : -(-height // 4), : -(-width // 4)]
-    b, a = (torch.tensor(m, dtype=wide, device=x.device) for m in (INPUT, OUTPUT))
-    spread = torch.einsum("ai,ncyxij,bj->nyxabc", b, tiles, b)
-    flat = filters.to(wide).transpose(2, 3).flatten(3)[..., :outputs]
-    made = torch.einsum("ka,nyxabo,lb->noykxl", a, torch.einsum("nyxabc,abco->nyxabo", spread, flat), a)
-    y = made.flatten(4).flatten(2, 3)[:, :, :height, :width]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = convolved(F.pad(x.to(wide), (1, 1, 1, 1)), filters, outputs)
     y = y if bias is None else y + bias.to(wide)[:, None, None]
     return out.copy_(y if residual is None else y + residual.to(wide))
+
+
+def convolved(padded: Tensor, filters: Tensor, outputs: int) -> Tensor:
+    """A^T (filters . B^T d B) A of ``padded`` (B, I, H + 2, W + 2), in its dtype: (B, O, H, W)."""
+    height, width = padded.shape[2] - 2, padded.shape[3] - 2
+    tiles = F.pad(padded, (0, 4, 0, 4)).unfold(2, 6, 4).unfold(3, 6, 4)[:, :, : -(-height // 4), : -(-width // 4)]
+    b, a = (torch.tensor(m, dtype=padded.dtype, device=padded.device) for m in (INPUT, OUTPUT))
+    spread = torch.einsum("ai,ncyxij,bj->nyxabc", b, tiles, b)
+    flat = filters.to(padded.dtype).transpose(2, 3).flatten(3)[..., :outputs]
+    made = torch.einsum("ka,nyxabo,lb->noykxl", a, torch.einsum("nyxabc,abco->nyxabo", spread, flat), a)
+    return made.flatten(4).flatten(2, 3)[:, :, :height, :width]
 
 
 def cost(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None) -> Cost:
@@ -141,7 +145,7 @@ CASES = [
 
 
 @functools.lru_cache(maxsize=1)
-def _unfolded(filters: Tensor, outputs: int) -> Tensor:
+def unfolded(filters: Tensor, outputs: int) -> Tensor:
     """The weight (O, I, 3, 3) that the filters were made of; kept, as the filters are."""
     g = torch.linalg.pinv(torch.tensor(winograd_filters.FILTER, dtype=torch.float64))
     flat = filters.double().transpose(2, 3).flatten(3)[..., :outputs]
@@ -149,7 +153,7 @@ def _unfolded(filters: Tensor, outputs: int) -> Tensor:
 
 
 def _eager(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    y = F.conv2d(x, _unfolded(filters, outputs).to(x.dtype), bias, padding=1)
+    y = F.conv2d(x, unfolded(filters, outputs).to(x.dtype), bias, padding=1)
     return y if residual is None else y + residual
 
 

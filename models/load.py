@@ -18,6 +18,7 @@ ZOO = Path(__file__).parent / "zoo"
 FAMILIES = {
     "text-to-image": ("fusegen.models.text_to_image", "TextToImage"),
     "text-generation": ("fusegen.models.text_generation", "TextGeneration"),
+    "gan": ("fusegen.models.gan", "Gan"),
 }
 
 

@@ -70,6 +70,13 @@ def integer(name: str, value: Any, least: int, most: int) -> int:
     return found
 
 
+def number(name: str, value: Any, low: float, high: float) -> float:
+    """``value`` as a float within bounds, or RequestError."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+        raise RequestError(f"{name} is not a number from {low:g} to {high:g}", name, f"it is {value!r:.80}")
+    return float(value)
+
+
 def check_guidance(value: Any) -> float:
     """``value`` as a finite number of moderate size, or RequestError."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

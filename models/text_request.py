@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from fusegen.models.request import integer
+from fusegen.models.request import integer, number
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.loop.decode import CHUNKS, Sampling
 
@@ -38,14 +37,6 @@ class TextConfig:
     def special(self) -> dict[str, str]:
         """The tokens there are, by their part."""
         return {k: v for k, v in asdict(self).items() if k != "context" and v}
-
-
-def number(name: str, value: Any, low: float, high: float) -> float:
-    """``value`` as a float within bounds, or RequestError."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high:
-        raise RequestError(f"{name} is not a number from {low:g} to {high:g}", name, f"it is {value!r:.80}")
-    return float(value)
 
 
 RANGES = {

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fusegen.models import bundled
+from fusegen.models.pixels import pictures
 from fusegen.models.request import (
     MOST_IMAGES,
     MOST_SIDE,
@@ -36,7 +37,7 @@ from fusegen.runtime.bundle import Bundle
 from fusegen.runtime.compile import compile as compile_program
 from fusegen.runtime.compile import default_dtype
 from fusegen.runtime.engine import Session
-from fusegen.runtime.errors import Error, FileError, RequestError
+from fusegen.runtime.errors import FileError, RequestError
 from fusegen.runtime.loop.cancel import Cancel
 from fusegen.runtime.loop.denoise import Watch, denoise
 from fusegen.runtime.sampler import coefficients
@@ -232,13 +233,3 @@ class TextToImage:
         tokens = torch.tensor([e.ids for e in self.tokenizer.encode_batch(list(texts))], dtype=torch.int64)
         context: Tensor = self.text_encoder(tokens)
         return context.to(list(self.denoiser.program.inputs.values())[2].dtype)
-
-
-def pictures(x: Tensor, where: str = "") -> list[Image]:
-    """Samples (B, C, H, W) in [-1, 1] as pictures: clamped, and rounded to the nearest of 256 values."""
-    from PIL import Image as pil
-
-    if not bool(torch.isfinite(x).all()):
-        raise Error("the model gave values that are not finite", where, "load it with dtype='float32'")
-    pixels = x.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return [pil.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]

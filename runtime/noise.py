@@ -1,7 +1,8 @@
 """Seeds and the noise they stand for.
 
 Noise is a function of (seed, sample, step, element), never a stream.  A loop's first state is drawn at step 0 of the
-counter and its evaluation number n (from 1) draws at step n, so no two draws of one seed ever meet.
+counter and its evaluation number n (from 1) draws at step n, so no two draws of one seed ever meet.  A generator of one
+pass draws its latent at step 0 and the noise of its layer k (from 0) at step k + 1.
 """
 
 from __future__ import annotations
@@ -39,5 +40,10 @@ def seed_tensor(seeds: Iterable[int], device: str | torch.device = "cpu") -> Ten
 
 def initial(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     """Unit noise (B, *shape), float32, of each seed's step 0."""
-    noise: Tensor = torch.ops.fusegen.noise_normal(seeds, list(shape), 0)
+    return at(seeds, shape, 0)
+
+
+def at(seeds: Tensor, shape: Sequence[int], step: int) -> Tensor:
+    """Unit noise (B, *shape), float32, of each seed's ``step``."""
+    noise: Tensor = torch.ops.fusegen.noise_normal(seeds, list(shape), step)
     return noise

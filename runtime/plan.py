@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
-from fusegen.runtime import join, state, upsample, winograd
+from fusegen.runtime import join, state, upsample, winograd, winograd_modulated
 from fusegen.runtime.backends.base import Backend, Binding
 from fusegen.runtime.cost import cost
 from fusegen.runtime.errors import GraphError
@@ -105,7 +105,7 @@ def plan(
     """
     static = backend.lower(specialize(state.check(program), given))
     if backend.fuses:
-        for rule in (upsample, winograd, join):
+        for rule in (upsample, winograd, winograd_modulated, join):
             static = rule.folded(static, lambda op, args: _declined(op, backend, args))
     metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}
     metas |= {

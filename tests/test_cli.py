@@ -97,7 +97,7 @@ def test_the_version_is_printed() -> None:
     [
         ("", "COMMAND"),
         ("paint", "invalid choice: 'paint'"),
-        ("generate", "-m/--model, -p/--prompt"),
+        ("generate", "-m/--model"),
         ("generate -m emoji -p cat --sampler best", "no sampler is called 'best'; there are .*ddim.*euler"),
         ("generate -m emoji -p cat --steps 0", "argument --steps: 0 is out of range, which is 1 to"),
         ("generate -m emoji -p cat --steps ten", "argument --steps: 'ten' is not a whole number"),

@@ -58,7 +58,7 @@ def test_a_suffix_comes_after_the_middle_and_a_file_takes_it_all(
     ("more", "says"),
     [
         ("--steps 3", "--steps is for text-to-image models, and .*tiny.fg is a text-generation model"),
-        ("--deterministic", "--deterministic is for text-to-image models"),
+        ("--deterministic", "--deterministic is for text-to-image and gan models"),
         ("-W 32", "--width is for text-to-image models"),
         ("--temp -1", "temperature is not a number from 0 to 100"),
         ("--top-k -1", "argument --top-k: -1 is out of range"),

@@ -21,8 +21,9 @@ from torch import Tensor
 
 import fusegen
 from fusegen.models import load as loading
+from fusegen.models.pixels import pictures
 from fusegen.models.text_encoder import TextEncoder, TextEncoderConfig
-from fusegen.models.text_to_image import TextToImage, pictures
+from fusegen.models.text_to_image import TextToImage
 from fusegen.models.unet import UNet, UNetConfig
 from fusegen.models.zoo.emoji import data, export
 from fusegen.runtime.bundle import Bundle

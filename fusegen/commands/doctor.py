@@ -15,7 +15,9 @@ from pathlib import Path
 HELP = "say what this machine has, what is missing, and what that costs"
 DESCRIPTION = "Say what this machine has, what is missing, and what that costs. Include its output in fault reports."
 EXAMPLES = "  fusegen doctor\n  fusegen doctor --json\n"
-PACKAGES = ("torch", "numpy", "triton", "safetensors", "tokenizers", "pillow", "onnx", "onnxruntime-gpu", "onnxruntime")
+PACKAGES = (
+    "torch", "numpy", "triton", "safetensors", "tokenizers", "pillow", "av", "onnx", "onnxruntime-gpu", "onnxruntime",
+)  # fmt: skip
 PEERS = ("diffusers", "transformers", "openvino")
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
 import sys
 import time
 from typing import Any
 
-from fusegen.arguments import finite, integer
+from fusegen.arguments import finite, first_seed, integer
 from fusegen.cancelling import cancellable
 
 TITLE = "options of text-generation models (pycode), each by default the model's own"
@@ -39,7 +38,7 @@ def add(p: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
-    seed = secrets.randbits(32) if args.seed < 0 else args.seed
+    seed = first_seed(args.seed)
     import fusegen
 
     model = fusegen.load(args.model, device=args.device, dtype=args.dtype)

@@ -190,6 +190,20 @@ struct fg_winograd_conv2d_args {
   int64_t batch, inputs, outputs, height, width;
 };
 
+// A modulated 3x3 convolution with padding 1 of (batch, height, width, inputs), where `taps` is not null of that at twice
+// the size, with norm, noise, bias and activation; see winograd_modulated_conv2d.cpp.
+struct fg_winograd_modulated_conv2d_args {
+  const void *x, *styles;          // dense, channels innermost; (batch, inputs)
+  const void *filters, *squares;   // float32; (outputs, inputs): the sum of each pair's squared weights
+  const void *taps, *noise, *bias; // or null; (4, 4), (batch or 1, out height, out width), (outputs,)
+  void *out;
+  int64_t dtype, styles_dtype, taps_dtype, noise_dtype, bias_dtype;
+  int64_t batch, inputs, outputs, height, width;  // of x
+  int64_t noise_batch;                            // a sample's elements of noise, 0 where all share one
+  int64_t act;
+  double alpha, gain, clamp, eps;
+};
+
 // clamp(gain act(x + bias)) of outer x channels x inner elements; out is dense in that order; see bias_act.cpp.
 struct fg_bias_act_args {
   const void *x, *bias;
@@ -307,7 +321,8 @@ struct fg_qk_norm_rope_args {
   X(sampler_step)     \
   X(upfirdn2d)        \
   X(upsample2x_conv)  \
-  X(winograd_conv2d)
+  X(winograd_conv2d)  \
+  X(winograd_modulated_conv2d)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {

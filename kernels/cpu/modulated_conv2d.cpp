@@ -23,6 +23,7 @@ constexpr int64_t kInput = 768 << 10;  // bytes of input that an item lays out, 
 constexpr int64_t kRange = 64;         // channels out of an item where items would be few
 constexpr int64_t kFew = 8;
 constexpr int64_t kMostTaps = 1024;
+constexpr int kPoints = 4;  // channels out up to which a 1x1 convolution takes a sum for each
 
 struct Tap {
   int64_t weight, offset;
@@ -263,6 +264,44 @@ int block_of(const fg_modulated_conv2d_args *a, const Shape &s, const Finish &f,
   return FG_OK;
 }
 
+// A 1x1 convolution to few channels, as to RGB, of pixels whose channels are innermost: a sum of products a pixel and
+// channel out, in order, W at a time.
+template <int kAct, class T>
+int to_few(const fg_modulated_conv2d_args *a, const Finish &f, const float *styles, const float *norms) {
+  const int64_t channels = a->channels, count = a->outputs;
+  return parallel_for(a->batch * a->height, 1 + (1 << 12) / a->width, [&](int64_t item) {
+    const int64_t b = item / a->height, y = item % a->height, pitch = (channels + W - 1) / W * W;
+    float *w = static_cast<float *>(fg_scratch(static_cast<size_t>(kPoints * pitch + channels) * sizeof(float)));
+    if (!w) return static_cast<int>(FG_NO_MEMORY);
+    float norm[kPoints] = {}, bias[kPoints] = {}, sums[kPoints];
+    for (int64_t i = 0; i < kPoints * pitch; ++i) w[i] = 0.0f;
+    for (int64_t o = 0; o < count; ++o) {
+      const float *from = weights_of<T>(a, o, w + kPoints * pitch);
+      for (int64_t c = 0; c < channels; ++c) w[o * pitch + c] = from[c] * styles[b * channels + c];
+      norm[o] = a->demodulate ? norms[b * count + o] : 1.0f;
+      bias[o] = parameter(a->bias, a->bias_dtype, o, 0.0f);
+    }
+    const T *x = static_cast<const T *>(a->x) + b * a->x_batch + y * a->x_row;
+    T *out = static_cast<T *>(a->out) + item * a->width * count;
+    for (int64_t i = 0; i < a->width; ++i, x += a->x_col, out += count) {
+      vf sum[kPoints];
+      for (int o = 0; o < kPoints; ++o) sum[o] = set1(0.0f);
+      for (int64_t c = 0; c < channels; c += W) {
+        const vf v = channels - c < W ? load_n(x + c, static_cast<int>(channels - c)) : load(x + c);
+        for (int o = 0; o < kPoints; ++o) sum[o] = fma(v, load(w + o * pitch + c), sum[o]);
+      }
+      const vf noise = set1(parameter(a->noise, a->noise_dtype, (b * a->noise_batch + y) * a->width + i, 0.0f));
+      for (int64_t o = 0; o < count; ++o) sums[o] = hsum(sum[o]);
+      for (int64_t o = 0; o < count; o += W) {
+        const int n = within(count - o);
+        const vf value = add(mul(load_n(sums + o, n), load_n(norm + o, n)), noise);
+        store_n(out + o, finished<kAct, T>(add(value, load_n(bias + o, n)), f), n);
+      }
+    }
+    return static_cast<int>(FG_OK);
+  });
+}
+
 template <class T>
 int convolve(const fg_modulated_conv2d_args *a, float *memory) {
   const int64_t all = a->taps_y * a->taps_x, styles = a->batch * a->channels;
@@ -280,6 +319,10 @@ int convolve(const fg_modulated_conv2d_args *a, float *memory) {
     float *biases = norms + a->batch * a->outputs;
     for (int64_t o = 0; o < a->outputs; ++o) biases[o] = parameter(a->bias, a->bias_dtype, o, 0.0f);
     return with_activation(a->act, [&](auto act) { return finish_product<decltype(act)::value, T>(a, f, norms, biases); });
+  }
+  const bool point = all == 1 && a->up == 1 && !a->pad_y && !a->pad_x && a->outputs <= kPoints;
+  if (point && a->channels_last && a->x_channel == 1) {
+    return with_activation(a->act, [&](auto act) { return to_few<decltype(act)::value, T>(a, f, memory, norms); });
   }
   const Shape s = shape_of(a);
   const int64_t blocks = (s.rows + s.block - 1) / s.block;

@@ -33,7 +33,11 @@ def decline(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, resid
             return f"{name} is not channels-last"
     if not filters.is_contiguous() or (bias is not None and not bias.is_contiguous()):
         return "filters or bias are strided"
-    pairs, tiles = x.shape[1] * outputs, x.shape[0] * (-(-x.shape[2] // 4)) * (-(-x.shape[3] // 4))
+    return too_many(x.shape[1] * outputs, x.shape[0] * (-(-x.shape[2] // 4)) * (-(-x.shape[3] // 4)))
+
+
+def too_many(pairs: int, tiles: int) -> str | None:
+    """Why the filters of so many pairs of channels are too large for ``tiles`` tiles, or None."""
     if pairs > MOST_FILTERS:
         return f"its filters would take {36 * 4 * pairs >> 20} MiB"
     if pairs > MANY_FILTERS and tiles < FEW_TILES:

@@ -1,0 +1,167 @@
+// A 3x3 convolution by Winograd's F(4 x 4, 3 x 3): blocks of tiles are transformed, multiplied by the 36 matrices of
+// filters, and transformed back, all while the block is in the cache.
+//
+// A tile's sums run over the input channels in order, whatever block it is in: neither threads nor batch change a bit.
+// What fills a tile and what becomes of its pixels are the caller's.
+#pragma once
+#include "simd.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int64_t kRows = 24;      // a multiple of every MR below
+constexpr int POINTS = 36, PANEL = 16, VP = PANEL / W;  // vectors of a panel of outputs
+
+constexpr int64_t kFew = 4 << 20, kMany = 16 << 20;  // bytes of filters
+
+// B^T d for six vectors, `s` apart in d and in o.
+FG_INLINE void spread(const vf *d, vf *o, int s) {
+  const vf two = set1(2.0f), four = set1(4.0f), five = set1(-5.0f);
+  const vf a = fma(set1(-4.0f), d[2 * s], d[4 * s]), b = fma(set1(-4.0f), d[s], d[3 * s]);
+  const vf c = sub(d[4 * s], d[2 * s]), e = mul(two, sub(d[3 * s], d[s]));
+  const vf first = fma(four, d[0], fma(five, d[2 * s], d[4 * s]));
+  const vf last = fma(four, d[s], fma(five, d[3 * s], d[5 * s]));
+  o[0] = first;
+  o[s] = add(a, b);
+  o[2 * s] = sub(a, b);
+  o[3 * s] = add(c, e);
+  o[4 * s] = sub(c, e);
+  o[5 * s] = last;
+}
+
+// A^T m for six vectors `s` apart; four come out, `t` apart.
+FG_INLINE void gather(const vf *m, int s, vf *o, int t) {
+  const vf a = add(m[s], m[2 * s]), b = sub(m[s], m[2 * s]), c = add(m[3 * s], m[4 * s]), d = sub(m[3 * s], m[4 * s]);
+  o[0] = add(add(m[0], a), c);
+  o[t] = fma(set1(2.0f), d, b);
+  o[2 * t] = fma(set1(4.0f), c, a);
+  o[3 * t] = add(fma(set1(8.0f), d, b), m[5 * s]);
+}
+
+// m[MR][NP panels] = v[MR][inputs] . u, whose panels are `inputs` * PANEL apart.
+template <int MR, int NP>
+FG_INLINE void product(const float *v, int64_t inputs, int64_t step, const float *u, float *m, int64_t columns) {
+  vf sum[MR][NP * VP];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < NP * VP; ++j) sum[i][j] = set1(0.0f);
+  for (int64_t k = 0; k < inputs; ++k) {
+    vf f[NP * VP];
+#pragma GCC unroll 16
+    for (int j = 0; j < NP * VP; ++j) f[j] = load(u + j / VP * inputs * PANEL + k * PANEL + j % VP * W);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const vf x = set1(v[i * step + k]);
+#pragma GCC unroll 16
+      for (int j = 0; j < NP * VP; ++j) sum[i][j] = fma(x, f[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 16
+    for (int j = 0; j < NP * VP; ++j) store(m + i * columns + j * W, sum[i][j]);
+}
+
+template <int MR, int NP>
+void products(int64_t tiles, const float *v, int64_t inputs, int64_t step, const float *u, float *m, int64_t columns) {
+  for (int64_t t = 0; t < tiles; t += MR) product<MR, NP>(v + t * step, inputs, step, u, m + t * columns, columns);
+}
+
+// The sizes of the output, and how its tiles of 4 x 4 pixels are shared out.
+struct Winograd {
+  const float *filters;
+  int64_t inputs, outputs, height, width;
+  int64_t down, across, tiles;  // of a sample, of the batch
+  int64_t panels, step, columns, block, room;
+
+  Winograd(const void *filters, int64_t batch, int64_t inputs, int64_t outputs, int64_t height, int64_t width)
+      : filters(static_cast<const float *>(filters)), inputs(inputs), outputs(outputs), height(height), width(width) {
+    down = (height + 3) / 4, across = (width + 3) / 4, tiles = batch * down * across;
+    panels = (outputs + PANEL - 1) / PANEL;
+    step = (inputs + W - 1) / W * W;
+    columns = panels * PANEL;
+    // Every block reads all filters: where they are large, it takes more tiles.
+    const int64_t share = (tiles + fg_threads() - 1) / fg_threads(), bytes = POINTS * 4 * inputs * columns;
+    const int64_t most = bytes <= kFew ? kRows : bytes <= kMany ? 2 * kRows : 4 * kRows, parts = (share + most - 1) / most;
+    block = share >= most ? (share + parts - 1) / parts : share;
+    room = (block + kRows - 1) / kRows * kRows;
+  }
+
+  // `count` rows of one of the 36 matrices by all panels of its filters.
+  void multiply(int64_t count, const float *v, const float *u, float *m) const {
+    const int64_t panel = inputs * PANEL;
+#if defined(FG_HAS_AVX512)
+    for (int64_t p = 0; p < panels;) {
+      const int64_t left = panels - p, n = left == 5 || left == 6 || left == 9 ? 3 : left < 4 ? left : 4;
+      float *to = m + p * PANEL;
+      if (n == 4)
+        products<6, 4>(count, v, inputs, step, u + p * panel, to, columns);
+      else if (n == 3)
+        products<8, 3>(count, v, inputs, step, u + p * panel, to, columns);
+      else if (n == 2)
+        products<12, 2>(count, v, inputs, step, u + p * panel, to, columns);
+      else
+        products<12, 1>(count, v, inputs, step, u + p * panel, to, columns);
+      p += n;
+    }
+#else
+    constexpr int MR = W == 1 ? 2 : 6;
+    for (int64_t p = 0; p < panels; ++p)
+      products<MR, 1>(count, v, inputs, step, u + p * panel, m + p * PANEL, columns);
+#endif
+  }
+
+  // fill(sample, y, x, put) hands put(c, d) the 36 pixels d of channels from c on of the tile whose outputs begin at
+  // pixel (y, x): those from (y - 1, x - 1) on.  take(sample, y, x, get) has get(o, z) set the 16 outputs z of channels
+  // from o on.
+  template <class Fill, class Take>
+  int convolve(int64_t item, const Fill &fill, const Take &take) const {
+    const int64_t first = item * block, count = tiles - first < block ? tiles - first : block;
+    const int64_t words = POINTS * room * (step + columns);
+    float *v = static_cast<float *>(fg_scratch(static_cast<size_t>(words) * sizeof(float)));
+    if (!v) return FG_NO_MEMORY;
+    float *m = v + POINTS * room * step;
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t tile = first + t;
+      fill(tile / (down * across), tile / across % down * 4, tile % across * 4, [&](int64_t c, vf *d) {
+        vf e[POINTS];
+        for (int i = 0; i < 6; ++i) spread(d + i, e + i, 6);
+        for (int i = 0; i < 6; ++i) spread(e + 6 * i, d + 6 * i, 1);
+        for (int i = 0; i < POINTS; ++i) store(v + (i * room + t) * step + c, d[i]);
+      });
+    }
+    for (int64_t i = 0; i < POINTS; ++i)
+      multiply(count, v + i * room * step, filters + i * panels * inputs * PANEL, m + i * room * columns);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t tile = first + t;
+      take(tile / (down * across), tile / across % down * 4, tile % across * 4, [&](int64_t o, vf *z) {
+        vf d[POINTS], e[24];
+        for (int i = 0; i < POINTS; ++i) d[i] = load(m + (i * room + t) * columns + o);
+        for (int i = 0; i < 6; ++i) gather(d + i, 6, e + i, 6);
+        for (int i = 0; i < 4; ++i) gather(e + 6 * i, 1, z + 4 * i, 1);
+      });
+    }
+    return FG_OK;
+  }
+
+  template <class Fill, class Take>
+  int run(const Fill &fill, const Take &take) const {
+    return parallel_for((tiles + block - 1) / block, 1, [&](int64_t item) { return convolve(item, fill, take); });
+  }
+};
+
+// pixel[i * SIDE + j] is where pixel (y + i, x + j) of an image (height, width, channels) begins, null outside of it.
+template <int SIDE, class T>
+FG_INLINE void pixels_at(const T *image, int64_t height, int64_t width, int64_t channels, int64_t y, int64_t x,
+                         const T **pixel) {
+  for (int i = 0; i < SIDE * SIDE; ++i) {
+    const int64_t row = y + i / SIDE, column = x + i % SIDE;
+    const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+    pixel[i] = inside ? image + (row * width + column) * channels : nullptr;
+  }
+}
+
+FG_INLINE int lanes_left(int64_t n) { return n < W ? static_cast<int>(n) : W; }
+
+}  // namespace

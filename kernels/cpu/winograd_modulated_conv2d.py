@@ -1,0 +1,74 @@
+"""Launcher of winograd_modulated_conv2d.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusegen.kernels.cpu import library
+from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
+from fusegen.kernels.cpu.winograd_conv2d import too_many
+from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
+from fusegen.kernels.winograd_modulated_conv2d import finish
+
+FEWER = 4  # so many times fewer tiles than a plain convolution pay: a library is slower with so few pixels
+GIVEN = {0: "x", 1: "filters", 2: "squares", 3: "styles", 5: "taps", 6: "noise", 7: "bias"}  # by argument
+
+
+class Args(ctypes.Structure):
+    """``fg_winograd_modulated_conv2d_args`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "styles", "filters", "squares", "taps", "noise", "bias", "out")),
+        *((f"{name}dtype", ctypes.c_int64) for name in ("", "styles_", "taps_", "noise_", "bias_")),
+        *((name, ctypes.c_int64) for name in ("batch", "inputs", "outputs", "height", "width", "noise_batch", "act")),
+        *((name, ctypes.c_double) for name in ("alpha", "gain", "clamp", "eps")),
+    ]
+
+
+def decline(*args: Any) -> str | None:
+    x, filters, squares, styles, outputs, taps, noise, bias = args[:8]
+    if x.dtype not in FLOATS:
+        return f"x is {x.dtype}"
+    if not is_channels_last(x):
+        return "x is not channels-last"
+    for name, tensor in (("filters", filters), ("squares", squares)):
+        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            return f"{name} are not dense float32"
+    for name, tensor in (("styles", styles), ("taps", taps), ("noise", noise), ("bias", bias)):
+        if tensor is not None and (tensor.dtype not in (x.dtype, torch.float32) or not tensor.is_contiguous()):
+            return f"{name} is strided or {tensor.dtype}, neither float32 nor x's {x.dtype}"
+    if x.dtype == torch.bfloat16 and (reason := _better_in_bfloat16(taps)):
+        return reason
+    up = 1 if taps is None else 2
+    tiles = x.shape[0] * (-(-up * x.shape[2] // 4)) * (-(-up * x.shape[3] // 4))
+    return too_many(x.shape[1] * outputs, FEWER * tiles)
+
+
+def _better_in_bfloat16(taps: Tensor | None) -> str | None:
+    """The products here are of float32: a CPU with products of bfloat16 may be faster without Winograd."""
+    if library.level() == "amx":
+        return "tiles of bfloat16 are faster"
+    if library.level() == "avx512_bf16" and taps is not None:
+        return "a transposed convolution takes as many products, of bfloat16"
+    return None
+
+
+def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
+    x, _, _, styles, outputs, taps, noise, bias, act, alpha, gain, clamp, eps = args
+    batch, inputs, height, width = x.shape
+    found = finish("winograd_modulated_conv2d", act, alpha, gain, clamp)
+    given = {"styles": styles, "taps": taps, "noise": noise, "bias": bias}
+    struct = Args(
+        out=outs[0].data_ptr(), dtype=DTYPES[x.dtype], batch=batch, inputs=inputs, outputs=outputs, height=height,
+        width=width, noise_batch=0 if noise is None or noise.shape[0] == 1 else noise[0].numel(), act=found.act,
+        alpha=found.alpha, gain=found.gain, clamp=found.clamp, eps=eps,
+        **{f"{k}_dtype": 0 if t is None else DTYPES[t.dtype] for k, t in given.items()},
+    )  # fmt: skip
+    return CpuLaunch("winograd_modulated_conv2d", struct, GIVEN, outs, args)
+
+
+KERNELS = [Kernel("winograd_modulated_conv2d C++", "cpu", decline, bind)]

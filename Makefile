@@ -1,6 +1,6 @@
 # Each target works alone on a fresh clone with Python 3.11+ and a C++ compiler; all of them use ./.venv.
 #
-#   make demo        pictures from the zoo's model, the plan behind them, and the time beside eager PyTorch
+#   make demo        what the zoo's models make, the plans behind it, and a table beside eager PyTorch
 #   make test        the whole test suite
 #   make lint        ruff and mypy
 #   make bench       kernels and models against their peers, interleaved
@@ -87,6 +87,8 @@ need-arm:
 zoo: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.models.zoo.emoji.train --out build/emoji
 	$(BIN)/python -m fusegen.models.zoo.emoji.export build/emoji -o models/zoo/emoji.fg
+	$(BIN)/python -m fusegen.models.zoo.emoji_gan.train --out build/emoji-gan
+	$(BIN)/python -m fusegen.models.zoo.emoji_gan.export build/emoji-gan -o models/zoo/emoji-gan.fg
 	$(BIN)/python -m fusegen.models.zoo.pycode.train --out build/pycode
 	$(BIN)/python -m fusegen.models.zoo.pycode.export build/pycode -o models/zoo/pycode.fg
 

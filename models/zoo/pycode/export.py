@@ -109,7 +109,7 @@ def export(folder: Path, out: Path, sources: data.Sources) -> Manifest:
     manifest = Manifest(
         name="pycode",
         family="text-generation",
-        loop={"context": gpt.cfg.context, **TOKENS},
+        loop={"context": gpt.cfg.context, "fill": "spm", **TOKENS},
         sampler=SAMPLER,
         quality={"held_out": vars(measured)},
         licence="PSF-2.0",

@@ -87,18 +87,21 @@ FG_INLINE void steps(const T *w, int64_t down, const T *const (&x)[ROWS], int64_
 template <class T, int ROWS>
 inline void dots(const T *w, int64_t down, const T *const (&x)[ROWS], int64_t k, float *sums) {
   constexpr int DOWN = kTile / ROWS;
-  vf acc[kTile];
-  for (int i = 0; i < kTile; ++i) acc[i] = set1(0.0f);
-  steps<T, ROWS>(w, down, x, 0, k < kRun ? k : kRun, acc);
-  for (int64_t at = kRun; at < k; at += kRun) {
-    vf more[kTile];
-    for (int i = 0; i < kTile; ++i) more[i] = set1(0.0f);
-    steps<T, ROWS>(w, down, x, at, k < at + kRun ? k : at + kRun, more);
-    for (int i = 0; i < kTile; ++i) acc[i] = add(acc[i], more[i]);
-  }
-  float found[kTile];
-  totals(acc, found);
-  for (int r = 0; r < ROWS; ++r) memcpy(sums + r * kPanel, found + r * DOWN, DOWN * sizeof(float));
+  int64_t at = 0;
+  do {
+    const int64_t end = k < at + kRun ? k : at + kRun;
+    vf acc[kTile];
+    for (int i = 0; i < kTile; ++i) acc[i] = set1(0.0f);
+    steps<T, ROWS>(w, down, x, at, end, acc);
+    float found[kTile];
+    totals(acc, found);
+    for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < DOWN; ++i) {
+        float &sum = sums[r * kPanel + i];
+        sum = at ? sum + found[r * DOWN + i] : found[r * DOWN + i];
+      }
+    at = end;
+  } while (at < k);
 }
 
 // What follows the products, at n <= W columns of one row of the output.

@@ -10,6 +10,7 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class Filled:
 def fill(model: TextGeneration, lines: Sequence[Hole], suffix: bool = True) -> Filled:
     """Greedy lines for the holes, with what comes after them or without."""
     exact, similar = 0, 0.0
-    settings = {"max_tokens": 64, "temperature": 0.0, "repeat_penalty": 1.0}
+    settings: dict[str, Any] = {"max_tokens": 64, "temperature": 0.0, "repeat_penalty": 1.0}
     for hole in lines:
         try:
             (made,) = model.generate(hole.before, hole.after if suffix else None, stop="\n", **settings)

@@ -141,7 +141,7 @@ def prepare(folder: Path, sources: data.Sources) -> Tokenizer:
 def decided(folder: Path) -> int | None:
     """The number of steps that an earlier part of a run by the clock has decided."""
     file = folder / "config.json"
-    return json.loads(file.read_text())["steps"] if file.exists() else None
+    return json.loads(file.read_text()).get("steps") if file.exists() else None
 
 
 def describe(folder: Path, run: Run, settings: Settings, sources: data.Sources) -> None:

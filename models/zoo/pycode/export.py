@@ -35,7 +35,14 @@ from fusegen.runtime.program import Program
 BATCH, CHUNK = 64, 64  # the most sequences, and the most of a prompt's tokens, in one run of the decoder
 CARD = Path(__file__).with_name("card.md")
 TOKENS = dict(zip(("end", "prefix", "suffix", "middle"), data.SPECIAL, strict=True)) | {"begin": data.END}
-SAMPLER = {"max_tokens": 128, "temperature": 0.6, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.1}
+SAMPLER: dict[str, Any] = {
+    "max_tokens": 128,
+    "temperature": 0.6,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "repeat_penalty": 1.1,
+}
 
 
 def network(folder: Path) -> tuple[GPT, dict[str, Any]]:
@@ -101,7 +108,12 @@ def written(model: TextGeneration, texts: Sequence[str], lines: int, functions: 
     """What the model writes of ``texts``, for the card."""
     found = measure.holes(texts, lines)
     filled, alone = (measure.fill(model, found, suffix) for suffix in (True, False))
-    facts = {"lines": len(found), "before": measure.BEFORE, "after": measure.AFTER, "functions": functions}
+    facts: dict[str, Any] = {
+        "lines": len(found),
+        "before": measure.BEFORE,
+        "after": measure.AFTER,
+        "functions": functions,
+    }
     facts |= {"exact": f"{filled.exact:.1%}", "similar": f"{filled.similar:.2f}"}
     facts |= {"exact_alone": f"{alone.exact:.1%}", "similar_alone": f"{alone.similar:.2f}"}
     return facts | {"parsing": f"{measure.parsing(model, texts, functions):.0%}"}
@@ -114,7 +126,7 @@ def export(
     gpt, config = network(folder)
     tok, texts = Tokenizer.from_file(str(folder / "tokenizer.json")), list(sources.held_out.values())
     measured, program = quality(rounded(gpt), tok, texts, config["length"]), decoder(gpt)
-    loop = {"context": gpt.cfg.context, "fill": "spm", **TOKENS}
+    loop: dict[str, Any] = {"context": gpt.cfg.context, "fill": "spm", **TOKENS}
     session = compile_program(with_sampler(program, gpt.cfg.context), "cpu", torch.float32, deterministic=True)
     model = TextGeneration(tok, session, TextConfig(**loop), TextDefaults(**SAMPLER))
     facts = vars(gpt.cfg) | {k: config[k] for k in ("batch", "length", "threads")}

@@ -162,7 +162,8 @@ class TextGeneration:
         if suffix is None:
             tokens = [special["begin"]] * ("begin" in special) + before
         elif {"prefix", "suffix", "middle"} <= special.keys():
-            tokens = [special["prefix"], *before, special["suffix"], *after, special["middle"]]
+            prefix, middle = ([], before) if self.text.fill == "spm" else (before, [])
+            tokens = [special["prefix"], *prefix, special["suffix"], *after, special["middle"], *middle]
         else:
             raise RequestError("this model does not fill in the middle", "suffix", "leave it out")
         if not tokens:
@@ -212,7 +213,8 @@ class TextGeneration:
         the next line's indentation, would leave it in a place where it has never been.
         """
         tokens = self.encode(prompt, suffix)
-        at = len(tokens) - 1 if suffix is None else tokens.index(self.special["suffix"]) - 1
+        apart = suffix is not None and self.text.fill == "psm"  # the middle is not right behind its prefix
+        at = tokens.index(self.special["suffix"]) - 1 if apart else len(tokens) - 1
         last = tokens[at]
         if last not in self._longer:
             piece = self.bytes[last]

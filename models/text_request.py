@@ -10,6 +10,9 @@ from fusegen.models.request import integer, number
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.loop.decode import CHUNKS, Sampling
 
+# Orders of a text whose middle is to be filled in (Bavarian et al. 2022, arXiv:2207.14255): the middle comes
+# behind the suffix, or right behind its prefix, whose text it goes on with: <prefix> <suffix> suffix <middle> prefix.
+FILLS = ("psm", "spm")
 MOST_CHARACTERS, MOST_STOPS, MOST_PROMPTS, MOST_CONTEXT = 1_000_000, 64, 1024, 1 << 20
 
 
@@ -17,7 +20,7 @@ MOST_CHARACTERS, MOST_STOPS, MOST_PROMPTS, MOST_CONTEXT = 1_000_000, 64, 1024, 1
 class TextConfig:
     """``context``: the most tokens of a prompt and what comes after it.  The rest are tokens by their text, empty where
     there is none: ``end`` ends a text, ``begin`` stands before a prompt; ``prefix``, ``suffix`` and ``middle`` stand
-    before the parts of a text whose middle is to be filled in."""
+    before the parts of a text whose middle is to be filled in, in the order that ``fill`` names (:data:`FILLS`)."""
 
     context: int
     end: str
@@ -25,6 +28,7 @@ class TextConfig:
     prefix: str = ""
     suffix: str = ""
     middle: str = ""
+    fill: str = "psm"
 
     def __post_init__(self) -> None:
         integer("context", self.context, 1, MOST_CONTEXT)
@@ -33,10 +37,12 @@ class TextConfig:
         for name, value in asdict(self).items():
             if name != "context" and not isinstance(value, str):
                 raise RequestError(f"{name} is a {type(value).__name__}", "loop", "it must be a text")
+        if self.fill not in FILLS:
+            raise RequestError(f"fill is {self.fill!r}", "loop", f"it must be one of {', '.join(FILLS)}")
 
     def special(self) -> dict[str, str]:
         """The tokens there are, by their part."""
-        return {k: v for k, v in asdict(self).items() if k != "context" and v}
+        return {k: v for k, v in asdict(self).items() if k not in ("context", "fill") and v}
 
 
 RANGES = {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
-from fusegen.runtime import join, state, upsample, winograd, winograd_modulated
+from fusegen.runtime import few_rows, join, state, upsample, winograd, winograd_modulated
 from fusegen.runtime.backends.base import Backend, Binding
 from fusegen.runtime.cost import cost
 from fusegen.runtime.errors import GraphError
@@ -105,8 +106,10 @@ def plan(
     """
     static = backend.lower(specialize(state.check(program), given))
     if backend.fuses:
+        declined = partial(_declined, backend)
         for rule in (upsample, winograd, winograd_modulated, join):
-            static = rule.folded(static, lambda op, args: _declined(op, backend, args))
+            static = rule.folded(static, declined)
+        static = few_rows.folded(static, declined, deterministic) if backend.few_rows else static
     metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}
     metas |= {
         k: torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device="meta") for k, w in static.weights.items()
@@ -184,7 +187,7 @@ def _pick(op: registry.Op, node: Node, values: Mapping[str, Any], backend: Backe
     return backend.hold(Binding("reference", f"{op.name} reference", picked.declined), node.op, values, deterministic)
 
 
-def _declined(op: registry.Op, backend: Backend, args: tuple[Any, ...]) -> str | None:
+def _declined(backend: Backend, op: registry.Op, args: tuple[Any, ...]) -> str | None:
     """Why no kernel takes the op on these arguments, or None where one does."""
     picked = registry.pick(op, backend.device, args)
     return None if picked.kernel else "; ".join(f"{d.kernel}: {d.reason}" for d in picked.declined) or "no kernel"

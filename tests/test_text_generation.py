@@ -7,6 +7,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,20 @@ def test_the_middle_is_asked_for_with_the_parts_in_order(model: TextGeneration) 
     assert not set(made) & set(ids.values())
 
 
+def test_the_middle_may_come_right_behind_its_prefix(file: Path) -> None:
+    model = fusegen.load(file, dtype="float32")
+    model.text = replace(model.text, fill="spm")
+    special = model.special
+    a, c = (model.tokenizer.encode(t, add_special_tokens=False).ids for t in ("def f():\n", "\nprint(a)"))
+    wanted = [special["prefix"], special["suffix"], *c, special["middle"], *a]
+    assert model.encode("def f():\n", "\nprint(a)") == wanted
+    tokens, first = model._healed("def f():\n", "\nprint(a)")
+    assert tokens == wanted[:-1] and first[0] == a[-1] and len(first) > 1
+    assert model._healed("", "\nprint(a)") == ([special["prefix"], special["suffix"], *c, special["middle"]], ())
+    texts = [model.generate("def f():\n", suffix, [3], **SAMPLED) for suffix in ("\nprint(a)", "x")]
+    assert texts[0] != texts[1]
+
+
 def test_cancelling_stops_before_the_next_token(model: TextGeneration) -> None:
     event, seen = threading.Event(), list[str]()
     with pytest.raises(Cancelled, match=r"after [45] tokens"):
@@ -171,6 +186,7 @@ def test_a_bundle_of_another_kind_is_refused(tmp_path: Path) -> None:
     for change, words in (
         (dict(loop={"context": 128}), "TextConfig is incomplete"),
         (dict(loop=loop | {"context": 100}), "context is 100 .*multiple of 64"),
+        (dict(loop=loop | {"fill": "mps"}), "fill is 'mps'.*psm, spm"),
         (dict(loop=loop | {"speed": 1}), "no 'speed'"),
         (dict(loop=loop | {"end": "<|fin|>"}), "the tokenizer has no token '<|fin|>'"),
         (dict(sampler={"temperature": "hot"}), "temperature is not a number"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from safetensors.torch import load_file
 
 import fusegen
 from fusegen.models.gpt import GPTConfig
-from fusegen.models.zoo.pycode import data, export, train
+from fusegen.models.zoo.pycode import data, export, measure, train
 
 SIX = train.Settings(steps=6, tail=0.5, batch=2, length=32, save=0.0)
 TEXT = '"""Ä module."""\n\n\ndef add(a, b):\n    return a + b  # 日本\n\n\nclass Point:\n    x = 0\n'
@@ -29,7 +31,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits_and_exports(tmp_path: Path) ->
     assert train.train(tmp_path / "stopped", SIX, SOURCES).step == 6
     whole, stopped = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "stopped"))
     assert whole.keys() == stopped.keys() and all(torch.equal(v, stopped[k]) for k, v in whole.items())
-    manifest = export.export(tmp_path / "whole", tmp_path / "tiny.fg", SOURCES)
+    manifest = export.export(tmp_path / "whole", tmp_path / "tiny.fg", SOURCES, lines=3, functions=1)
     assert "6 steps of 2 windows of 32 tokens" in manifest.card and "{" not in manifest.card
     assert manifest.quality["held_out"]["tokens"] > 20 and manifest.quality["held_out"]["loss"] > 0
     assert isinstance(fusegen.load(tmp_path / "tiny.fg").generate("def ", max_tokens=4)[0], str)
@@ -41,18 +43,38 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert rates[0] == 0.01 and rates[1:4] == [1, 1, 1] and 0.49 < rates[4] < 0.51 and rates[5] < 0.001
 
 
+def test_a_run_by_the_clock_decides_its_steps_when_the_rate_begins_to_fall(tmp_path: Path) -> None:
+    clock = train.Settings(steps=None, tail=0.5, batch=2, length=32, save=0.0, minutes=0.0)
+    assert clock.at(40, -1.0).steps is None and clock.at(40, 1.0).steps == 80
+    assert train.learning_rate(10**6, clock) == clock.peak
+    assert train.train(tmp_path, clock, SOURCES).step == 2, "one step, then the cosine over as many"
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 2
+    assert train.train(tmp_path, clock, SOURCES).step == 2, "a run that is done stays so"
+
+
 def test_windows_depend_on_their_number_and_fill_in_the_middle() -> None:
-    tok = data.tokenizer(list(SOURCES.train.values()), 300)
-    windows = data.Windows(list(SOURCES.train.values()), tok, 64)
+    texts = list(SOURCES.train.values())
+    tok = data.tokenizer(texts, 300)
+    windows = data.Windows(texts, tok, 64)
     once, again, other = (windows.batch(step, 8) for step in (7, 7, 8))
     assert (once == again).all() and (once != other).any()
-    end, prefix, suffix, middle = data.special(tok)
-    firsts = {int(row[0]) for step in range(8) for row in windows.batch(step, 8)}
-    assert firsts == {end, prefix}
-    filled = next(row for step in range(8) for row in windows.batch(step, 8) if row[0] == prefix and end in row)
-    parts = [int((filled == t).nonzero()[0][0]) for t in (prefix, suffix, middle, end)]
-    a, c, b = (tok.decode(filled[i + 1 : j].tolist()) for i, j in zip(parts, parts[1:], strict=False))
-    assert any(a + b + c in text for text in SOURCES.train.values())
+    end, prefix, *_ = data.special(tok)
+    rows = [row[row >= 0].tolist() for step in range(8) for row in windows.batch(step, 8)]
+    assert {row[0] for row in rows} == {end, prefix} and all(len(row) > 32 for row in rows)
+    pieces = [tok.decode(row, skip_special_tokens=False) for row in rows]
+    form = re.compile(r"<.prefix.><.suffix.>(.*?)<.middle.>(.*?)<.end.>", re.DOTALL)
+    found = [m for piece in pieces for m in form.finditer(piece)]
+    assert len(found) > 8 and all(any(m[2] + m[1] in text for text in texts) for m in found if "\ufffd" not in m[0])
+
+
+def test_lines_to_fill_in_are_whole_and_have_what_is_around_them() -> None:
+    found = measure.holes([TEXT], 100)
+    assert {h.line for h in found} == {line.strip() for line in TEXT.splitlines() if line.strip()}
+    assert all(h.before + h.line + h.after == TEXT for h in found)
+    long = "".join(f"    value{i} = {i}\n" for i in range(200))
+    (one,) = measure.holes([long], 1)
+    assert one.before.startswith("    value") and one.after.startswith("\n    value") and one.after.endswith("\n")
+    assert [measure.edits(*p) for p in (("kitten", "sitting"), ("", "abc"), ("same", "same"))] == [3, 3, 0]
 
 
 def test_a_tokenizer_gives_every_text_back() -> None:

@@ -112,6 +112,16 @@ struct fg_layer_norm_args : fg_row_norm_args {};
 struct fg_rms_norm_args : fg_row_norm_args {};
 struct fg_add_norm_args : fg_row_norm_args {};
 
+// act(x W^T + bias + residual) * multiplier for few rows of x; see linear.cpp.  x has outer x inner rows of `width`; bias,
+// residual and multiplier may be null, all but x are dense; activation: quantized.h.
+struct fg_linear_args {
+  const void *x, *weight, *bias, *residual, *multiplier;
+  void *out;
+  int64_t dtype, bias_dtype;
+  int64_t outer, inner, width, x_outer, x_inner;
+  int64_t out_features, activation;
+};
+
 // Linear layers on quantized weights; see linear_int4.py and linear_int8.py of kernels/.  x has outer x inner rows of
 // `width`, bias, residual and zeros may be null, out and residual are dense; activation: quantized.h.
 struct fg_linear_int4_args {
@@ -309,6 +319,7 @@ struct fg_qk_norm_rope_args {
   X(join_group_norm)  \
   X(kv_append)        \
   X(layer_norm)       \
+  X(linear)           \
   X(linear_int4)      \
   X(linear_int8)      \
   X(modulated_conv2d) \

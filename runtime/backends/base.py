@@ -21,6 +21,7 @@ class Backend:
     name = ""
     device = "cpu"
     fuses = True  # whether the program is rewritten to fused ops first
+    few_rows = False  # whether linear layers of few rows are the op ``linear``: where that was measured to be faster
     plans = True  # whether outputs go to planned buffers
     graph = False  # whether a captured run is recorded and replayed as a whole (CUDA graphs)
 

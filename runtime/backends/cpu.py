@@ -1,4 +1,4 @@
-"""The CPU: our C++ kernels for fused ops, oneDNN for products and convolutions, ATen for the rest."""
+"""The CPU: our C++ kernels for fused ops, oneDNN for large products and convolutions, ATen for the rest."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Cpu(Backend):
     """Epilogues are fused into products, products of one input are merged, and outputs lie in one arena."""
 
     name = "cpu"
+    few_rows = True
 
     def lower(self, program: Program) -> Program:
         """Fuse and merge, find the strides that the bound forms give, then fuse what these allow."""

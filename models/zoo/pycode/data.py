@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ END, PREFIX, SUFFIX, MIDDLE = SPECIAL = ("<|end|>", "<|prefix|>", "<|suffix|>", 
 # tests, what pip brought, and tables that are no code: code pages, the manual's text as a dictionary
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 HELD_OUT = 20  # one file in so many, by its path's hash
-# A line's end with the next line's indentation, words, single digits, runs of other signs, other white space.
-SPLIT = r"\n *| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z_0-9]+|\s"
+# Lines' ends with the next line's indentation; words (of snake_case each with the underscores before it), single digits
+# and runs of other signs, each with a space before it; runs of spaces but for that one; other white space.
+SPLIT = r"\n+ *| ?_*[A-Za-z]+| ?_+| ?[0-9]| ?[^\sA-Za-z_0-9]+| +(?= )| +|\s"
+WORD = re.compile(r"\b")
 
 
 @dataclass(frozen=True)
@@ -72,40 +75,72 @@ def special(tok: Tokenizer) -> list[int]:
 
 
 class Windows:
-    """Training windows: pieces of files from a line's start on, half of them for filling in the middle.
+    """Training windows: pieces of files one behind the other, more than half of them for filling in the middle.
 
-    A window begins with ``<|end|>``, or is ``<|prefix|> a <|suffix|> c <|middle|> b <|end|>`` for a text a + b + c cut
-    at two random characters (Bavarian et al. 2022, arXiv:2207.14255).
+    A piece is ``<|end|>`` and a file's text from a line's start on, or ``<|prefix|> <|suffix|> c <|middle|> t <|end|>``
+    for a text t that c goes on from: the order suffix, prefix, middle of Bavarian et al. (2022, arXiv:2207.14255), in
+    which a middle goes on from its prefix as any text does.  Where in t the middle begins is nothing a window shows, so
+    every place in it is learned, and a prefix's last token is what it would be in the whole text.
     """
 
-    CHARACTERS = 5  # of text read for a token of the window: more than a token has on average
+    FILLED = 0.6  # the part of the pieces that are for filling in the middle
+    LEAST = 32  # tokens: the end of a window is left to no piece shorter than that
+    CHARACTERS = 6  # of text read for a token of a piece: more than a token has on average
 
     def __init__(self, texts: Sequence[str], tok: Tokenizer, length: int):
         self.texts, self.tok, self.length = texts, tok, length
         self.ends = np.cumsum([len(t) for t in texts])
         self.end, self.prefix, self.suffix, self.middle = special(tok)
 
-    def one(self, rng: np.random.Generator) -> list[int]:
-        """One window: at most ``length`` + 1 tokens."""
+    def place(self, rng: np.random.Generator) -> tuple[str, int]:
+        """A file and a character of it, any of all the files' with the same chance."""
         at = int(rng.integers(self.ends[-1]))
         index = int(np.searchsorted(self.ends, at, side="right"))
-        text = self.texts[index]
-        start = text.rfind("\n", 0, at - int(self.ends[index]) + len(text)) + 1
-        piece = text[start : start + self.CHARACTERS * self.length]
-        encoded = self.tok.encode(piece)
-        if rng.random() < 0.5:
-            most = self.length - 3
-            stop = encoded.offsets[most - 1][1] if len(encoded.ids) > most else len(piece)
-            return self.filled(piece[: int(rng.integers(min(64, stop), stop + 1))], rng)
-        whole = start + len(piece) == len(text)
-        return [self.end, *encoded.ids, *([self.end] if whole else [])][: self.length + 1]
+        return self.texts[index], at - int(self.ends[index]) + len(self.texts[index])
 
-    def filled(self, text: str, rng: np.random.Generator) -> list[int]:
-        """A text cut at two random characters, the middle last."""
-        first, second = sorted(int(i) for i in rng.integers(0, len(text) + 1, 2))
-        a, b, c = (e.ids for e in self.tok.encode_batch([text[:first], text[first:second], text[second:]]))
-        c = c[: max(0, self.length - 3 - len(a) - len(b))]
-        return [self.prefix, *a, self.suffix, *c, self.middle, *b, self.end][: self.length + 1]
+    def onward(self, room: int, rng: np.random.Generator) -> list[int]:
+        """A file's text from a line's start on, in at most ``room`` tokens."""
+        text, at = self.place(rng)
+        start = text.rfind("\n", 0, at) + 1
+        piece = text[start : start + self.CHARACTERS * room]
+        return [self.end, *self.tok.encode(piece).ids, *[self.end] * (start + len(piece) == len(text))][:room]
+
+    def cut(self, text: str, at: int, rng: np.random.Generator) -> int:
+        """Where the suffix begins: at the end or the beginning of the line of ``at``, before or behind its indentation,
+        between two words, or at any character."""
+        kind = rng.random()
+        if kind < 0.4:
+            stop = text.find("\n", at)
+            return len(text) if stop < 0 else stop
+        if kind < 0.6:
+            start = text.rfind("\n", 0, at) + 1
+            return start if kind < 0.5 else start + len(text[start:at]) - len(text[start:at].lstrip(" "))
+        found = WORD.search(text, at) if kind < 0.8 else None
+        return found.start() if found else at
+
+    def filled(self, room: int, rng: np.random.Generator) -> list[int]:
+        """A suffix and the text up to it, from a line's start on where it has one, in at most ``room`` tokens."""
+        text, at = self.place(rng)
+        at = self.cut(text, at, rng)
+        most = int(rng.integers(self.LEAST, room + 1)) - 4
+        after = int(most * rng.uniform(0.05, 0.6))
+        c = self.tok.encode(text[at : at + self.CHARACTERS * after]).ids[:after]
+        before = text[max(0, at - self.CHARACTERS * (most - len(c))) : at]
+        encoded = self.tok.encode(before)
+        if len(encoded.ids) > most - len(c):
+            start = encoded.offsets[len(encoded.ids) - most + len(c)][0]
+            line = before.find("\n", start, len(before) - 1)
+            before = before[start if line < 0 else line + 1 :]
+        t = self.tok.encode(before).ids[len(c) - most :]
+        return [self.prefix, self.suffix, *c, self.middle, *t, self.end]
+
+    def one(self, rng: np.random.Generator) -> list[int]:
+        """One window: at most ``length`` + 1 tokens."""
+        ids, size = list[int](), self.length + 1
+        while (room := size - len(ids)) >= self.LEAST or not ids:
+            fill = rng.random() < self.FILLED and room >= self.LEAST
+            ids += self.filled(room, rng) if fill else self.onward(room, rng)
+        return ids
 
     def batch(self, step: int, size: int) -> np.ndarray:
         """``size`` windows of a step, (size, length + 1) int64 and -100 behind their ends, from its number."""

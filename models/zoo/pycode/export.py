@@ -1,7 +1,7 @@
 """Make the pycode bundle: ``python -m fusegen.models.zoo.pycode.export build/pycode -o models/zoo/pycode.fg``.
 
-From a training folder: the weights in ``checkpoint.safetensors``, ``config.json`` and ``tokenizer.json``.  Perplexity
-is measured here, on the files held out, with the weights as the bundle stores them.
+From a training folder: the weights in ``checkpoint.safetensors``, ``config.json`` and ``tokenizer.json``.  What the
+card says is measured here, on the files held out, with the weights as the bundle stores them.
 """
 
 from __future__ import annotations
@@ -23,15 +23,26 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fusegen.models.gpt import GPT, Decoder, GPTConfig
-from fusegen.models.zoo.pycode import data
+from fusegen.models.text_generation import TextGeneration
+from fusegen.models.text_request import TextConfig, TextDefaults
+from fusegen.models.zoo.pycode import data, measure
 from fusegen.runtime.api import capture
 from fusegen.runtime.bundle import Bundle, Manifest
+from fusegen.runtime.compile import compile as compile_program
+from fusegen.runtime.loop.decode import with_sampler
 from fusegen.runtime.program import Program
 
 BATCH, CHUNK = 64, 64  # the most sequences, and the most of a prompt's tokens, in one run of the decoder
 CARD = Path(__file__).with_name("card.md")
 TOKENS = dict(zip(("end", "prefix", "suffix", "middle"), data.SPECIAL, strict=True)) | {"begin": data.END}
-SAMPLER = {"max_tokens": 128, "temperature": 0.6, "top_k": 40, "top_p": 0.95, "min_p": 0.05, "repeat_penalty": 1.1}
+SAMPLER: dict[str, Any] = {
+    "max_tokens": 128,
+    "temperature": 0.6,
+    "top_k": 40,
+    "top_p": 0.95,
+    "min_p": 0.05,
+    "repeat_penalty": 1.1,
+}
 
 
 def network(folder: Path) -> tuple[GPT, dict[str, Any]]:
@@ -93,13 +104,33 @@ def rounded(gpt: GPT) -> GPT:
     return gpt
 
 
-def export(folder: Path, out: Path, sources: data.Sources) -> Manifest:
+def written(model: TextGeneration, texts: Sequence[str], lines: int, functions: int) -> dict[str, Any]:
+    """What the model writes of ``texts``, for the card."""
+    found = measure.holes(texts, lines)
+    filled, alone = (measure.fill(model, found, suffix) for suffix in (True, False))
+    facts: dict[str, Any] = {
+        "lines": len(found),
+        "before": measure.BEFORE,
+        "after": measure.AFTER,
+        "functions": functions,
+    }
+    facts |= {"exact": f"{filled.exact:.1%}", "similar": f"{filled.similar:.2f}"}
+    facts |= {"exact_alone": f"{alone.exact:.1%}", "similar_alone": f"{alone.similar:.2f}"}
+    return facts | {"parsing": f"{measure.parsing(model, texts, functions):.0%}"}
+
+
+def export(
+    folder: Path, out: Path, sources: data.Sources, lines: int = measure.LINES, functions: int = measure.FUNCTIONS
+) -> Manifest:
     """Write the bundle ``out`` from the training ``folder``; returns its manifest."""
     gpt, config = network(folder)
     tok, texts = Tokenizer.from_file(str(folder / "tokenizer.json")), list(sources.held_out.values())
-    measured = quality(rounded(gpt), tok, texts, config["length"])
+    measured, program = quality(rounded(gpt), tok, texts, config["length"]), decoder(gpt)
+    loop: dict[str, Any] = {"context": gpt.cfg.context, "fill": "spm", **TOKENS}
+    session = compile_program(with_sampler(program, gpt.cfg.context), "cpu", torch.float32, deterministic=True)
+    model = TextGeneration(tok, session, TextConfig(**loop), TextDefaults(**SAMPLER))
     facts = vars(gpt.cfg) | {k: config[k] for k in ("batch", "length", "threads")}
-    facts["tail"] = f"{config['tail']:.0%}"
+    facts |= written(model, texts, lines, functions) | {"tail": f"{config['tail']:.0%}"}
     facts |= {"head_dim": gpt.cfg.head_dim, "millions": f"{sum(p.numel() for p in gpt.parameters()) / 1e6:.1f}"}
     facts |= {"python": platform.python_version(), "files": config["files"], "characters": f"{config['characters']:,}"}
     facts |= {"steps": f"{config['steps']:,}", "minutes": f"{config['seconds'] / 60:.0f}"}
@@ -109,14 +140,14 @@ def export(folder: Path, out: Path, sources: data.Sources) -> Manifest:
     manifest = Manifest(
         name="pycode",
         family="text-generation",
-        loop={"context": gpt.cfg.context, **TOKENS},
+        loop=loop,
         sampler=SAMPLER,
         quality={"held_out": vars(measured)},
         licence="PSF-2.0",
         card=CARD.read_text().format(**facts),
     )
     files = {"tokenizer.json": (folder / "tokenizer.json").read_bytes(), "card.md": manifest.card.encode()}
-    return Bundle.write(out, manifest, {"decoder": decoder(gpt)}, files, "bfloat16")
+    return Bundle.write(out, manifest, {"decoder": program}, files, "bfloat16")
 
 
 def main() -> None:

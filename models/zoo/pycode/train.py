@@ -1,10 +1,11 @@
 """Train the Python model: ``python -m fusegen.models.zoo.pycode.train --out build/pycode``.
 
-Next-token prediction over windows of the standard library's source, half of them cut for filling in the middle.  The
+Next-token prediction over windows of the standard library's source, much of them for filling in the middle.  The
 matrices of the blocks learn by Muon (Jordan et al. 2024; its step scaled to AdamW's, Liu et al. 2025,
-arXiv:2502.16982), the rest by AdamW; a short warm-up, a constant rate, and a cosine down to zero at the end, so that
-how long a run takes can be decided while it runs.  Every step draws from a generator seeded with the step's own number,
-so a run that was stopped goes on with the bits it would have had.
+arXiv:2502.16982), the rest by AdamW; a short warm-up, a constant rate, and a cosine down to zero at the end.  So how
+long a run takes can be decided while it runs: with other ``--steps`` when it goes on, or by ``--minutes``, after which
+the number of steps is what was written to ``config.json`` when the cosine began.  Every step draws from a generator
+seeded with the step's own number, so a run that was stopped goes on with the bits it would have had.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,14 +36,22 @@ STATE = {MATRICES: ("momentum_buffer",), REST: ("exp_avg", "exp_avg_sq")}
 @dataclass(frozen=True)
 class Settings:
     """``steps`` of ``batch`` windows of ``length`` tokens; ``peak``: the highest learning rate; ``tail``: the part of
-    the steps that the cosine takes; ``save``: seconds between checkpoints."""
+    the steps that the cosine takes; ``save``: seconds between checkpoints.  ``steps`` None: as many as ``minutes`` on
+    the clock allow."""
 
-    steps: int
+    steps: int | None
     tail: float = 0.3
     batch: int = 16
     length: int = 256
     peak: float = 4e-3
     save: float = 300.0
+    minutes: float = 60.0
+
+    def at(self, step: int, seconds: float) -> Settings:
+        """These settings with the number of steps decided, once the cosine has to begin."""
+        if self.steps is None and seconds >= (1 - self.tail) * 60 * self.minutes:
+            return replace(self, steps=max(1, round(step / (1 - self.tail))))
+        return self
 
 
 def network(vocabulary: int) -> GPTConfig:
@@ -52,8 +61,10 @@ def network(vocabulary: int) -> GPTConfig:
 
 def learning_rate(step: int, settings: Settings) -> float:
     """Linear warm-up, constant, then a cosine down to zero."""
-    length = settings.tail * settings.steps
-    tail = max(0.0, (step - settings.steps + length) / length)
+    tail = 0.0
+    if settings.steps is not None:
+        length = settings.tail * settings.steps
+        tail = max(0.0, (step - settings.steps + length) / length)
     return settings.peak * min(1.0, (step + 1) / WARM) * 0.5 * (1 + math.cos(math.pi * tail))
 
 
@@ -127,6 +138,20 @@ def prepare(folder: Path, sources: data.Sources) -> Tokenizer:
     return Tokenizer.from_file(str(file))
 
 
+def decided(folder: Path) -> int | None:
+    """The number of steps that an earlier part of a run by the clock has decided."""
+    file = folder / "config.json"
+    return json.loads(file.read_text()).get("steps") if file.exists() else None
+
+
+def describe(folder: Path, run: Run, settings: Settings, sources: data.Sources) -> None:
+    """Write ``config.json``: the network, and what it was trained on and how."""
+    facts: dict[str, float | None] = {"files": len(sources.train), "characters": sum(map(len, sources.train.values()))}
+    facts |= {k: getattr(settings, k) for k in ("steps", "batch", "length", "tail")}
+    facts |= {"threads": torch.get_num_threads()}
+    (folder / "config.json").write_text(json.dumps({"gpt": asdict(run.model.cfg)} | facts, indent=1))
+
+
 def train(folder: Path, settings: Settings, sources: data.Sources, until: int | None = None) -> Run:
     """Train (from the folder's checkpoint, if there is one), logging one JSON line in ten steps.
 
@@ -134,27 +159,26 @@ def train(folder: Path, settings: Settings, sources: data.Sources, until: int | 
     """
     tok = prepare(folder, sources)
     run = Run(network(tok.get_vocab_size()), folder)
-    facts: dict[str, float] = {"files": len(sources.train), "characters": sum(map(len, sources.train.values()))}
-    facts |= {"batch": settings.batch, "length": settings.length, "tail": settings.tail}
-    facts |= {"threads": torch.get_num_threads()}
-    (folder / "config.json").write_text(json.dumps({"gpt": asdict(run.model.cfg)} | facts, indent=1))
+    settings = settings if settings.steps is not None else replace(settings, steps=decided(folder))
+    describe(folder, run, settings, sources)
     windows = data.Windows(list(sources.train.values()), tok, settings.length)
     smooth, began, before, saved = math.nan, time.monotonic(), run.seconds, time.monotonic()
-    end = settings.steps if until is None else until
     columns = (TextColumn("pycode"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.4f}"))
     with Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("train", total=settings.steps, completed=run.step, loss=math.nan)
-        while run.step < end:
+        while run.step != (settings.steps if until is None else until):
             rate = learning_rate(run.step, settings)
             loss = run.advance(torch.from_numpy(windows.batch(run.step, settings.batch)), rate)
             smooth = loss if math.isnan(smooth) else smooth + 0.02 * (loss - smooth)
-            progress.update(task, completed=run.step, loss=smooth)
             run.seconds = before + time.monotonic() - began
+            if settings.steps is None and (settings := settings.at(run.step, run.seconds)).steps:
+                describe(folder, run, settings, sources)
+            progress.update(task, completed=run.step, total=settings.steps, loss=smooth)
             if run.step % 10 == 0:
                 with open(folder / "log.jsonl", "a") as log:
                     line = {"step": run.step, "loss": smooth, "seconds": round(run.seconds, 1)}
                     log.write(json.dumps(line) + "\n")
-            if run.step == end or time.monotonic() - saved > settings.save:
+            if run.step in (settings.steps, until) or time.monotonic() - saved > settings.save:
                 run.save()
                 saved = time.monotonic()
     return run
@@ -163,7 +187,9 @@ def train(folder: Path, settings: Settings, sources: data.Sources, until: int | 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/pycode"))
-    parser.add_argument("--steps", type=int, default=4000)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=4000)
+    length.add_argument("--minutes", type=float, help="as many steps as these minutes on the clock allow")
     parser.add_argument("--tail", type=float, default=0.3, help="the part of the steps over which the rate falls to 0")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-3)
@@ -171,7 +197,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a check for tests
-    train(args.out, Settings(args.steps, args.tail, args.batch, peak=args.lr), data.load(args.source))
+    settings = Settings(args.steps, args.tail, args.batch, peak=args.lr)
+    if args.minutes is not None:
+        settings = replace(settings, steps=None, minutes=args.minutes)
+    train(args.out, settings, data.load(args.source))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,10 @@ def test_lines_to_fill_in_are_whole_and_have_what_is_around_them() -> None:
     found = measure.holes([TEXT], 100)
     assert {h.line for h in found} == {line.strip() for line in TEXT.splitlines() if line.strip()}
     assert all(h.before + h.line + h.after == TEXT for h in found)
+    rests = measure.holes([TEXT], 100, within=True)
+    assert {h.line for h in rests} >= {"add(a, b):", "a + b  # 日本", "Point:"}
+    assert not {h.line for h in rests} & {h.line for h in found}
+    assert all(h.before + h.line + h.after == TEXT for h in rests)
     long = "".join(f"    value{i} = {i}\n" for i in range(200))
     (one,) = measure.holes([long], 1)
     assert one.before.startswith("    value") and one.after.startswith("\n    value") and one.after.endswith("\n")

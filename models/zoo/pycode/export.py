@@ -106,16 +106,12 @@ def rounded(gpt: GPT) -> GPT:
 
 def written(model: TextGeneration, texts: Sequence[str], lines: int, functions: int) -> dict[str, Any]:
     """What the model writes of ``texts``, for the card."""
-    found = measure.holes(texts, lines)
-    filled, alone = (measure.fill(model, found, suffix) for suffix in (True, False))
-    facts: dict[str, Any] = {
-        "lines": len(found),
-        "before": measure.BEFORE,
-        "after": measure.AFTER,
-        "functions": functions,
-    }
-    facts |= {"exact": f"{filled.exact:.1%}", "similar": f"{filled.similar:.2f}"}
-    facts |= {"exact_alone": f"{alone.exact:.1%}", "similar_alone": f"{alone.similar:.2f}"}
+    facts: dict[str, Any] = {"lines": lines, "before": measure.BEFORE, "after": measure.AFTER, "functions": functions}
+    for name, within in (("line", False), ("rest", True)):
+        found = measure.holes(texts, lines, within)
+        for kind, suffix in (("", True), ("_alone", False)):
+            filled = measure.fill(model, found, suffix)
+            facts |= {f"{name}_exact{kind}": f"{filled.exact:.1%}", f"{name}_similar{kind}": f"{filled.similar:.2f}"}
     return facts | {"parsing": f"{measure.parsing(model, texts, functions):.0%}"}
 
 

@@ -26,27 +26,33 @@ SHORT = 4  # characters, without which a line is too short to count
 
 @dataclass(frozen=True)
 class Hole:
-    """A line, the text before it (with its indentation) and the text after it."""
+    """A line or its rest, the text before it (with its indentation) and the text after it."""
 
     before: str
     line: str
     after: str
 
 
-def holes(texts: Sequence[str], count: int = LINES) -> list[Hole]:
-    """Lines of ``texts``, drawn at random from all that are not too short, with whole lines around them."""
+def holes(texts: Sequence[str], count: int = LINES, within: bool = False) -> list[Hole]:
+    """Lines of ``texts``, drawn at random from all that are not too short, with whole lines around them.
+
+    ``within``: what is left of a line from one of its words on that is not its first, each word with the same chance.
+    """
     every = [(text, found) for text in texts for found in re.finditer(r"^([ \t]*)(\S.*)$", text, re.MULTILINE)]
-    every = [(text, found) for text, found in every if len(found[2].rstrip()) >= SHORT]
+    spans = [(text, found.start(2), found.end()) for text, found in every]
+    if within:
+        words = [(text, re.compile(r"(?<!\w)\w").finditer(text, start + 1, end), end) for text, start, end in spans]
+        spans = [(text, word.start(), end) for text, found, end in words for word in found]
+    spans = [span for span in spans if len(span[0][span[1] : span[2]].rstrip()) >= SHORT]
     out = []
-    for at in np.random.default_rng(0).permutation(len(every))[:count]:
-        text, found = every[at]
-        start, end = found.start(2), found.end()
+    for at in np.random.default_rng(0).permutation(len(spans))[:count]:
+        text, start, end = spans[at]
         before, after = text[max(0, start - BEFORE) : start], text[end : end + AFTER]
         if start > BEFORE and "\n" in before:
             before = before[before.index("\n") + 1 :]
         if end + AFTER < len(text) and "\n" in after[1:]:
             after = after[: after.rindex("\n") + 1]
-        out.append(Hole(before, found[2].rstrip(), after))
+        out.append(Hole(before, text[start:end].rstrip(), after))
     return out
 
 
@@ -114,8 +120,10 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="pycode")
     args = parser.parse_args()
     texts, model = list(data.load().held_out.values()), fusegen.load(args.model, dtype="float32")
-    lines = holes(texts)
-    print("lines filled in", fill(model, lines), "without what comes after", fill(model, lines, suffix=False))
+    for within in (False, True):
+        found = holes(texts, within=within)
+        print("rests of lines" if within else "lines", fill(model, found), "without what comes after", end=" ")
+        print(fill(model, found, suffix=False))
     print(f"functions that parse {parsing(model, texts):.1%}")
 
 

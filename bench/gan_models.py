@@ -10,7 +10,7 @@ import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def emoji_gan(who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], s
 
 
 def _steady(
-    what: str, case: str, dtype: str, calls: dict[str, Callable[[], Any]], check: Any, batch: int, seconds: float
+    what: str, case: str, dtype: str, calls: Mapping[str, Callable[[], Any]], check: Any, batch: int, seconds: float
 ) -> list[Row]:
     rows, good = {}, {}
     for name, call in calls.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from fusegen.kernels.bias_act import finish
 from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
+from fusegen.kernels.cpu.modulated_conv2d import LEAST
 from fusegen.kernels.cpu.winograd_conv2d import too_many
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
@@ -41,15 +43,18 @@ def decline(*args: Any) -> str | None:
     for name, tensor in (("styles", styles), ("taps", taps), ("noise", noise), ("bias", bias)):
         if tensor is not None and (tensor.dtype not in (x.dtype, torch.float32) or not tensor.is_contiguous()):
             return f"{name} is strided or {tensor.dtype}, neither float32 nor x's {x.dtype}"
-    if x.dtype == torch.bfloat16 and (reason := _better_in_bfloat16(taps)):
+    if x.dtype == torch.bfloat16 and (reason := _better_in_bfloat16(x, outputs, taps)):
         return reason
     up = 1 if taps is None else 2
     tiles = x.shape[0] * (-(-up * x.shape[2] // 4)) * (-(-up * x.shape[3] // 4))
     return too_many(x.shape[1] * outputs, FEWER * tiles)
 
 
-def _better_in_bfloat16(taps: Tensor | None) -> str | None:
-    """The products here are of float32: a CPU with products of bfloat16 may be faster without Winograd."""
+def _better_in_bfloat16(x: Tensor, outputs: int, taps: Tensor | None) -> str | None:
+    """The products here are of float32: where a library takes the convolution, on a CPU with products of bfloat16, it
+    may be faster without Winograd."""
+    if 9 * outputs * math.prod(x.shape[1:]) < LEAST:
+        return None
     if library.level() == "amx":
         return "tiles of bfloat16 are faster"
     if library.level() == "avx512_bf16" and taps is not None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusegen.kernels.bias_act import finish
 from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.cpu.modulated_conv2d import LEAST
 from fusegen.kernels.cpu.winograd_conv2d import too_many
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
+from fusegen.kernels.winograd_modulated_conv2d import NAME, finish
 
 FEWER = 4  # so many times fewer tiles than a plain convolution pay: a library is slower with so few pixels
 GIVEN = {0: "x", 1: "filters", 2: "squares", 3: "styles", 5: "taps", 6: "noise", 7: "bias"}  # by argument
@@ -65,7 +65,7 @@ def _better_in_bfloat16(x: Tensor, outputs: int, taps: Tensor | None) -> str | N
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
     x, _, _, styles, outputs, taps, noise, bias, act, alpha, gain, clamp, eps = args
     batch, inputs, height, width = x.shape
-    found = finish("winograd_modulated_conv2d", act, alpha, gain, clamp)
+    found = finish(NAME, act, alpha, gain, clamp)
     given = {"styles": styles, "taps": taps, "noise": noise, "bias": bias}
     struct = Args(
         out=outs[0].data_ptr(), dtype=DTYPES[x.dtype], batch=batch, inputs=inputs, outputs=outputs, height=height,
@@ -73,7 +73,7 @@ def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
         alpha=found.alpha, gain=found.gain, clamp=found.clamp, eps=eps,
         **{f"{k}_dtype": 0 if t is None else DTYPES[t.dtype] for k, t in given.items()},
     )  # fmt: skip
-    return CpuLaunch("winograd_modulated_conv2d", struct, GIVEN, outs, args)
+    return CpuLaunch(NAME, struct, GIVEN, outs, args)
 
 
 KERNELS = [Kernel("winograd_modulated_conv2d C++", "cpu", decline, bind)]

@@ -139,8 +139,8 @@ def large_inputs(cfg: StyleGAN2Config, batch: int) -> list[Tensor]:
 
 def large_files(folder: Path, net: Synthesis) -> None:
     """A bundle for fusegen and the published state dict for its peers, whose processes begin with them."""
-    one = large_inputs(net.cfg, 1)
-    program = capture(net, one, name="synthesis")
+    two, free = large_inputs(net.cfg, 2), {0: ("batch", 1, max(LARGE_BATCHES.values()))}
+    program = capture(net, two, dynamic={"ws": free, "noise": tuple(free for _ in two[1:])}, name="synthesis")
     Bundle.write(folder / "synthesis.fg", Manifest(name="stylegan2-256"), {"synthesis": program}, {})
     save_file(net.state_dict(), folder / "synthesis.safetensors")
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fusegen.bench import verify, whole
 from fusegen.bench.picture_models import COLD, Contender, pixels
 from fusegen.bench.row import Row
+from fusegen.kernels import op as registry
 from fusegen.kernels.op import Tolerance
 from fusegen.models.load import locate
 from fusegen.models.stylegan2 import Generator, StyleGAN2Config, Synthesis, config_f
@@ -73,6 +74,7 @@ def emoji_networks(
 
     from fusegen.models.zoo.emoji_gan.train import NETWORKS
 
+    registry.ops()  # the noise of a seed is one
     net = Generator(NETWORKS[bundle.manifest.loop["image"]["width"]])
     for part in ("mapping", "synthesis"):
         weights = {k: v.clone() for k, v in bundle.program(part).weights.items()}
@@ -131,15 +133,15 @@ def large_network() -> Synthesis:
 
 def large_inputs(cfg: StyleGAN2Config, batch: int) -> list[Tensor]:
     """w of every layer, and its noise."""
-    keys = noise.seed_tensor(range(batch))
-    drawn = [noise.at(keys, list(shape[1:]), k + 1) for k, shape in enumerate(cfg.noises(1))]
-    return [noise.initial(keys, [cfg.layers, cfg.w_width]), *drawn]
+    g = torch.Generator().manual_seed(0)
+    shapes = [(batch, cfg.layers, cfg.w_width), *cfg.noises(batch)]
+    return [torch.randn(shape, generator=g) for shape in shapes]
 
 
 def large_files(folder: Path, net: Synthesis) -> None:
     """A bundle for fusegen and the published state dict for its peers, whose processes begin with them."""
-    one = large_inputs(net.cfg, 1)
-    program = capture(net, one, name="synthesis")
+    two, free = large_inputs(net.cfg, 2), {0: ("batch", 1, max(LARGE_BATCHES.values()))}
+    program = capture(net, two, dynamic={"ws": free, "noise": tuple(free for _ in two[1:])}, name="synthesis")
     Bundle.write(folder / "synthesis.fg", Manifest(name="stylegan2-256"), {"synthesis": program}, {})
     save_file(net.state_dict(), folder / "synthesis.safetensors")
 

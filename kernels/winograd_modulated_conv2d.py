@@ -27,6 +27,7 @@ SCHEMA = (
     " -> Tensor"
 )
 NAME = "winograd_modulated_conv2d"
+__all__ = ["NAME", "OP", "allocate", "alone", "cost", "finish", "reference"]
 
 
 def allocate(
@@ -204,7 +205,7 @@ def _eager(
     return finished(y, finish(NAME, act, alpha, gain, clamp))
 
 
-def _alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
+def alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
     x, filters, squares, styles, outputs, taps, noise, *rest = args
     own = noise if noise is None or noise.shape[0] == 1 else noise[b : b + 1]
     return (x[b : b + 1], filters, squares, styles[b : b + 1], outputs, taps, own, *rest)
@@ -233,7 +234,7 @@ OP = register(
         },
         cases=CASES,
         eager=_eager,
-        alone=_alone,
+        alone=alone,
         draw=_draw,
         formula="modulated_conv2d, 3x3, at the image's size or twice that, as A^T (G w G^T . B^T d B) A over tiles d",
         source="Karras et al. 2020, arXiv:1912.04958; Lavin & Gray 2015, arXiv:1509.09308",

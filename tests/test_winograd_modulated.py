@@ -130,15 +130,16 @@ def test_a_generator_takes_it_for_every_layer(batch: int, deterministic: bool, c
     assert counts["kernel modulated_conv2d C++"] == 4  # to RGB
 
 
-def test_bfloat16_keeps_its_transposed_convolutions_where_the_cpu_has_products_of_it() -> None:
-    if "avx512" not in LEVELS:
-        pytest.skip("needs a level with products of float32 at least as fast")
-    with library.forced("avx512"):
-        assert planned(CFG, 1, dtype="bfloat16")[0][FUSED] == 7
-    if "avx512_bf16" in LEVELS:
-        with library.forced("avx512_bf16"):
+def test_bfloat16_keeps_large_transposed_convolutions_where_the_cpu_has_products_of_it(monkeypatch) -> None:
+    from fusegen.kernels.cpu import winograd_modulated_conv2d as launcher
+
+    if "avx512_bf16" not in LEVELS:
+        pytest.skip("needs products of bfloat16")
+    for level, least, taken in (("avx512_bf16", launcher.LEAST, 7), ("avx512_bf16", 0, 4), ("avx512", 0, 7)):
+        monkeypatch.setattr(launcher, "LEAST", least)
+        with library.forced(level):
             counts, left = planned(CFG, 1, dtype="bfloat16")
-        assert counts[FUSED] == 4 and len(left) == 3 and all("bfloat16" in line for line in left)
+        assert counts[FUSED] == taken and len(left) == 7 - taken and all("bfloat16" in line for line in left)
 
 
 def test_where_no_kernel_takes_it_the_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ struct Winograd {
     columns = panels * PANEL;
     // Every block reads all filters: where they are large, it takes more tiles.
     const int64_t share = (tiles + fg_threads() - 1) / fg_threads(), bytes = POINTS * 4 * inputs * columns;
-    const int64_t most = bytes <= kFew ? kRows : bytes <= kMany ? 2 * kRows : 4 * kRows, parts = (share + most - 1) / most;
+    const int64_t most = bytes <= kFew ? kRows : bytes <= kMany ? 2 * kRows : 6 * kRows, parts = (share + most - 1) / most;
     block = share >= most ? (share + parts - 1) / parts : share;
     room = (block + kRows - 1) / kRows * kRows;
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
+from fusegen.kernels.cpu.modulated_conv2d import LEAST
 from fusegen.kernels.cpu.winograd_conv2d import too_many
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
-from fusegen.kernels.winograd_modulated_conv2d import finish
+from fusegen.kernels.winograd_modulated_conv2d import NAME, finish
 
 FEWER = 4  # so many times fewer tiles than a plain convolution pay: a library is slower with so few pixels
 GIVEN = {0: "x", 1: "filters", 2: "squares", 3: "styles", 5: "taps", 6: "noise", 7: "bias"}  # by argument
@@ -41,15 +43,18 @@ def decline(*args: Any) -> str | None:
     for name, tensor in (("styles", styles), ("taps", taps), ("noise", noise), ("bias", bias)):
         if tensor is not None and (tensor.dtype not in (x.dtype, torch.float32) or not tensor.is_contiguous()):
             return f"{name} is strided or {tensor.dtype}, neither float32 nor x's {x.dtype}"
-    if x.dtype == torch.bfloat16 and (reason := _better_in_bfloat16(taps)):
+    if x.dtype == torch.bfloat16 and (reason := _better_in_bfloat16(x, outputs, taps)):
         return reason
     up = 1 if taps is None else 2
     tiles = x.shape[0] * (-(-up * x.shape[2] // 4)) * (-(-up * x.shape[3] // 4))
     return too_many(x.shape[1] * outputs, FEWER * tiles)
 
 
-def _better_in_bfloat16(taps: Tensor | None) -> str | None:
-    """The products here are of float32: a CPU with products of bfloat16 may be faster without Winograd."""
+def _better_in_bfloat16(x: Tensor, outputs: int, taps: Tensor | None) -> str | None:
+    """The products here are of float32: where a library takes the convolution, on a CPU with products of bfloat16, it
+    may be faster without Winograd."""
+    if 9 * outputs * math.prod(x.shape[1:]) < LEAST:
+        return None
     if library.level() == "amx":
         return "tiles of bfloat16 are faster"
     if library.level() == "avx512_bf16" and taps is not None:
@@ -60,7 +65,7 @@ def _better_in_bfloat16(taps: Tensor | None) -> str | None:
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
     x, _, _, styles, outputs, taps, noise, bias, act, alpha, gain, clamp, eps = args
     batch, inputs, height, width = x.shape
-    found = finish("winograd_modulated_conv2d", act, alpha, gain, clamp)
+    found = finish(NAME, act, alpha, gain, clamp)
     given = {"styles": styles, "taps": taps, "noise": noise, "bias": bias}
     struct = Args(
         out=outs[0].data_ptr(), dtype=DTYPES[x.dtype], batch=batch, inputs=inputs, outputs=outputs, height=height,
@@ -68,7 +73,7 @@ def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
         alpha=found.alpha, gain=found.gain, clamp=found.clamp, eps=eps,
         **{f"{k}_dtype": 0 if t is None else DTYPES[t.dtype] for k, t in given.items()},
     )  # fmt: skip
-    return CpuLaunch("winograd_modulated_conv2d", struct, GIVEN, outs, args)
+    return CpuLaunch(NAME, struct, GIVEN, outs, args)
 
 
 KERNELS = [Kernel("winograd_modulated_conv2d C++", "cpu", decline, bind)]

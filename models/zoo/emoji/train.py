@@ -255,7 +255,8 @@ def train(folder: Path, settings: Settings, until: int | None = None, start: Pat
 
 def name_of(device: str) -> str:
     """What the card says the training ran on."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    count = torch.get_num_threads()
+    return torch.cuda.get_device_name() if device == "cuda" else f"{count} CPU thread{'s' * (count != 1)}"
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from fusegen.models.gan_request import GanDefaults
+from fusegen.models.gan_request import MOST_LAYERS, GanDefaults
 from fusegen.models.latents import MEMBER, Latents
 from fusegen.models.request import ImageConfig, config, mapping
 from fusegen.runtime.bundle import Bundle
@@ -14,6 +15,7 @@ from fusegen.runtime.program import Program, TensorSpec
 FAMILY = "gan"
 STYLED, PLAIN = {"mapping", "synthesis"}, {"generator"}
 FREE = 2**31  # what a free batch without a bound may be
+MOST_ELEMENTS = 1 << 24  # of one sample of an input: noise of 4096 x 4096
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def _check_styles(program: Program, where: str) -> tuple[int, int]:
         wanted = "it must take ws (B, L, W) and noise (B, 1, r, r)"
         raise FileError(f"the synthesis takes {_says(program)}", where, wanted)
     layers, width = (int(n) for n in styles.shape[1:])
+    if layers > MOST_LAYERS:
+        raise FileError(f"the synthesis has {layers} layers", where, f"at most {MOST_LAYERS} are read")
     return layers, width
 
 
@@ -108,8 +112,9 @@ def _check_batch(name: str, program: Program, where: str) -> None:
 
 
 def _fixed(spec: TensorSpec, least: int) -> bool:
-    """Whether all sizes but the batch are known."""
-    return len(spec.shape) >= least and all(isinstance(n, int) and n > 0 for n in spec.shape[1:])
+    """Whether all sizes but the batch are known, and not more than any generator has."""
+    sizes = [n for n in spec.shape[1:] if isinstance(n, int) and n > 0]
+    return len(spec.shape) >= least and len(sizes) == len(spec.shape) - 1 and math.prod(sizes) <= MOST_ELEMENTS
 
 
 def _says(program: Program) -> str:

@@ -103,6 +103,9 @@ def changed(name: str, entry: str, shape: tuple[int | str, ...]) -> dict[str, An
         ({"parts": changed("synthesis", "noise_1", ("batch", 2, 8, 8))}, "it must take ws"),
         ({"parts": changed("synthesis", "noise_1", (2, 1, 8, 8))}, "its batch must be free"),
         ({"parts": changed("mapping", "z", ("batch", "batch"))}, "it must take one latent"),
+        ({"parts": changed("mapping", "z", ("batch", 10**9))}, "it must take one latent"),
+        ({"parts": changed("synthesis", "noise_1", ("batch", 1, 10**5, 10**5))}, "it must take ws"),
+        ({"parts": changed("synthesis", "ws", ("batch", 65, 32))}, "the synthesis has 65 layers"),
     ],
 )
 def test_a_bundle_of_another_kind_is_refused(bundle: dict[str, Any], says: str, tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def large_files(folder: Path, net: Synthesis) -> None:
     """A bundle for fusegen and the published state dict for its peers, whose processes begin with them."""
     one = large_inputs(net.cfg, 1)
     program = capture(net, one, name="synthesis")
-    Bundle.write(folder / "synthesis.fg", Manifest(name="stylegan2-256"), {"synthesis": program}, {}, "float32")
+    Bundle.write(folder / "synthesis.fg", Manifest(name="stylegan2-256"), {"synthesis": program}, {})
     save_file(net.state_dict(), folder / "synthesis.safetensors")
 
 

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from fusegen.kernels import winograd_filters
 from fusegen.kernels.bias_act import finish, finished
 from fusegen.kernels.draw import Draw, laid_out
-from fusegen.kernels.op import Case, Cost, Op, Tolerance, is_channels_last, register
+from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, is_channels_last, register
 from fusegen.kernels.winograd_conv2d import convolved, unfolded
 from fusegen.kernels.winograd_filters import PANEL
 
@@ -147,13 +147,16 @@ def _case(
     bench: bool = False,
     small: bool = True,
 ) -> Case:
+    """A bench case at twice the size is none in bfloat16: a kernel may leave it to products of bfloat16."""
+
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         x = laid_out(torch.randn(shape, generator=g).to(dtype), layout)
         own = torch.float32 if parameters == "fp32" else dtype
         args = _arguments(g, x, outputs, up, shape[0] if noise else 0, bias, own)
         return (*args, act, None, None, clamp, 1e-8)
 
-    return Case(name, build, bench=bench, small=small and not bench)
+    dtypes = (torch.float32, torch.float16) if up and bench else FLOATS
+    return Case(name, build, dtypes=dtypes, bench=bench, small=small and not bench)
 
 
 CASES = [

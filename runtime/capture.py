@@ -164,6 +164,9 @@ class Capture:
         made = step.made()
         outs = tuple(self._planned(n, s) if step.binding.planned else self._own(s) for n, s in made)
         launch = kernel.bind(outs, args)
+        for at, v in enumerate(step.node.args.values()):
+            if isinstance(v, Ref) and v.name in self.plan.program.weights:
+                launch.keep(at)
         slots = [self.slot(name) for name, _ in made]
         moving = [
             (at, self.index[v.name])

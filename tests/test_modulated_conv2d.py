@@ -203,3 +203,12 @@ def test_through_a_library(up: int, dtype: torch.dtype, layout: torch.memory_for
     weight.mul_(torch.linspace(0.5, 2.0, 69, dtype=dtype)[:, None, None])
     launch.run()
     assert_all_close(OP, "written", {"output 0": outs[0]}, truth(OP, args))
+    for index in range(len(args)):
+        launch.keep(index)
+    for _ in range(2):  # the second run goes by what the first one kept
+        launch.run()
+        assert_all_close(OP, "kept", {"output 0": outs[0]}, truth(OP, args))
+    moved = weight.flip(0)
+    launch.move(1, moved)
+    launch.run()
+    assert_all_close(OP, "moved", {"output 0": outs[0]}, truth(OP, (x, moved, *rest)))

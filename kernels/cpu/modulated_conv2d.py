@@ -14,6 +14,7 @@ from fusegen.kernels.op import FLOATS, Kernel, Launch, is_channels_last
 
 MOST_TAPS = 1024  # kMostTaps of modulated_conv2d.cpp
 LEAST = 1 << 27  # multiply-adds of a sample below which the library's overheads show
+WEIGHT = 1  # its argument
 FEW = 24  # channels below which its convolutions are no faster
 _SIZES = (
     "batch channels outputs height width taps_y taps_x up pad_y pad_x out_y out_x".split()
@@ -80,20 +81,26 @@ def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
 class ThroughLibrary(Launch):
     """Sample by sample, so that none depends on its batch: the input scaled, oneDNN's convolution, and what follows it.
 
-    The weights are laid out for oneDNN at every run, since they may have been written; that takes as long as reading
-    them once, and eager PyTorch does it too.
+    The weights are laid out for oneDNN at every run, since they may have been written, as eager PyTorch does it too;
+    those that are kept are laid out once.
     """
 
     def __init__(self, outs: tuple[Tensor, ...], args: tuple[Any, ...]):
         self.args, self.size = list(args), sizes(*args[:8])
         own = [(outs[0][b : b + 1], alone(args, b)) for b in range(self.size.batch)]
         self.before, self.after = ([bind((out,), of) for out, of in own] for _ in range(2))
+        self.kept = False
+        self.packed: Tensor | None = None
+
+    def keep(self, index: int) -> None:
+        self.kept |= index == WEIGHT
 
     def run(self) -> None:
         x, weight, s = self.args[0], self.args[1], self.size
         shape = (1, s.channels, s.height, s.width)
         scaled = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        packed = _packed(weight.to(x.dtype), s, shape)
+        packed = _packed(weight.to(x.dtype), s, shape) if self.packed is None else self.packed
+        self.packed = packed if self.kept else None
         for before, after in zip(self.before, self.after, strict=True):
             before.struct.scaled = scaled.data_ptr()
             before.run()
@@ -103,6 +110,7 @@ class ThroughLibrary(Launch):
 
     def move(self, index: int, tensor: Tensor) -> None:
         self.args[index] = tensor
+        self.packed = None if index == WEIGHT else self.packed
         for b, launches in enumerate(zip(self.before, self.after, strict=True)):
             for launch in launches:
                 launch.move(index, alone(tuple(self.args), b)[index])

@@ -113,7 +113,8 @@ struct Winograd {
   }
 
   // fill(sample, y, x, put) hands put(c, d) the 36 pixels d of channels from c on of the tile whose outputs begin at
-  // pixel (y, x): those from (y - 1, x - 1) on.  take(sample, y, x, o, z) gets the 16 outputs z of channels from o on.
+  // pixel (y, x): those from (y - 1, x - 1) on.  take(sample, y, x, get) has get(o, z) set the 16 outputs z of channels
+  // from o on.
   template <class Fill, class Take>
   int convolve(int64_t item, const Fill &fill, const Take &take) const {
     const int64_t first = item * block, count = tiles - first < block ? tiles - first : block;
@@ -134,13 +135,12 @@ struct Winograd {
       multiply(count, v + i * room * step, filters + i * panels * inputs * PANEL, m + i * room * columns);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t tile = first + t;
-      for (int64_t o = 0; o < outputs; o += W) {
-        vf d[POINTS], e[24], z[16];
+      take(tile / (down * across), tile / across % down * 4, tile % across * 4, [&](int64_t o, vf *z) {
+        vf d[POINTS], e[24];
         for (int i = 0; i < POINTS; ++i) d[i] = load(m + (i * room + t) * columns + o);
         for (int i = 0; i < 6; ++i) gather(d + i, 6, e + i, 6);
         for (int i = 0; i < 4; ++i) gather(e + 6 * i, 1, z + 4 * i, 1);
-        take(tile / (down * across), tile / across % down * 4, tile % across * 4, o, z);
-      }
+      });
     }
     return FG_OK;
   }
@@ -150,6 +150,17 @@ struct Winograd {
     return parallel_for((tiles + block - 1) / block, 1, [&](int64_t item) { return convolve(item, fill, take); });
   }
 };
+
+// pixel[i * SIDE + j] is where pixel (y + i, x + j) of an image (height, width, channels) begins, null outside of it.
+template <int SIDE, class T>
+FG_INLINE void pixels_at(const T *image, int64_t height, int64_t width, int64_t channels, int64_t y, int64_t x,
+                         const T **pixel) {
+  for (int i = 0; i < SIDE * SIDE; ++i) {
+    const int64_t row = y + i / SIDE, column = x + i % SIDE;
+    const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+    pixel[i] = inside ? image + (row * width + column) * channels : nullptr;
+  }
+}
 
 FG_INLINE int lanes_left(int64_t n) { return n < W ? static_cast<int>(n) : W; }
 

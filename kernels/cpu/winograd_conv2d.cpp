@@ -9,11 +9,7 @@ extern "C" int FG_EXPORT(winograd_conv2d)(const fg_winograd_conv2d_args *a) {
   const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
     const float *image = static_cast<const float *>(a->x) + sample * a->height * a->width * a->inputs;
     const float *pixel[POINTS];
-    for (int i = 0; i < POINTS; ++i) {
-      const int64_t row = y - 1 + i / 6, column = x - 1 + i % 6;
-      const bool inside = row >= 0 && row < a->height && column >= 0 && column < a->width;
-      pixel[i] = inside ? image + (row * a->width + column) * a->inputs : nullptr;
-    }
+    pixels_at<6>(image, a->height, a->width, a->inputs, y - 1, x - 1, pixel);
     for (int64_t c = 0; c < a->inputs; c += W) {
       const int some = lanes_left(a->inputs - c);
       vf d[POINTS];
@@ -23,18 +19,22 @@ extern "C" int FG_EXPORT(winograd_conv2d)(const fg_winograd_conv2d_args *a) {
     }
   };
   const float *bias = static_cast<const float *>(a->bias), *residual = static_cast<const float *>(a->residual);
-  const auto take = [&](int64_t sample, int64_t y, int64_t x, int64_t o, const vf *z) {
-    const int64_t start = ((sample * a->height + y) * a->width + x) * a->outputs + o;
+  const auto take = [&](int64_t sample, int64_t y, int64_t x, const auto &get) {
+    const int64_t start = ((sample * a->height + y) * a->width + x) * a->outputs;
     const int64_t rows = a->height - y < 4 ? a->height - y : 4, wide = a->width - x < 4 ? a->width - x : 4;
-    const int some = lanes_left(a->outputs - o);
-    const vf offset = bias ? load_n(bias + o, some) : set1(0.0f);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < wide; ++j) {
-        const int64_t at = start + (i * a->width + j) * a->outputs;
-        vf value = add(z[4 * i + j], offset);
-        if (residual) value = add(value, load_n(residual + at, some));
-        store_n(static_cast<float *>(a->out) + at, value, some);
-      }
+    for (int64_t o = 0; o < a->outputs; o += W) {
+      const int some = lanes_left(a->outputs - o);
+      const vf offset = bias ? load_n(bias + o, some) : set1(0.0f);
+      vf z[16];
+      get(o, z);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < wide; ++j) {
+          const int64_t at = start + (i * a->width + j) * a->outputs + o;
+          vf value = add(z[4 * i + j], offset);
+          if (residual) value = add(value, load_n(residual + at, some));
+          store_n(static_cast<float *>(a->out) + at, value, some);
+        }
+    }
   };
   return problem.run(fill, take);
 }

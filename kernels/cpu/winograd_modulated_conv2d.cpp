@@ -12,11 +12,9 @@ namespace {
 
 // The channels [c, c + some) of one pixel, scaled; zeros outside of the image.
 template <class T>
-FG_INLINE vf pixel(const fg_winograd_modulated_conv2d_args *a, const T *image, int64_t row, int64_t column, int64_t c,
-                   vf style, int some) {
-  if (row < 0 || row >= a->height || column < 0 || column >= a->width) return set1(0.0f);
-  const T *from = image + (row * a->width + column) * a->inputs + c;
-  return mul(some == W ? load(from) : load_n(from, some), style);
+FG_INLINE vf scaled(const T *pixel, int64_t c, vf style, int some) {
+  if (!pixel) return set1(0.0f);
+  return mul(some == W ? load(pixel + c) : load_n(pixel + c, some), style);
 }
 
 // Six by six pixels of the image at twice the size, from an odd row and column on, of four by four of its own.  Along an
@@ -56,31 +54,51 @@ int convolve(const fg_winograd_modulated_conv2d_args *a, const float *styles, co
   vf taps[16];
   for (int i = 0; i < 16; ++i) taps[i] = set1(parameter(a->taps, a->taps_dtype, i, 0.0f));
   const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
-    const T *image = static_cast<const T *>(a->x) + sample * a->height * a->width * a->inputs;
+    const T *image = static_cast<const T *>(a->x) + sample * a->height * a->width * a->inputs, *from[POINTS];
+    if (up == 1) {
+      pixels_at<6>(image, a->height, a->width, a->inputs, y - 1, x - 1, from);
+    } else {
+      pixels_at<4>(image, a->height, a->width, a->inputs, y / 2 - 1, x / 2 - 1, from);
+    }
     for (int64_t c = 0; c < a->inputs; c += W) {
       const int some = lanes_left(a->inputs - c);
       const vf style = load_n(styles + sample * a->inputs + c, some);
       vf d[POINTS], small[16];
       if (up == 1) {
-        for (int i = 0; i < POINTS; ++i) d[i] = pixel(a, image, y - 1 + i / 6, x - 1 + i % 6, c, style, some);
+        for (int i = 0; i < POINTS; ++i) d[i] = scaled(from[i], c, style, some);
       } else {
-        for (int i = 0; i < 16; ++i) small[i] = pixel(a, image, y / 2 - 1 + i / 4, x / 2 - 1 + i % 4, c, style, some);
+        for (int i = 0; i < 16; ++i) small[i] = scaled(from[i], c, style, some);
         upsample(small, taps, d);
       }
       put(c, d);
     }
   };
-  const auto take = [&](int64_t sample, int64_t y, int64_t x, int64_t o, const vf *z) {
+  const auto take = [&](int64_t sample, int64_t y, int64_t x, const auto &get) {
     const int64_t rows = height - y < 4 ? height - y : 4, wide = width - x < 4 ? width - x : 4;
-    const int some = lanes_left(a->outputs - o);
-    const vf norm = load_n(norms + sample * a->outputs + o, some), bias = load_n(biases + o, some);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < wide; ++j) {
-        const int64_t at = (y + i) * width + x + j;
-        const vf noise = set1(parameter(a->noise, a->noise_dtype, sample * a->noise_batch + at, 0.0f));
-        T *out = static_cast<T *>(a->out) + (sample * height * width + at) * a->outputs + o;
-        store_n(out, finished<kAct, T>(add(add(mul(z[4 * i + j], norm), noise), bias), finish), some);
-      }
+    const int64_t first = y * width + x;
+    float noise[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const bool there = i / 4 < rows && i % 4 < wide;
+      const int64_t at = sample * a->noise_batch + first + i / 4 * width + i % 4;
+      noise[i] = there ? parameter(a->noise, a->noise_dtype, at, 0.0f) : 0.0f;
+    }
+    T *out = static_cast<T *>(a->out) + (sample * height * width + first) * a->outputs;
+    for (int64_t o = 0; o < a->outputs; o += W) {
+      const int some = lanes_left(a->outputs - o);
+      const vf norm = load_n(norms + sample * a->outputs + o, some), bias = load_n(biases + o, some);
+      vf z[16];
+      get(o, z);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < wide; ++j) {
+          const vf value = add(add(mul(z[4 * i + j], norm), set1(noise[4 * i + j])), bias);
+          T *to = out + (i * width + j) * a->outputs + o;
+          if (some == W) {
+            store(to, finished<kAct, T>(value, finish));
+          } else {
+            store_n(to, finished<kAct, T>(value, finish), some);
+          }
+        }
+    }
   };
   return problem.run(fill, take);
 }

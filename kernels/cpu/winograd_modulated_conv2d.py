@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusegen.kernels.bias_act import finish
 from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.cpu.winograd_conv2d import too_many
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
+from fusegen.kernels.winograd_modulated_conv2d import finish
 
+FEWER = 4  # so many times fewer tiles than a plain convolution pay: a library is slower with so few pixels
 GIVEN = {0: "x", 1: "filters", 2: "squares", 3: "styles", 5: "taps", 6: "noise", 7: "bias"}  # by argument
 
 
@@ -43,7 +44,8 @@ def decline(*args: Any) -> str | None:
     if x.dtype == torch.bfloat16 and (reason := _better_in_bfloat16(taps)):
         return reason
     up = 1 if taps is None else 2
-    return too_many(x.shape[1] * outputs, x.shape[0] * (-(-up * x.shape[2] // 4)) * (-(-up * x.shape[3] // 4)))
+    tiles = x.shape[0] * (-(-up * x.shape[2] // 4)) * (-(-up * x.shape[3] // 4))
+    return too_many(x.shape[1] * outputs, FEWER * tiles)
 
 
 def _better_in_bfloat16(taps: Tensor | None) -> str | None:

@@ -214,3 +214,21 @@ def test_info_and_plan_look_into_it(file: str, capsys: pytest.CaptureFixture[str
 def test_each_file_of_the_folder_is_a_family_or_shared() -> None:
     files = {p.stem for p in Path(generators.__file__).parent.glob("*.py")} - {"__init__"}
     assert files == {*generators.FAMILIES.values(), "picture"}
+
+
+def test_the_model_in_the_box(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "-m", "emoji-gan", "--json"]
+    assert main([*command, *"--seeds 0-15 --psi 0.7 -o grid.png".split()]) == 0
+    made = json.loads(capsys.readouterr().out)
+    side = made["width"]
+    assert side >= 32 and Image.open("grid.png").size == (4 * side, 4 * side)
+    assert len(set(cells("grid.png", 4, side))) == 16 and np.asarray(Image.open("grid.png")).std() > 20
+    assert main([*command, *"--seeds 0-3 --mix 3,7 --edit 0:2,3:-1.5 -o mix.png".split()]) == 0
+    assert Image.open("mix.png").size == (5 * side, 5 * side)
+    assert main([*command, *"--walk 60 -o walk.mp4".split()]) == 0
+    with av.open("walk.mp4") as container:
+        assert sum(1 for _ in container.decode(video=0)) == 60
+    capsys.readouterr()
+    assert main(["info", "emoji-gan", "--verify", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["family"] == "gan" and set(said["components"]) == set(made["plan"]) and said["licence"] == "OFL-1.1"

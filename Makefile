@@ -87,7 +87,7 @@ need-arm:
 zoo: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.models.zoo.emoji.train --out build/emoji
 	$(BIN)/python -m fusegen.models.zoo.emoji.export build/emoji -o models/zoo/emoji.fg
-	$(BIN)/python -m fusegen.models.zoo.emoji_gan.train --out build/emoji-gan
+	$(BIN)/python -m fusegen.models.zoo.emoji_gan.train --out build/emoji-gan --steps 12800
 	$(BIN)/python -m fusegen.models.zoo.emoji_gan.export build/emoji-gan -o models/zoo/emoji-gan.fg
 	$(BIN)/python -m fusegen.models.zoo.pycode.train --out build/pycode
 	$(BIN)/python -m fusegen.models.zoo.pycode.export build/pycode -o models/zoo/pycode.fg

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -82,4 +81,4 @@ def _steady(made: Sequence[Contender], case: str, expected: torch.Tensor, second
 EMOJI = whole.Suite((*BATCHES, COLD), emoji)
 
 if __name__ == "__main__":
-    print(json.dumps({"pixels": float(pixels(_emoji(*sys.argv[1:]).make(1)()).mean())}))
+    whole.say({"pixels": float(pixels(_emoji(*sys.argv[1:]).make(1)()).mean())})

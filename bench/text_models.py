@@ -8,7 +8,6 @@ text, and in float32 the tokens too.
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -214,4 +213,4 @@ def _steady(
 PYCODE = whole.Suite((*STEADY, FIRST, COLD), pycode)
 
 if __name__ == "__main__":
-    print(json.dumps(contender(*sys.argv[1:]).write(ids(PROMPT), 1, 16)))
+    whole.say({"tokens": contender(*sys.argv[1:]).write(ids(PROMPT), 1, 16)})

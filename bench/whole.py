@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,23 +62,29 @@ def cold(
 ) -> list[Row]:
     """From starting Python to a first output, each in a process of its own, in turn; compile caches start empty.
 
-    ``python -m module NAME DTYPE *more`` makes the output of the contender NAME and prints it as JSON."""
+    ``python -m module NAME DTYPE *more`` makes the output of the contender NAME and tells of it by :func:`say`.  A
+    row's extra has ``peak_mib``, the most memory that was resident in the process, not in a compiler it started."""
     times: dict[str, list[float]] = {name: [] for name in who}
+    peaks: dict[str, float] = dict.fromkeys(who, 0.0)
     for index in range(rounds):
         for name in times:
             if name != "compile" or index == 0:  # it takes minutes, and once tells enough
-                times[name].append(_process(module, name, dtype, *more))
+                taken, peak = _process(module, name, dtype, *more)
+                times[name].append(taken)
+                peaks[name] = max(peaks[name], peak)
     base = statistics.median(times.get("eager") or next(iter(times.values())))
     rows = []
-    for name, taken in times.items():
-        middle = statistics.median(taken)
-        span: dict[str, Any] = dict(median_s=middle, p20_s=min(taken), p80_s=max(taken), ratio=base / middle)
-        span |= dict(threads=torch.get_num_threads(), versions=versions(), extra={"rounds": float(len(taken))})
+    for name, all_taken in times.items():
+        middle = statistics.median(all_taken)
+        span: dict[str, Any] = dict(median_s=middle, p20_s=min(all_taken), p80_s=max(all_taken), ratio=base / middle)
+        extra = {"rounds": float(len(all_taken)), "peak_mib": round(peaks[name], 1)}
+        span |= dict(threads=torch.get_num_threads(), versions=versions(), extra=extra)
         rows.append(Row(what, case, name, dtype, "cpu", True, **span))
     return rows
 
 
-def _process(module: str, *arguments: str) -> float:
+def _process(module: str, *arguments: str) -> tuple[float, float]:
+    """Seconds, and MiB resident at the most."""
     with tempfile.TemporaryDirectory() as empty:
         caches = {"TORCHINDUCTOR_CACHE_DIR": empty, "TRITON_CACHE_DIR": empty}
         start = time.perf_counter()
@@ -86,5 +93,13 @@ def _process(module: str, *arguments: str) -> float:
         taken = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"the process of {arguments[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
-    json.loads(done.stdout)
-    return taken
+    return taken, float(json.loads(done.stdout)["peak_mib"])
+
+
+def say(made: Mapping[str, Any]) -> None:
+    """Print what a process of :func:`cold` made, with the most memory that was resident in it, in MiB.
+
+    A parent cannot ask for that: what Linux reports of a child begins with what the parent held when it forked."""
+    status = Path("/proc/self/status").read_text()
+    (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    print(json.dumps({**made, "peak_mib": int(kib) / 1024}))

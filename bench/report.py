@@ -15,19 +15,13 @@ def _number(value: float | None, scale: float = 1.0, digits: int = 3) -> str:
     return "" if value is None else f"{value * scale:.{digits}g}"
 
 
-MEMORY = ("peak MiB",)  # a column where a row has it
-
-
-def _memory(rows: Sequence[Row]) -> int:
-    return int(any("peak_mib" in r.extra for r in rows))
-
-
 def table(rows: Sequence[Row], title: str) -> Table:
     """One line a row: time, ratio to the baseline, rates, share of the roofline, error, memory."""
+    memory = any("peak_mib" in r.extra for r in rows)  # a column where a row has it
     out = Table(title=title)
     for name in ("what", "case", "dtype", "contender"):
         out.add_column(name)
-    for name in ("ms", "× baseline", "GB/s", "GFLOP/s", "roofline", "rel. RMS error", *MEMORY[: _memory(rows)]):
+    for name in ("ms", "× baseline", "GB/s", "GFLOP/s", "roofline", "rel. RMS error", *["peak MiB"] * memory):
         out.add_column(name, justify="right")
     last = None
     for row in rows:
@@ -41,7 +35,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
             _number(row.gflops),
             "" if row.roofline_share is None else f"{row.roofline_share:.0%}",
             _number(row.error_rms, digits=2),
-            *[_number(row.extra.get("peak_mib"), digits=4)][: _memory(rows)],
+            *[_number(row.extra.get("peak_mib"), digits=4)] * memory,
         )
         last = key
     return out

@@ -65,18 +65,20 @@ def _kernels(args: argparse.Namespace) -> list[Row]:
 
 
 def _models(args: argparse.Namespace) -> list[Row]:
-    from fusegen.bench import models, whole
+    from fusegen.bench import models
 
     out: list[Row] = []
     with Progress(transient=True) as progress:
         todo = chosen(args.model, models.MODELS, "model")
-        who = chosen(args.contender, whole.WHO, "contender")
+        known = dict.fromkeys(w for name in todo for w in models.MODELS[name].who)
+        who = chosen(args.contender, known, "contender")
         cases = chosen(args.case, [case for name in todo for case in models.MODELS[name].cases], "case")
         task = progress.add_task("models", total=len(todo))
         for name in todo:
             progress.update(task, description=name)
-            own = [case for case in cases if case in models.MODELS[name].cases]
-            for rows in models.MODELS[name].run(who, args.dtype, own, args.seconds) if own else ():
+            suite = models.MODELS[name]
+            own, asked = [c for c in cases if c in suite.cases], [w for w in who if w in suite.who]
+            for rows in suite.run(asked, args.dtype, own, args.seconds) if own and asked else ():
                 out += _kept(rows, args)
             progress.advance(task)
     return out

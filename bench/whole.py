@@ -25,10 +25,12 @@ WHO = ("eager", "compile", "fusegen")
 @dataclass(frozen=True)
 class Suite:
     """A model's benchmark.  ``run(who, dtypes, cases, seconds)`` yields the rows of each dtype and case as they are
-    measured; each of ``cases`` can be run by itself: torch.compile takes minutes for every case, dtype and process."""
+    measured; each of ``cases`` can be run by itself: torch.compile takes minutes for every case, dtype and process.
+    ``who``: the contenders it knows."""
 
     cases: Sequence[str]
     run: Callable[[Sequence[str], Sequence[str], Sequence[str], float], Iterator[list[Row]]]
+    who: Sequence[str] = WHO
 
 
 def gated(what: str, case: str, name: str, dtype: str, verdict: verify.Verdict) -> Row:
@@ -97,9 +99,14 @@ def _process(module: str, *arguments: str) -> tuple[float, float]:
 
 
 def say(made: Mapping[str, Any]) -> None:
-    """Print what a process of :func:`cold` made, with the most memory that was resident in it, in MiB.
+    """Print what a process of :func:`cold` made, with the most memory that was resident in it, in MiB."""
+    print(json.dumps({**made, "peak_mib": peak_mib()}))
+
+
+def peak_mib() -> float:
+    """The most memory that was resident in this process, in MiB.
 
     A parent cannot ask for that: what Linux reports of a child begins with what the parent held when it forked."""
     status = Path("/proc/self/status").read_text()
     (kib,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    print(json.dumps({**made, "peak_mib": int(kib) / 1024}))
+    return int(kib) / 1024

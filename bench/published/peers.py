@@ -1,0 +1,126 @@
+"""How each contender loads a network from its file: one entry a contender.
+
+A loader takes (network's name, folder, dtype, inputs) and returns the call; what is slow to begin is done before it
+returns.  Each runs in its strongest form that we know of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusegen.bench.published import files, networks
+from fusegen.bench.timing import once
+from fusegen.runtime.bundle import Bundle
+
+Load = Callable[[str, Path, str, list[Tensor]], Callable[[], Tensor]]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``kind``: the file it loads; ``dtypes``: those it computes in."""
+
+    kind: str
+    load: Load
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+
+def _module(name: str, folder: Path, dtype: str) -> nn.Module:
+    """The network in ``dtype``, its weights from the file."""
+    from safetensors import safe_open
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        net = networks.NETWORKS[name].build().eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+    with safe_open(folder / files.WEIGHTS, "pt") as f:
+        for key, p in net.named_parameters():
+            p.copy_(f.get_tensor(key))
+    return net.to(getattr(torch, dtype))
+
+
+def _cast(inputs: list[Tensor], dtype: str) -> list[Tensor]:
+    return [x.to(getattr(torch, dtype)) if x.is_floating_point() else x for x in inputs]
+
+
+def eager(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+    """Eager PyTorch, in the faster of its two layouts."""
+    net, given, took = _module(name, folder, dtype), _cast(inputs, dtype), {}
+
+    def call() -> Tensor:
+        with torch.inference_mode():
+            out: Tensor = net(*given)
+        return out
+
+    for layout in (torch.contiguous_format, torch.channels_last):
+        net.to(memory_format=layout)  # type: ignore[call-overload]
+        call()
+        took[layout] = once(call, 1)
+    net.to(memory_format=min(took, key=lambda k: took[k]))  # type: ignore[call-overload]
+    return call
+
+
+def compiled(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+    """``torch.compile``, tuned as far as it goes, its weights frozen."""
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    mode = "max-autotune-no-cudagraphs"
+    net, given = torch.compile(_module(name, folder, dtype), dynamic=False, mode=mode), _cast(inputs, dtype)
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = net(*given)
+        return out
+
+    return call
+
+
+def onnxruntime(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+    """ONNX Runtime on the CPU, all of its graph optimizations."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    session = ort.InferenceSession(folder / files.ONNX, options, providers=["CPUExecutionProvider"])
+    given = dict(zip((i.name for i in session.get_inputs()), (x.numpy() for x in inputs), strict=True))
+    return lambda: torch.from_numpy(session.run(None, given)[0])
+
+
+def openvino(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+    """OpenVINO, told its precision, for latency."""
+    import openvino as ov
+
+    hints: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled_model = ov.Core().compile_model(folder / files.OPENVINO, "CPU", hints)
+    request, given = compiled_model.create_infer_request(), [x.numpy() for x in inputs]
+    return lambda: torch.from_numpy(request.infer(given)[0].copy())
+
+
+def fusegen(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+    """This runtime, from the bundle."""
+    from fusegen.runtime.compile import compile as compile_program
+
+    session = compile_program(Bundle.open(folder / files.BUNDLE).program("network"), "cpu", dtype)
+    return lambda: session(*inputs)
+
+
+PEERS: Mapping[str, Peer] = {
+    "eager": Peer(files.WEIGHTS, eager),
+    "compile": Peer(files.WEIGHTS, compiled),
+    "onnxruntime": Peer(files.ONNX, onnxruntime, ("float32",)),
+    "openvino": Peer(files.OPENVINO, openvino),
+    "fusegen": Peer(files.BUNDLE, fusegen),
+}

@@ -28,6 +28,7 @@ from fusegen.runtime import noise
 from fusegen.runtime.api import capture
 from fusegen.runtime.bundle import Bundle, Manifest
 from fusegen.runtime.compile import compile as compile_program
+from fusegen.runtime.derived import values
 
 MODULE, PSI = "fusegen.bench.gan_models", 0.7
 EMOJI_BATCHES, LARGE_BATCHES = {"batch 1": 1, "batch 16": 16}, {"batch 1": 1, "batch 4": 4}
@@ -76,7 +77,7 @@ def emoji_networks(
     registry.ops()  # the noise of a seed is one
     net = Generator(NETWORKS[bundle.manifest.loop["image"]["width"]])
     for part in ("mapping", "synthesis"):
-        weights = {k: v.clone() for k, v in bundle.program(part).weights.items()}
+        weights = {k: v.clone() for k, v in values(bundle.program(part).weights).items()}
         getattr(net, part).load_state_dict(weights, strict=False)  # the constant noise is not in a bundle
     mean = load(bundle.file("latents.safetensors"))["w_mean"]
     return peer(net.mapping, False, "float32"), peer(net.synthesis, compiled, dtype), mean

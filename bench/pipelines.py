@@ -19,6 +19,7 @@ from fusegen.models.text_to_image import TextToImage
 from fusegen.models.unet import UNet
 from fusegen.models.zoo.emoji.train import NETWORKS
 from fusegen.runtime import noise
+from fusegen.runtime.derived import values
 from fusegen.runtime.sampler import coefficients
 
 
@@ -27,8 +28,9 @@ def emoji_modules(model: TextToImage) -> tuple[TextEncoder, UNet]:
     assert model.bundle is not None
     text = TextEncoder(TextEncoderConfig(vocabulary=model.tokenizer.get_vocab_size()))
     unet = UNet(NETWORKS[model.bundle.manifest.loop["image"]["width"]])
-    text.load_state_dict({k: v.clone() for k, v in model.bundle.program("text_encoder").weights.items()}, strict=False)
-    unet.load_state_dict({k: v.clone() for k, v in model.bundle.program("denoiser").weights.items()}, strict=False)
+    for part, net in (("text_encoder", text), ("denoiser", unet)):
+        weights = values(model.bundle.program(part).weights)
+        net.load_state_dict({k: v.clone() for k, v in weights.items()}, strict=False)
     return text.eval(), unet.eval()
 
 

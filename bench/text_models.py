@@ -25,6 +25,7 @@ from fusegen.models.gpt import GPT, GPTConfig, turn
 from fusegen.models.load import locate
 from fusegen.models.text_generation import TextGeneration
 from fusegen.runtime.bundle import Bundle
+from fusegen.runtime.derived import values
 from fusegen.runtime.loop.decode import Continuation, Decoder, Running, Sampling
 
 MODEL, TOKENS = "pycode", 64
@@ -53,7 +54,7 @@ def ids(text: str) -> list[int]:
 def network() -> GPT:
     """The network of the bundle, for eager PyTorch."""
     program = _bundle().program("decoder")
-    weights = {k.removeprefix("gpt."): v for k, v in program.weights.items() if k.startswith("gpt.")}
+    weights = {k.removeprefix("gpt."): v for k, v in values(program.weights).items() if k.startswith("gpt.")}
     kv_heads, context, head_dim = (int(n) for n in program.inputs["caches_0"].shape[1:])
     vocabulary, width = weights["embed_tokens.weight"].shape
     made = GPT(
@@ -96,14 +97,15 @@ class Eager:
         gpt, n = self.gpt, tokens.shape[1]
         x = gpt.embed_tokens(tokens)
         cos, sin = gpt.cos[at], gpt.sin[at]
-        for block, keys, values in zip(gpt.blocks(), caches[::2], caches[1::2], strict=True):
+        for block, key_cache, value_cache in zip(gpt.blocks(), caches[::2], caches[1::2], strict=True):
             q, k, v = block.self_attn.heads(block.input_layernorm(x))
             q, k = turn(q, cos, sin), turn(k, cos, sin)
-            keys.index_copy_(2, at, k), values.index_copy_(2, at, v)
+            key_cache.index_copy_(2, at, k), value_cache.index_copy_(2, at, v)
+            keys, past = key_cache, value_cache
             if keep is None:
                 end = int(at[-1]) + 1
-                keys, values = keys[:, :, :end], values[:, :, :end]
-            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=keep, is_causal=keep is None and n > 1,
+                keys, past = keys[:, :, :end], past[:, :, :end]
+            y = F.scaled_dot_product_attention(q, keys, past, attn_mask=keep, is_causal=keep is None and n > 1,
                                                enable_gqa=True)  # fmt: skip
             x = x + block.self_attn.o_proj(y.transpose(1, 2).flatten(2))
             x = x + block.mlp(block.post_attention_layernorm(x))

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fusegen.runtime import manifest as manifest_json
 from fusegen.runtime import write
+from fusegen.runtime.derived import Weight, converted, values
 from fusegen.runtime.errors import FileError, RequestError, UnsafeFileError
 from fusegen.runtime.manifest import COMPONENT_NAME, MANIFEST, STORAGE, Component, Manifest, Stored
 from fusegen.runtime.program import Program
@@ -95,19 +95,19 @@ class Bundle:
         self._check(name, text)
         return text
 
-    def _weights(self, name: str, component: Component, graph: bytes) -> dict[str, Tensor]:
+    def _weights(self, name: str, component: Component, graph: bytes) -> dict[str, Weight]:
         member = f"components/{name}/weights.safetensors"
         data, start, size = self._source.span(member)
         if self._verify:
             with memoryview(data) as view, view[start : start + size] as part:
                 self._check(member, part)
-        found = safetensors.read(data, start, size, f"{self.path}: {member}")
+        found: dict[str, Weight] = dict(safetensors.read(data, start, size, f"{self.path}: {member}"))
         if component.storage_dtype:
             stored = STORAGE[component.storage_dtype]
             wanted = graph_json.weight_specs(graph, f"{self.path}: components/{name}/graph.json")
             for key, tensor in found.items():
                 if tensor.dtype == stored and key in wanted and wanted[key].dtype == torch.float32:
-                    found[key] = tensor.float()
+                    found[key] = converted(tensor, torch.float32)
         return found
 
     def _check(self, name: str, data: Any) -> None:
@@ -175,9 +175,9 @@ def _members(
         weights = dict(program.weights)
         if storage_dtype:
             short = {k for k, v in weights.items() if v.dtype == torch.float32} - tables(program)
-            weights = {k: v.to(STORAGE[storage_dtype]) if k in short else v for k, v in weights.items()}
+            weights = {k: converted(v, STORAGE[storage_dtype]) if k in short else v for k, v in weights.items()}
         members[f"components/{name}/graph.json"] = [graph_json.dumps(program)]
-        members[f"components/{name}/weights.safetensors"] = list(safetensors.chunks(weights))
+        members[f"components/{name}/weights.safetensors"] = list(safetensors.chunks(values(weights)))
     for name, data in files.items():
         archive.check_name(name, path)
         if (

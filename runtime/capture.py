@@ -85,8 +85,18 @@ class Capture:
         if phase == "constant":
             self.stable.update(o for s in self.plan.steps if s.phase == phase for o in s.node.outputs)
             self.runs[phase].clear()
+            self._forget()
         loop = closures.loop([run for _, run in self.runs[phase]])
         self.loops[phase] = self.backend.record(loop) if self.backend.graph and phase == "step" else loop
+
+    def _forget(self) -> None:
+        """Let go of the weights that nothing but the constant phase reads."""
+        weights = self.plan.program.weights
+        used = {n for s in self.plan.steps if s.phase != "constant" for n in s.node.inputs()}
+        for name in {n for s in self.plan.steps if s.phase == "constant" for n in s.node.inputs()} - used:
+            if name in weights and name not in self.plan.program.outputs:
+                self.registers[self.index[name]] = None
+                self.weights.forget(name, weights[name])
 
     def profile(self, phase: str) -> list[tuple[Step, float]]:
         """Run a phase; the seconds of each of its steps."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fusegen.runtime.errors import GraphError
+
+if TYPE_CHECKING:
+    from fusegen.runtime.derived import Weight
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Program:
     """A graph with its weights.
 
     ``inputs``: name -> spec, in call order.  ``outputs``: names of values, in return order.  ``weights``: name ->
-    tensor (parameters, buffers and constants; possibly mapped from a file: never write to one).  ``symbols``: name of
+    tensor (parameters, buffers and constants; possibly mapped from a file: never write to one), or how it is made of
+    others when it is needed.  ``symbols``: name of
     a dynamic size -> (smallest, largest allowed).  ``specs``: what is known of every other value's shape.
     ``applied``: the rewrites behind it, in order.  ``guards``: expressions of symbols that the exporter took to be
     true (``"height % 8 == 0"``); for sizes that break one, the graph may mean something else.
@@ -83,7 +86,7 @@ class Program:
     nodes: tuple[Node, ...]
     inputs: Mapping[str, TensorSpec]
     outputs: tuple[str, ...]
-    weights: Mapping[str, Tensor]
+    weights: Mapping[str, Weight]
     symbols: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     specs: Mapping[str, TensorSpec] = field(default_factory=dict)
     applied: tuple[Applied, ...] = ()

@@ -10,7 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from fusegen.runtime.read.operators import written
 from fusegen.runtime.read.values import SYM
 from fusegen.runtime.rewrite.graph import overload
 from fusegen.runtime.symbols import MAX_SIZE, evaluate, symbols_of
+
+if TYPE_CHECKING:
+    from fusegen.runtime.derived import Weight
 
 # Operators outside torch.ops, that a backend's lowering puts into a static program: name -> its shape function, which
 # takes the node's arguments as meta tensors and returns the outputs.
@@ -78,8 +81,8 @@ class Strided(TensorSpec):
         return self.empty("meta")
 
 
-def strided(x: Tensor, alias: str | None = None) -> Strided:
-    """The spec of a tensor."""
+def strided(x: Weight, alias: str | None = None) -> Strided:
+    """The spec of a tensor, or of a weight that is not made yet."""
     return Strided(tuple(x.shape), x.dtype, tuple(x.stride()), alias)
 
 

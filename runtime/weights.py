@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fusegen.runtime.derived import Weight, release, value
+
+Pack = Callable[[Tensor], tuple[Tensor, bytes]]
+
 
 class Weights:
     """Shared by the captures of one session.
@@ -21,16 +25,24 @@ class Weights:
         self._asked: dict[Hashable, Tensor] = {}
         self._packed: dict[Hashable, Tensor] = {}
 
-    def placed(self, name: str, weight: Tensor) -> Tensor:
+    def placed(self, name: str, weight: Weight) -> Tensor:
         """``weight`` on the device."""
         key = name, weight.shape
         if key not in self._placed:
-            self._placed[key] = self._place(weight)
+            self._placed[key] = made = self._place(value(weight))
+            if made is not weight:
+                release(weight)
         return self._placed[key]
 
-    def packed(self, request: Hashable, weight: Hashable, pack: Callable[[], tuple[Tensor, bytes]]) -> Tensor:
-        """The packed form that ``request`` names; ``pack`` makes it and says its layout."""
+    def forget(self, name: str, weight: Weight) -> None:
+        """Hold a placed weight no longer: what was made of it is all that is used."""
+        self._placed.pop((name, weight.shape), None)
+        release(weight)
+
+    def packed(self, request: Hashable, name: Hashable, weight: Weight, pack: Pack) -> Tensor:
+        """The packed form of a weight that ``request`` names; ``pack`` makes it of the tensor and says its layout."""
         if request not in self._asked:
-            made, layout = pack()
-            self._asked[request] = self._packed.setdefault((weight, layout), made)
+            made, layout = pack(value(weight))
+            self._asked[request] = self._packed.setdefault((name, layout), made)
+            release(weight)
         return self._asked[request]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusegen.runtime.derived import values
 from fusegen.runtime.program import Program, substitute
 from fusegen.runtime.rewrite.epilogue import EAGER
 
@@ -44,7 +45,7 @@ def _call(op: str, args: dict[str, Any]) -> Any:
 
 def interpret(program: Program, *inputs: Tensor) -> tuple[Any, ...]:
     """The program's outputs."""
-    table: dict[str, Any] = {**program.weights, **dict(zip(program.inputs, inputs, strict=True))}
+    table: dict[str, Any] = {**values(program.weights), **dict(zip(program.inputs, inputs, strict=True))}
     with torch.no_grad():
         for node in program.nodes:
             args = {k: substitute(v, table) for k, v in node.args.items()}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fusegen.runtime.api import capture, read
 from fusegen.runtime.bundle import Bundle, Manifest
+from fusegen.runtime.derived import value
 from fusegen.runtime.errors import Error, FileError, RequestError, UnsafeFileError
 from fusegen.runtime.program import Program
 from fusegen.runtime.read import safetensors
@@ -99,7 +100,7 @@ def test_weights_stored_in_halves_come_back_as_float32(program: Program, tmp_pat
     got = read(tmp_path / "half.fg")
     weight = program.weights["linear.weight"]
     assert got.weights["linear.weight"].dtype == torch.float32
-    assert torch.equal(got.weights["linear.weight"], weight.to(getattr(torch, dtype)).float())
+    assert torch.equal(value(got.weights["linear.weight"]), weight.to(getattr(torch, dtype)).float())
     assert got.weights["odd"].dtype == torch.int64
     with pytest.raises(RequestError, match="cannot be stored as 'int3'"):
         Bundle.write(tmp_path / "x.fg", ABOUT, {"net": program}, storage_dtype="int3")

@@ -18,6 +18,7 @@ import torch
 import fusegen
 from fusegen.models.text_generation import TextGeneration
 from fusegen.runtime.bundle import Bundle, Manifest
+from fusegen.runtime.derived import values
 from fusegen.runtime.errors import Cancelled, FileError, RequestError
 from fusegen.runtime.loop.decode import Continuation, Running, Sampling
 
@@ -240,7 +241,7 @@ def test_a_prompt_may_end_in_the_midst_of_a_token(model: TextGeneration) -> None
 
 def test_rotary_tables_are_stored_as_they_are(tmp_path: Path) -> None:
     Bundle.write(tmp_path / "x.fg", Manifest(name="x"), {"decoder": gpts.program()}, {}, "bfloat16")
-    weights = Bundle.open(tmp_path / "x.fg").program("decoder").weights
+    weights = values(Bundle.open(tmp_path / "x.fg").program("decoder").weights)
     assert torch.equal(weights["gpt.cos"], gpts.gpt().cos) and torch.equal(weights["gpt.sin"], gpts.gpt().sin)
     rounded = gpts.gpt().embed_tokens.weight.bfloat16().float()
     assert torch.equal(weights["gpt.embed_tokens.weight"], rounded)

@@ -31,9 +31,13 @@ class Args(ctypes.Structure):
 class Launch(CpuLaunch):
     """Where the keys have the queries' offsets, both fields follow them."""
 
+    def __init__(self, *bound: Any):
+        super().__init__(*bound)
+        self.shared = self.args[4] is None
+
     def move(self, index: int, tensor: Tensor) -> None:
         super().move(index, tensor)
-        if index == 3 and self.args[4] is None:
+        if index == 3 and self.shared:
             self.struct.cu_k = tensor.data_ptr()
 
 

@@ -190,7 +190,7 @@ class CpuLaunch(Launch):
     """A C++ kernel bound to its arguments: one prepared struct, one foreign call.
 
     ``struct``: the filled ctypes mirror of ``fg_<op>_args``.  ``pointers``: positional argument -> the field that
-    holds its address.  ``tensors`` are kept alive: the outputs, and the arguments by position.
+    holds its address.  The outputs are kept alive, and the arguments by position, until one is moved.
     """
 
     def __init__(self, op: str, struct: ctypes.Structure, pointers: dict[int, str],
@@ -213,7 +213,7 @@ class CpuLaunch(Launch):
 
     def move(self, index: int, tensor: Tensor) -> None:
         setattr(self.struct, self.pointers[index], tensor.data_ptr())
-        self.args[index] = tensor
+        self.args[index] = None  # what it was bound to may go
 
     def call(self) -> tuple[int, int]:
         """(function, struct) addresses: one entry of the list that ``fg_run`` takes."""

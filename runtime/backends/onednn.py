@@ -89,11 +89,11 @@ _NAMES = ("input", "weight", "bias", "residual", "multiplier")
 def _pack_linear(name: str, program: Program, weights: Weights, rows: int) -> Tensor:
     weight = program.weights[name]
 
-    def pack() -> tuple[Tensor, bytes]:
+    def pack(weight: Tensor) -> tuple[Tensor, bytes]:
         made = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         return made, _layout(made)
 
-    return weights.packed(("linear", name, weight.shape, rows), ("linear", name, weight.shape), pack)
+    return weights.packed(("linear", name, weight.shape, rows), ("linear", name, weight.shape), weight, pack)
 
 
 def _pack_conv(node: Node, program: Program, weights: Weights, shape: tuple[int, ...]) -> Tensor:
@@ -101,12 +101,12 @@ def _pack_conv(node: Node, program: Program, weights: Weights, shape: tuple[int,
     weight = program.weights[name]
     where = [list(node.args[k]) for k in ("padding", "stride", "dilation")]
 
-    def pack() -> tuple[Tensor, bytes]:
+    def pack(weight: Tensor) -> tuple[Tensor, bytes]:
         reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
         made = reorder(weight.to_mkldnn(), *where, node.args["groups"], list(shape))
         return made, _layout(made)
 
-    return weights.packed(("conv2d", name, str(where), shape), ("conv2d", name, str(where)), pack)
+    return weights.packed(("conv2d", name, str(where), shape), ("conv2d", name, str(where)), weight, pack)
 
 
 def _layout(packed: Tensor) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import re
 import struct
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,16 @@ _ENCRYPTED, _STORED, _ZIP64 = 1, 0, 1
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _BAD_NAME = re.compile(r"(^|/)\.{1,2}(/|$)|^/|//|[\\:\x00-\x1f\x7f]")
 _MEND = "get the file again, or write it again"
+_MAPPED: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()  # and where each begins
 
 
 def map_file(path: Path) -> mmap.mmap:
     """The file's pages, mapped privately: nothing that writes to them reaches the file."""
     try:
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        _MAPPED[data] = torch.frombuffer(data, dtype=torch.uint8, count=1).data_ptr()
+        return data
     except FileNotFoundError:
         raise FileError("there is no such file", where=str(path)) from None
     except ValueError:
@@ -47,6 +51,18 @@ def check_name(name: str, path: Path) -> str:
     if not name or len(name) > MAX_NAME or _BAD_NAME.search(name):
         raise FileError(f"the member name {name[:80]!r} is not allowed", where=str(path))
     return name
+
+
+def release(tensor: Tensor) -> None:
+    """Give the whole pages of a mapped file under ``tensor`` back to the system, which reads them again when they are
+    asked for.  Nothing for a tensor that lies elsewhere.  What was written to the pages would be lost; nobody may."""
+    begin = tensor.untyped_storage().data_ptr()
+    end = begin + tensor.untyped_storage().nbytes()
+    for data, start in list(_MAPPED.items()):
+        if start <= begin and end <= start + len(data) and hasattr(mmap, "MADV_DONTNEED"):
+            low, high = -(-(begin - start) // mmap.PAGESIZE), (end - start) // mmap.PAGESIZE
+            if low < high:
+                data.madvise(mmap.MADV_DONTNEED, low * mmap.PAGESIZE, (high - low) * mmap.PAGESIZE)
 
 
 def pages(data: Any, offset: int, size: int, alignment: int) -> Tensor:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from fusegen.runtime import state, symbols
 from fusegen.runtime.errors import Error, FileError, GraphError
 from fusegen.runtime.program import Applied, Node, Program, Ref, TensorSpec, check
 from fusegen.runtime.read import json_text, operators, values
+
+if TYPE_CHECKING:
+    from fusegen.runtime.derived import Weight
 
 FORMAT, VERSION = "fusegen.graph", 1
 _KEYS = ("format", "version", "name", "inputs", "outputs", "symbols", "weights", "nodes", "specs", "applied", "guards")
@@ -56,7 +58,7 @@ def dumps(program: Program) -> bytes:
     return json.dumps(document, allow_nan=False, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def loads(text: bytes, weights: Mapping[str, Tensor], where: str) -> Program:
+def loads(text: bytes, weights: Mapping[str, Weight], where: str) -> Program:
     """The Program that :func:`dumps` wrote, with its weights by name (more than it uses are left out).
 
     Raises :class:`FileError` (with ``where``, the file and member) for JSON that is damaged or of another format, and
@@ -193,7 +195,7 @@ def _node(value: Any) -> Node:
     return Node(name, op, args, names(found["outputs"]), _text(found["source"]))
 
 
-def _program(document: dict[str, Any], weights: Mapping[str, Tensor]) -> Program:
+def _program(document: dict[str, Any], weights: Mapping[str, Weight]) -> Program:
     if document.get("format") != FORMAT:
         raise FileError(f"this is not a graph of the format {FORMAT}")
     if document.get("version") != VERSION:
@@ -224,7 +226,7 @@ def _guard(text: str, known: frozenset[str]) -> str:
     return text
 
 
-def _weight(name: str, spec: TensorSpec, weights: Mapping[str, Tensor]) -> Tensor:
+def _weight(name: str, spec: TensorSpec, weights: Mapping[str, Weight]) -> Weight:
     if name not in weights:
         raise GraphError("a weight is missing", where=name)
     got = TensorSpec(tuple(weights[name].shape), weights[name].dtype)

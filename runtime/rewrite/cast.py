@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fusegen.runtime import state
+from fusegen.runtime.derived import Weight, converted
 from fusegen.runtime.program import Node, Program, Ref, TensorSpec, substitute
 from fusegen.runtime.read.operators import complete
 from fusegen.runtime.rewrite.graph import FLOATS, Names, overload, spec_of, tensors
@@ -84,8 +84,8 @@ def model_dtype(program: Program) -> torch.dtype:
 def cast(program: Program, dtype: torch.dtype) -> tuple[Program, int]:
     """``program`` computing in ``dtype``; inputs and outputs keep their dtypes.  Also how many casts it took.
 
-    Inputs that it writes in place are the session's own memory, and take ``dtype``.  Weights are converted once, here;
-    those already in their dtype are shared with ``program``.
+    Inputs that it writes in place are the session's own memory, and take ``dtype``.  Weights are converted when
+    they are needed; those already in their dtype are shared with ``program``.
     """
     caster = _Caster(program, dtype, model_dtype(program))
     caster.inputs()
@@ -101,7 +101,7 @@ class _Caster:
     model: torch.dtype
     count: int = 0
     nodes: list[Node] = field(default_factory=list)
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
     specs: dict[str, TensorSpec] = field(default_factory=dict)
     now: dict[str, TensorSpec] = field(default_factory=dict)
     made: dict[tuple[str, torch.dtype], str] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class _Caster:
             self.made[key] = new = self.names.fresh(f"{name}.{short}")
             self.now[new] = TensorSpec(spec.shape, dtype)
             if name in self.program.weights:
-                self.weights[new] = self.program.weights[name].to(dtype)
+                self.weights[new] = converted(self.program.weights[name], dtype)
             else:
                 args = complete(overload(CAST), {"self": Ref(name), "dtype": dtype}, new)
                 self.nodes.append(Node(new, CAST, args, (new,)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fusegen.runtime.derived import Weight, value
 from fusegen.runtime.errors import GraphError
 from fusegen.runtime.program import Node, Program, Ref, TensorSpec, substitute
 from fusegen.runtime.read.operators import complete
@@ -194,7 +195,7 @@ def folded(program: Program) -> tuple[Program, int]:
     return without_dead(replace(program, weights=weights, specs=specs).with_nodes(tuple(nodes)))[0], count
 
 
-def _fold(program: Program, node: Node, weights: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+def _fold(program: Program, node: Node, weights: Mapping[str, Weight]) -> tuple[torch.Tensor, ...] | None:
     if not node.op.startswith("aten.") or not is_pure(node) or any(o in program.outputs for o in node.outputs):
         return None
     for name in node.inputs():
@@ -204,7 +205,7 @@ def _fold(program: Program, node: Node, weights: Mapping[str, torch.Tensor]) -> 
         spec = program.specs.get(name)
         if spec is None or any(isinstance(d, str) for d in spec.shape) or _size(spec) > FOLD_ELEMENTS:
             return None
-    return _evaluate(node, weights)
+    return _evaluate(node, {name: value(weights[name]) for name in node.inputs()})
 
 
 def _size(spec: TensorSpec) -> int:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusegen.runtime.derived import Derived, Weight
 from fusegen.runtime.program import Applied, Node, Program, Ref, TensorSpec
 from fusegen.runtime.read.operators import complete
 from fusegen.runtime.rewrite import gates as gates_of
@@ -168,8 +169,7 @@ def _activation(node: Node) -> str | None:
 def merge_linears(program: Program, least: int = 2) -> Program:
     """Make linears of one input one linear, and views of its output: q, k and v; the projections of the time embedding.
 
-    Groups of fewer than ``least`` stay.  The concatenated weight is a copy; the parts go unless something else uses
-    them.
+    Groups of fewer than ``least`` stay.  The parts go unless something else uses them.
     """
     groups: dict[Any, list[Node]] = {}
     for node in program.nodes:
@@ -192,15 +192,19 @@ def merge_linears(program: Program, least: int = 2) -> Program:
     return replace(out, applied=(*program.applied, Applied("linears of one input", merged)))
 
 
+def _joined(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
 def _merged(
-    program: Program, group: list[Node], weights: dict[str, Tensor], specs: dict[str, TensorSpec], names: Names
+    program: Program, group: list[Node], weights: dict[str, Weight], specs: dict[str, TensorSpec], names: Names
 ) -> tuple[Node, Node]:
     """The one linear of a group and the split of its output, whose outputs have the group's names."""
     args = dict(group[0].args)
     for k in ("weight", "bias"):
         if args[k] is not None:
             new = names.fresh(f"{args[k].name}.merged")
-            weights[new], args[k] = torch.cat([program.weights[n.args[k].name] for n in group]), Ref(new)
+            weights[new], args[k] = Derived(_joined, *(program.weights[n.args[k].name] for n in group)), Ref(new)
     sizes = tuple(program.weights[n.args["weight"].name].shape[0] for n in group)
     name = names.fresh(f"{group[0].name}.merged")
     spec = spec_of(program, group[0].outputs[0])

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
+from fusegen.runtime.derived import Weight, viewed
 from fusegen.runtime.program import Node, Program, Ref, TensorSpec
 from fusegen.runtime.read.operators import complete
 from fusegen.runtime.rewrite.graph import Names, overload, without_dead
@@ -68,10 +67,14 @@ def _sources(program: Program, node: Node, made: Mapping[str, Node]) -> list[Nod
     return sources
 
 
+def _half(weight: Weight, half: int) -> Weight:
+    return viewed(lambda w: w.chunk(2)[half], weight)
+
+
 class _Opening:
     """The new nodes, and the weights and specs they need."""
 
-    def __init__(self, program: Program, weights: dict[str, Tensor], specs: dict[str, TensorSpec], names: Names):
+    def __init__(self, program: Program, weights: dict[str, Weight], specs: dict[str, TensorSpec], names: Names):
         self.program, self.weights, self.specs, self.names = program, weights, specs, names
 
     def _value(self, node: Node, base: str) -> str:
@@ -90,7 +93,7 @@ class _Opening:
                 if source.args[k] is not None:
                     old = source.args[k].name
                     new = self.names.fresh(f"{old}.half{half}")
-                    self.weights[new], args[k] = self.program.weights[old].chunk(2)[half], Ref(new)
+                    self.weights[new], args[k] = _half(self.program.weights[old], half), Ref(new)
             name = self._value(node, base)
             out.append(replace(source, name=name, args=args, outputs=(name,)))
         return out

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
+from fusegen.runtime.derived import viewed
 from fusegen.runtime.program import Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, rank, spec_of
 
@@ -27,7 +30,7 @@ def as_linear(program: Program) -> tuple[Program, int]:
             x, weight, bias = parts
             if weight not in transposed:
                 transposed[weight] = names.fresh(f"{weight}.t")
-                weights[transposed[weight]] = program.weights[weight].t()
+                weights[transposed[weight]] = viewed(torch.t, program.weights[weight])
             args = {"input": x, "weight": Ref(transposed[weight]), "bias": bias}
             node, count = replace(node, op=LINEAR, args=args), count + 1
         nodes.append(node)

@@ -32,6 +32,7 @@ from fusegen.models.text_encoder import TextEncoder, TextEncoderConfig
 from fusegen.models.unet import UNet, UNetConfig
 from fusegen.models.zoo.emoji import data
 from fusegen.runtime.bundle import Bundle
+from fusegen.runtime.derived import values
 
 TRAIN_STEPS = 1000  # the schedule's time steps
 # On a CPU the flash form's backward pass is several times slower than the plain one at 64 tokens; on a GPU it serves
@@ -148,7 +149,7 @@ class Run:
         """Take the weights of a bundle that an earlier training was exported to."""
         opened = Bundle.open(bundle)
         parts = {"unet": opened.program("denoiser"), "text_encoder": opened.program("text_encoder")}
-        weights = {f"{part}.{k}": v for part, program in parts.items() for k, v in program.weights.items()}
+        weights = {f"{part}.{k}": v for part, program in parts.items() for k, v in values(program.weights).items()}
         self.model.load_state_dict({k: weights[k] for k in self.model.state_dict()})
         self.average = {k: weights[k].detach().clone() for k in self.average}
 

@@ -78,15 +78,35 @@ class Capture:
     def build(self, phase: str) -> None:
         """Bind the nodes of a phase, running each once."""
         for step in self.plan.steps:
-            if step.phase == phase:
+            if step.phase == phase and not self._known(step):
                 run = self._bind(step)
                 if run is not None:
                     self.runs[phase].append((step, run))
+                self._keep(step)
         if phase == "constant":
             self.stable.update(o for s in self.plan.steps if s.phase == phase for o in s.node.outputs)
             self.runs[phase].clear()
         loop = closures.loop([run for _, run in self.runs[phase]])
         self.loops[phase] = self.backend.record(loop) if self.backend.graph and phase == "step" else loop
+
+    def _request(self, step: Step) -> str:
+        """What names the constants that ``step`` makes of weights alone and a later phase reads, in any capture of the
+        session; "" where it makes none."""
+        weights = self.plan.program.weights.keys()
+        crossing = step.phase == "constant" and self.plan.crossing.issuperset(step.node.outputs)
+        kept = crossing and step.binding.how != "view" and weights >= set(step.node.inputs())
+        return f"{step.binding.name} {step.node.op} {step.node.args}" if kept else ""
+
+    def _known(self, step: Step) -> bool:
+        """Whether another capture worked out what ``step`` makes: then its values are taken over."""
+        found = self.weights.constants.get(self._request(step))
+        for name, value in zip(step.node.outputs, found or (), strict=bool(found)):
+            self.registers[self.slot(name)] = value
+        return found is not None
+
+    def _keep(self, step: Step) -> None:
+        if request := self._request(step):
+            self.weights.constants[request] = [self.value(name) for name in step.node.outputs]
 
     def profile(self, phase: str) -> list[tuple[Step, float]]:
         """Run a phase; the seconds of each of its steps."""

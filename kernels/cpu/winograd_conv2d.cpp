@@ -1,10 +1,17 @@
-// levels: scalar avx2 avx512 neon
+// levels: scalar avx2 avx512 avx512_bf16 neon
 // A 3x3 convolution by Winograd's algorithm, with bias and residual; see winograd.h.
 #include "abi.h"
 #include "winograd.h"
+#if defined(FG_HAS_AVX512_BF16)
+#include "winograd_bf16.h"
+#endif
 
 extern "C" int FG_EXPORT(winograd_conv2d)(const fg_winograd_conv2d_args *a) {
   if (!a->batch || !a->outputs || !a->height || !a->width) return FG_OK;
+#if defined(FG_HAS_AVX512_BF16)
+  if (a->dtype == FG_BFLOAT16) return PairWinograd(a).run();
+#endif
+  if (a->dtype != FG_FLOAT32) return FG_BAD_ARGUMENT;
   const Winograd problem(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width);
   const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
     const float *image = static_cast<const float *>(a->x) + sample * a->height * a->width * a->inputs;

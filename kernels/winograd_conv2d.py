@@ -213,7 +213,7 @@ OP = register(
         eager=_eager,
         alone=_alone,
         draw=_draw,
-        formula="conv2d(x, 3x3 weight, padding 1) + bias + residual as A^T (G w G^T . B^T d B) A, tiles d of 6 or 4 a side",
+        formula="conv2d(x, 3x3 weight, padding 1) + bias + residual as A^T (G w G^T . B^T d B) A, tiles d 6 or 4 wide",
         source="Lavin & Gray 2015, arXiv:1509.09308; Winograd 1980",
     )
 )

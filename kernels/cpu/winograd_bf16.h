@@ -5,9 +5,10 @@
 // of pairs of input channels: a line of memory holds 16 pairs of a tile at one point, and twelve tiles' lines lie
 // together, so that a product reads one stream of them and one of filters.  A tile's sums run over the channels in order
 // in float32, whatever block it is in: neither threads nor batch change a bit.
+//
+// What becomes of a tile's pixels is the caller's, as is a factor for each channel of a sample.
 #pragma once
-#include "abi.h"
-#include "moments.h"
+#include "simd.h"
 #include "threads.h"
 
 namespace {
@@ -60,8 +61,57 @@ FG_INLINE void pair_product(const uint32_t *v, int64_t pairs, const uint32_t *u,
     for (int j = 0; j < NV; ++j) _mm512_storeu_ps(m + i * row + 16 * j, sum[i][j]);
 }
 
+FG_INLINE vf wide_halves(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+
+// Adds the 32 elements at p, those that the mask has.
+FG_INLINE void plus(const bf16 *p, __mmask32 mask, vf &low, vf &high) {
+  const __m512i more = _mm512_maskz_loadu_epi16(mask, p);
+  low = add(low, wide_halves(_mm512_castsi512_si256(more)));
+  high = add(high, wide_halves(_mm512_extracti64x4_epi64(more, 1)));
+}
+
+// Two float vectors as one of pairs: lane i holds (low[i], high[i]), rounded to nearest even.
+FG_INLINE __m512i pair_up(vf low, vf high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+// A row of points: those of row P of the pixels less those of row Q, or plus where these are 1 and 2, by `even` and `odd`,
+// a factor for each channel.
+template <int P, int Q, bool SCALED, class F>
+FG_INLINE void spread_row(const F &load_at, vf even, vf odd, uint32_t *to, int64_t part) {
+  vf low[4], high[4], d[4], e[4];
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i p = load_at(4 * P + j), q = load_at(4 * Q + j);
+    const vf a = _mm512_castsi512_ps(_mm512_slli_epi32(p, 16)), b = _mm512_castsi512_ps(_mm512_slli_epi32(q, 16));
+    const vf c = _mm512_castsi512_ps(_mm512_and_si512(p, upper)), g = _mm512_castsi512_ps(_mm512_and_si512(q, upper));
+    low[j] = P == 1 && Q == 2 ? add(a, b) : sub(a, b);
+    high[j] = P == 1 && Q == 2 ? add(c, g) : sub(c, g);
+  }
+  spread_pairs(low, d, 1);
+  spread_pairs(high, e, 1);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i made = SCALED ? pair_up(mul(d[j], even), mul(e[j], odd)) : pair_up(d[j], e[j]);
+    _mm512_storeu_si512(to + j * part, made);
+  }
+}
+
+// The first pixel of a tile's outputs.
+struct PairPlace {
+  int64_t sample, y, x;
+};
+
 struct PairWinograd {
-  const fg_winograd_conv2d_args *a;
+  const bf16 *image;
+  const uint32_t *filters;
+  const float *scales;                   // null, or LINE even channels, LINE odd ones, ...: `lines` times for each sample
+  int64_t inputs, outputs, height, width;
   int64_t pairs, lines, groups;          // of input channels; of a tile at a point; of GROUP outputs
   int64_t down, across, tiles;           // of a sample, of the batch
   int64_t chunk, part;                   // tiles; words of its points
@@ -71,12 +121,15 @@ struct PairWinograd {
   float *sums;
   int *busy;
 
-  explicit PairWinograd(const fg_winograd_conv2d_args *args) : a(args) {
-    pairs = (a->inputs + 1) / 2, lines = (pairs + LINE - 1) / LINE, groups = (a->outputs + GROUP - 1) / GROUP;
-    down = (a->height + 1) / 2, across = (a->width + 1) / 2, tiles = a->batch * down * across;
+  PairWinograd(const void *x, const void *filters, const float *scales, int64_t batch, int64_t inputs, int64_t outputs,
+               int64_t height, int64_t width)
+      : image(static_cast<const bf16 *>(x)), filters(static_cast<const uint32_t *>(filters)), scales(scales),
+        inputs(inputs), outputs(outputs), height(height), width(width) {
+    pairs = (inputs + 1) / 2, lines = (pairs + LINE - 1) / LINE, groups = (outputs + GROUP - 1) / GROUP;
+    down = (height + 1) / 2, across = (width + 1) / 2, tiles = batch * down * across;
     row = SPOTS * GROUP + LINE, made = kBlock * row;
     // Every chunk reads all filters: where they are large, it takes more tiles.
-    const int64_t filters = SPOTS * groups * pairs * GROUP * 4, third = filters / 3;
+    const int64_t third = SPOTS * groups * pairs * GROUP * 4 / 3;
     const int64_t bytes = third < kLittle ? kLittle : third < kMuch ? third : kMuch;
     const int64_t fit = bytes / (SPOTS * lines * 64) / kBlock;
     chunk = (fit < 1 ? 1 : fit) * kBlock;
@@ -96,62 +149,34 @@ struct PairWinograd {
     return true;
   }
 
-  struct Place {
-    int64_t sample, y, x;
-  };
-  Place place(int64_t tile) const {
-    return {tile / (down * across), tile / across % down * 2, tile % across * 2};
-  }
+  PairPlace place(int64_t tile) const { return {tile / (down * across), tile / across % down * 2, tile % across * 2}; }
 
-  // The 16 points of tile `tile` of the image, the `t`-th of its chunk.
+  // The 16 points of tile `tile` of the images, the `t`-th of its chunk.
+  template <bool SCALED>
   void fill(int64_t tile, int64_t t) const {
-    const Place at = place(tile);
-    const bf16 *image = static_cast<const bf16 *>(a->x) + at.sample * a->height * a->width * a->inputs, *pixel[SPOTS];
-    pixels_at<4>(image, a->height, a->width, a->inputs, at.y - 1, at.x - 1, pixel);
+    const PairPlace at = place(tile);
+    const bf16 *pixel[SPOTS];
+    pixels_at<4>(image + at.sample * height * width * inputs, height, width, inputs, at.y - 1, at.x - 1, pixel);
     for (int i = 0; i < SPOTS; ++i) pixel[i] = pixel[i] ? pixel[i] : zeros;
     const bf16 *next[4];  // the tile to the right has two columns of pixels more
-    for (int i = 0; i < 4; ++i) next[i] = pixel[4 * i + 3] + a->inputs;
+    for (int i = 0; i < 4; ++i) next[i] = pixel[4 * i + 3] + inputs;
     uint32_t *to = spread + t / ROWS * ROWS * lines * LINE + t % ROWS * LINE;
-    const int64_t apart = part, inputs = a->inputs;
-    for (int64_t c = 0; c < inputs; c += 2 * LINE, to += ROWS * LINE) {
-      const __mmask32 mask = halves_below(inputs - c);
+    const float *scale = SCALED ? scales + at.sample * lines * 2 * LINE : nullptr;
+    const int64_t apart = part, channels = inputs;
+    for (int64_t c = 0; c < channels; c += 2 * LINE, to += ROWS * LINE) {
+      const __mmask32 mask = halves_below(channels - c);
       const auto load_at = [&](int i) { return _mm512_maskz_loadu_epi16(mask, pixel[i] + c); };
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         __builtin_prefetch(next[i] + c);
-        __builtin_prefetch(next[i] + inputs + c);
+        __builtin_prefetch(next[i] + channels + c);
       }
-      spread_row<0, 2>(load_at, to, apart);
-      spread_row<1, 2>(load_at, to + 4 * apart, apart);
-      spread_row<2, 1>(load_at, to + 8 * apart, apart);
-      spread_row<1, 3>(load_at, to + 12 * apart, apart);
+      const vf even = SCALED ? load(scale + c) : set1(0.0f), odd = SCALED ? load(scale + c + LINE) : even;
+      spread_row<0, 2, SCALED>(load_at, even, odd, to, apart);
+      spread_row<1, 2, SCALED>(load_at, even, odd, to + 4 * apart, apart);
+      spread_row<2, 1, SCALED>(load_at, even, odd, to + 8 * apart, apart);
+      spread_row<1, 3, SCALED>(load_at, even, odd, to + 12 * apart, apart);
     }
-  }
-
-  // A row of points: those of row P of the pixels less those of row Q, or plus where these are 1 and 2.
-  template <int P, int Q, class F>
-  FG_INLINE void spread_row(const F &load_at, uint32_t *to, int64_t part) {
-    vf even[4], odd[4], d[4], e[4];
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const __m512i p = load_at(4 * P + j), q = load_at(4 * Q + j);
-      const vf first = _mm512_castsi512_ps(_mm512_slli_epi32(p, 16)), second = _mm512_castsi512_ps(_mm512_slli_epi32(q, 16));
-      const vf third = _mm512_castsi512_ps(_mm512_and_si512(p, upper)), last = _mm512_castsi512_ps(_mm512_and_si512(q, upper));
-      even[j] = P == 1 && Q == 2 ? add(first, second) : sub(first, second);
-      odd[j] = P == 1 && Q == 2 ? add(third, last) : sub(third, last);
-    }
-    spread_pairs(even, d, 1);
-    spread_pairs(odd, e, 1);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(to + j * part, pair_up(d[j], e[j]));
-  }
-
-  // Two float vectors as one of pairs: lane i holds (low[i], high[i]), rounded to nearest even.
-  FG_INLINE __m512i pair_up(vf low, vf high) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
   }
 
   template <int NV>
@@ -167,67 +192,57 @@ struct PairWinograd {
     }
   }
 
-  // The outputs [o, o + GROUP) of tile `tile` from its sums.
-  void finish(int64_t tile, int64_t o, const float *m, const vf *offset) const {
-    const Place at = place(tile);
-    const __mmask32 mask = halves_below(a->outputs - o);
-    vf z[2][4];
+  // The outputs [o, o + GROUP) of tile `tile` from its sums: two vectors of each of its four pixels.
+  FG_INLINE void gather(const float *m, vf (*z)[4]) {
     for (int h = 0; h < 2; ++h) {
       vf d[SPOTS], e[8];
       for (int i = 0; i < SPOTS; ++i) d[i] = load(m + i * GROUP + h * W);
       for (int i = 0; i < 4; ++i) gather_pairs(d + i, 4, e + i, 4);
       for (int i = 0; i < 2; ++i) gather_pairs(e + 4 * i, 1, z[h] + 2 * i, 1);
     }
-    for (int i = 0; i < 4; ++i) {
-      const int64_t y = at.y + i / 2, x = at.x + i % 2;
-      if (y >= a->height || x >= a->width) continue;
-      const int64_t to = ((at.sample * a->height + y) * a->width + x) * a->outputs + o;
-      vf low = add(z[0][i], offset[0]), high = add(z[1][i], offset[1]);
-      if (a->residual) {
-        const __m512i more = _mm512_maskz_loadu_epi16(mask, static_cast<const bf16 *>(a->residual) + to);
-        low = add(low, wide(_mm512_castsi512_si256(more)));
-        high = add(high, wide(_mm512_extracti64x4_epi64(more, 1)));
-      }
-      _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + to, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
   }
 
-  FG_INLINE vf wide(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-
   // One block of the chunk that begins at tile `first`, by one group of outputs.
-  void convolve(int64_t first, int64_t t, int64_t count, int64_t group) const {
+  template <class Take>
+  void convolve(int64_t first, int64_t t, int64_t count, int64_t group, const Take &take) const {
     int64_t slot = 0;
     while (__atomic_exchange_n(&busy[slot], 1, __ATOMIC_ACQUIRE)) slot = slot + 1 < fg_threads() ? slot + 1 : 0;
     float *m = sums + slot * made;
-    const uint32_t *u = static_cast<const uint32_t *>(a->filters) + group * SPOTS * pairs * GROUP;
-    const uint32_t *v = spread + t * lines * LINE;
+    const uint32_t *u = filters + group * SPOTS * pairs * GROUP, *v = spread + t * lines * LINE;
     const int64_t o = group * GROUP;
     for (int i = 0; i < SPOTS; ++i, u += pairs * GROUP, v += part) {
-      if (a->outputs - o > W)
+      if (outputs - o > W)
         multiply<2>(count, v, u, m + i * GROUP);
       else
         multiply<1>(count, v, u, m + i * GROUP);
     }
-    float bias[GROUP];
-    for (int64_t i = 0; i < GROUP; ++i)
-      bias[i] = o + i < a->outputs ? parameter(a->bias, a->bias_dtype, o + i, 0.0f) : 0.0f;
-    const vf offset[2] = {load(bias), load(bias + W)};
-    for (int64_t i = 0; i < count; ++i) finish(first + t + i, o, m + i * row, offset);
+    for (int64_t i = 0; i < count; ++i) {
+      const PairPlace at = place(first + t + i);
+      vf z[2][4];
+      gather(m + i * row, z);
+      for (int j = 0; j < 4; ++j) {
+        const int64_t y = at.y + j / 2, x = at.x + j % 2;
+        if (y < height && x < width) take(at.sample, y * width + x, o, z[0][j], z[1][j]);
+      }
+    }
     __atomic_store_n(&busy[slot], 0, __ATOMIC_RELEASE);
   }
 
-  int run() {
+  // take(sample, pixel, o, low, high) has the sums of the outputs [o, o + 16) and [o + 16, o + 32) of that pixel.
+  template <class Take>
+  int run(const Take &take) {
     if (!reserve()) return FG_NO_MEMORY;
     for (int64_t first = 0; first < tiles; first += chunk) {
       const int64_t count = tiles - first < chunk ? tiles - first : chunk, blocks = (count + kBlock - 1) / kBlock;
       parallel_for((count + ROWS - 1) / ROWS, 1, [&](int64_t item) {
-        for (int64_t t = item * ROWS; t < count && t < (item + 1) * ROWS; ++t) fill(first + t, t);
+        for (int64_t t = item * ROWS; t < count && t < (item + 1) * ROWS; ++t)
+          scales ? fill<true>(first + t, t) : fill<false>(first + t, t);
         return 0;
       });
       // Consecutive items share filters, which threads then read at about the same time.
       parallel_for(blocks * groups, 1, [&](int64_t item) {
         const int64_t t = item % blocks * kBlock;
-        return convolve(first, t, count - t < kBlock ? count - t : kBlock, item / blocks), 0;
+        return convolve(first, t, count - t < kBlock ? count - t : kBlock, item / blocks, take), 0;
       });
     }
     return FG_OK;

@@ -192,7 +192,7 @@ def _eager(
     act: str, alpha: Any, gain: Any, clamp: Any, eps: float,
 ) -> Tensor:  # fmt: skip
     """The scaled form: one convolution for all samples, after the published filter where there is one."""
-    weight, y = unfolded(filters, outputs).to(x.dtype), x * styles[:, :, None, None].to(x.dtype)
+    weight, y = unfolded(filters, outputs, x.shape[1]).to(x.dtype), x * styles[:, :, None, None].to(x.dtype)
     if taps is None:
         y = F.conv2d(y, weight, padding=1)
     else:

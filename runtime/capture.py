@@ -8,6 +8,7 @@ values alone is called with no preparation, and a view of one costs nothing agai
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ class Capture:
         self.arena = torch.empty(plan.layout.peak, dtype=torch.uint8, device=backend.device)
         self.nbytes = plan.layout.peak
         self._deaths = _deaths(plan)
+        self._readers = Counter(name for s in plan.steps for name in dict.fromkeys(s.node.inputs()))
 
     def load(self, name: str, value: Tensor) -> None:
         """Set an input, or a value that an earlier phase left; a recorded graph reads it where it first was."""
@@ -78,25 +80,47 @@ class Capture:
     def build(self, phase: str) -> None:
         """Bind the nodes of a phase, running each once."""
         for step in self.plan.steps:
-            if step.phase == phase:
+            if step.phase == phase and not self._known(step):
                 run = self._bind(step)
                 if run is not None:
                     self.runs[phase].append((step, run))
+                self._keep(step)
         if phase == "constant":
             self.stable.update(o for s in self.plan.steps if s.phase == phase for o in s.node.outputs)
             self.runs[phase].clear()
-            self._forget()
         loop = closures.loop([run for _, run in self.runs[phase]])
         self.loops[phase] = self.backend.record(loop) if self.backend.graph and phase == "step" else loop
 
-    def _forget(self) -> None:
-        """Let go of the weights that nothing but the constant phase reads."""
-        weights = self.plan.program.weights
-        used = {n for s in self.plan.steps if s.phase != "constant" for n in s.node.inputs()}
-        for name in {n for s in self.plan.steps if s.phase == "constant" for n in s.node.inputs()} - used:
-            if name in weights and name not in self.plan.program.outputs:
+    def _request(self, step: Step) -> str:
+        """What names the constants that ``step`` makes of weights alone and a later phase reads, in any capture of the
+        session; "" where it makes none."""
+        weights, given = self.plan.program.weights, dict.fromkeys(step.node.inputs())
+        crossing = step.phase == "constant" and self.plan.crossing.issuperset(step.node.outputs)
+        kept = crossing and step.binding.how != "view" and weights.keys() >= given.keys()
+        shapes = [tuple(weights[name].shape) for name in given] if kept else []
+        return f"{step.binding.name} {step.node.op} {step.node.args} {shapes}" if kept else ""
+
+    def _known(self, step: Step) -> bool:
+        """Whether another capture worked out what ``step`` makes: then its values are taken over."""
+        found = self.weights.constants.get(self._request(step))
+        for name, value in zip(step.node.outputs, found or (), strict=bool(found)):
+            self.registers[self.slot(name)] = value
+        return found is not None
+
+    def _keep(self, step: Step) -> None:
+        """Keep what ``step`` made of weights for other captures, and let go of those that it alone reads."""
+        if request := self._request(step):
+            self.weights.constants[request] = [self.value(name) for name in step.node.outputs]
+        if step.phase == "constant":
+            for name in self._alone(step):
                 self.registers[self.index[name]] = None
-                self.weights.forget(name, weights[name])
+                self.weights.forget(name, self.plan.program.weights[name])
+
+    def _alone(self, step: Step) -> list[str]:
+        """The weights that no other step reads."""
+        weights, outputs = self.plan.program.weights, self.plan.program.outputs
+        mine = {name for name in step.node.inputs() if name in weights and name not in outputs}
+        return sorted(name for name in mine if self._readers[name] == 1)
 
     def profile(self, phase: str) -> list[tuple[Step, float]]:
         """Run a phase; the seconds of each of its steps."""

@@ -16,11 +16,12 @@ class Weights:
     """Shared by the captures of one session.
 
     ``place`` puts a weight on the device; a packed form is found by what was asked for, and is kept once where two
-    requests lead to the same layout.
+    requests lead to the same layout.  ``constants``: what captures worked out of weights alone, for the others.
     """
 
     def __init__(self, place: Callable[[Tensor], Tensor]):
         self._place = place
+        self.constants: dict[str, list[Tensor]] = {}
         self._placed: dict[tuple[str, Any], Tensor] = {}
         self._asked: dict[Hashable, Tensor] = {}
         self._packed: dict[Hashable, Tensor] = {}

@@ -42,11 +42,10 @@ def _levels(op: Op) -> list[str]:
 @pytest.mark.parametrize(("op", "case", "dtype"), EVERY, ids=_name)
 def test_kernels_agree_with_the_reference_at_every_level(op: Op, case: Case, dtype: torch.dtype) -> None:
     args = _build(case, dtype)
-    kernels = [k for k in op.kernels if k.device == "cpu" and k.decline(*args) is None]
     want = truth(op, args)
     for level in _levels(op):
         with library.forced(level):
-            for kernel in kernels:
+            for kernel in (k for k in op.kernels if k.device == "cpu" and k.decline(*args) is None):
                 label = f"{case.name} / {dtype} / {kernel.name} at {level}"
                 assert_all_close(op, label, run_fenced(op, kernel, args), want)
 
@@ -55,8 +54,10 @@ def test_kernels_agree_with_the_reference_at_every_level(op: Op, case: Case, dty
 @pytest.mark.parametrize(("op", "case", "dtype"), LARGE, ids=_name)
 def test_large_cases_are_served_by_a_kernel(op: Op, case: Case, dtype: torch.dtype) -> None:
     args = _build(case, dtype)
-    kernel = pick(op, "cpu", args).kernel
-    assert kernel is not None, pick(op, "cpu", args).declined
+    kernel, declined = pick(op, "cpu", args).kernel, pick(op, "cpu", args).declined
+    if kernel is None and all(d.reason.startswith("the level ") for d in declined):
+        pytest.skip(declined[0].reason)
+    assert kernel is not None, declined
     if op.cost(*args).flops > 2**32:
         pytest.skip("the float64 reference takes too long")
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
+from fusegen.kernels.op import Tolerance
 from fusegen.runtime import api
 from fusegen.runtime.winograd import RULE
 
@@ -17,10 +18,16 @@ pytestmark = pytest.mark.skipif(not library.available(), reason=library.missing(
 registry.ops()
 FUSED = "kernel winograd_conv2d C++"
 LEVELS = library.levels() if library.available() else ()
+needs_pairs = pytest.mark.skipif("avx512_bf16" not in LEVELS[-1:], reason="bfloat16 is served at avx512_bf16 alone")
+
+
+def last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    filters = torch.ops.fusegen.winograd_filters(weight)
+    pairs = weight.dtype == torch.bfloat16
+    filters = (torch.ops.fusegen.winograd_pair_filters if pairs else torch.ops.fusegen.winograd_filters)(weight)
     return torch.ops.fusegen.winograd_conv2d(x, filters, weight.shape[0], bias, residual)
 
 
@@ -38,17 +45,34 @@ def test_it_is_the_convolution(level: str, shape: tuple[int, ...], outputs: int)
     assert_close("y", got, want, registry.get("winograd_conv2d").tolerance[torch.float32])
 
 
-def test_bits_do_not_depend_on_threads_or_batch() -> None:
+@needs_pairs
+@pytest.mark.parametrize("shape", [(2, 24, 12, 20), (3, 37, 7, 9), (1, 64, 1, 1), (5, 33, 4, 3), (1, 640, 41, 43)])
+@pytest.mark.parametrize("outputs", [1, 16, 40, 144])
+def test_in_bfloat16_it_is_the_convolution(shape: tuple[int, ...], outputs: int) -> None:
+    """The op's tolerance is for given filters; here their own rounding comes on top.  The last is in several parts."""
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(5, 48, 19, 23, generator=g).contiguous(memory_format=torch.channels_last)
-    weight, threads = torch.randn(80, 48, 3, 3, generator=g), torch.get_num_threads()
+    x = last(torch.randn(shape, generator=g).bfloat16())
+    weight = (torch.randn(outputs, shape[1], 3, 3, generator=g) / (9 * shape[1]) ** 0.5).bfloat16()
+    residual = last(torch.randn(shape[0], outputs, *shape[2:], generator=g).bfloat16())
+    bound = registry.get("winograd_conv2d").tolerance[torch.bfloat16]
+    for bias in (torch.randn(outputs, generator=g), torch.randn(outputs, generator=g).bfloat16()):
+        want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1) + residual.double()
+        got = convolved(x, weight, bias, residual)
+        assert_close("y", got, want, Tolerance(1.5 * bound.rms, 1.5 * bound.peak))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_pairs)])
+def test_bits_do_not_depend_on_threads_or_batch(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = last(torch.randn(5, 48, 19, 23, generator=g).to(dtype))
+    weight, threads = torch.randn(80, 48, 3, 3, generator=g).to(dtype), torch.get_num_threads()
     whole = convolved(x, weight)
     try:
         torch.set_num_threads(1)
         assert torch.equal(convolved(x, weight), whole)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(convolved(x[2:3].contiguous(memory_format=torch.channels_last), weight), whole[2:3])
+    assert torch.equal(convolved(last(x[2:3]), weight), whole[2:3])
 
 
 @pytest.mark.parametrize(
@@ -65,8 +89,9 @@ def test_what_does_not_fit_is_refused(change, message: str) -> None:
     x, filters = torch.zeros(1, 16, 4, 4), torch.zeros(6, 6, 2, 16, 16)
     with pytest.raises(ValueError, match=f"winograd_conv2d: .*{message}"):
         torch.ops.fusegen.winograd_conv2d(*change(x, filters))
-    with pytest.raises(ValueError, match="winograd_filters"):
-        torch.ops.fusegen.winograd_filters(torch.zeros(3, 3, 1, 1))
+    for name in ("winograd_filters", "winograd_pair_filters"):
+        with pytest.raises(ValueError, match=name):
+            getattr(torch.ops.fusegen, name)(torch.zeros(3, 3, 1, 1))
 
 
 class Block(nn.Module):
@@ -106,9 +131,44 @@ def test_a_session_whose_bits_are_to_be_a_samples_own_takes_it() -> None:
     assert planned(Block(), deterministic=True)[0][FUSED] == 1
 
 
-def test_bfloat16_and_few_channels_stay() -> None:
-    assert FUSED not in planned(Block(), 2e-2, dtype="bfloat16")[0]
+@needs_pairs
+def test_a_session_takes_it_for_bfloat16() -> None:
+    counts, left = planned(Block(), 2e-2, dtype="bfloat16")
+    assert counts[FUSED] == counts["kernel winograd_pair_filters C++"] == 1 and left == []
+    with library.forced("avx512"):
+        counts, left = planned(Block(), 2e-2, dtype="bfloat16")
+    assert FUSED not in counts and "the level avx512 has no products of bfloat16" in left[0]
+
+
+@needs_pairs
+@pytest.mark.parametrize(
+    ("shape", "outputs", "served"), [((2, 1280, 4, 4), 1280, True), ((1, 1280, 4, 4), 1280, False)]
+)
+def test_where_bfloat16_would_be_slower_it_is_declined(shape: tuple[int, ...], outputs: int, served: bool) -> None:
+    x = last(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+    weight = torch.empty(outputs, shape[1], 3, 3, dtype=torch.bfloat16, device="meta")
+    (filters,) = registry.get("winograd_pair_filters").allocate(weight)
+    picked = registry.pick(registry.get("winograd_conv2d"), "cpu", (x, filters, outputs, None, None))
+    assert (picked.kernel is not None) == served and bool(picked.declined) != served
+
+
+def test_few_channels_stay() -> None:
     assert FUSED not in planned(Block(8))[0]
+    assert FUSED not in planned(Block(16), 2e-2, dtype="bfloat16")[0]
+
+
+@needs_pairs
+def test_two_shapes_of_a_session_share_the_filters() -> None:
+    torch.manual_seed(0)
+    program = api.capture(Block().eval(), (torch.randn(2, 3, 9, 11),), dynamic={"x": {2: "height"}})
+    session = api.compile(program, dtype="bfloat16")
+    found = set()
+    for height in (9, 12):
+        session(torch.randn(2, 3, height, 11))
+        capture = next(reversed(session._captures.values()))
+        node = next(n for n in capture.plan.program.nodes if n.op == "fusegen.winograd_conv2d.default")
+        found.add(capture.value(node.args["filters"].name).data_ptr())
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize(

@@ -193,11 +193,19 @@ struct fg_upsample2x_conv_args {
   int64_t out_batch, out_channel, out_row, out_column;
 };
 
-// A 3x3 convolution with padding 1 of (batch, height, width, inputs) float32, + bias + residual; see winograd_conv2d.cpp.
+// A 3x3 convolution with padding 1 of (batch, height, width, inputs), + bias + residual; see winograd_conv2d.cpp.
 struct fg_winograd_conv2d_args {
-  const void *x, *filters, *bias, *residual;  // dense float32, channels innermost; bias and residual may be null
+  const void *x, *filters, *bias, *residual;  // dense, channels innermost; bias and residual may be null
   void *out;
+  int64_t dtype, bias_dtype;  // float32 and the filters of 6 x 6 points, or bfloat16 and those of 4 x 4 in pairs
   int64_t batch, inputs, outputs, height, width;
+};
+
+// The filters of a weight (outputs, inputs, 3, 3) for those 4 x 4 points, both in bfloat16; see winograd_pair_filters.cpp.
+struct fg_winograd_pair_filters_args {
+  const void *weight;
+  void *out;
+  int64_t inputs, outputs;
 };
 
 // A modulated 3x3 convolution with padding 1 of (batch, height, width, inputs), where `taps` is not null of that at twice
@@ -333,7 +341,8 @@ struct fg_qk_norm_rope_args {
   X(upfirdn2d)        \
   X(upsample2x_conv)  \
   X(winograd_conv2d)  \
-  X(winograd_modulated_conv2d)
+  X(winograd_modulated_conv2d) \
+  X(winograd_pair_filters)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {

@@ -1,0 +1,35 @@
+"""Launcher of winograd_pair_filters.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusegen.kernels.cpu.library import CpuLaunch
+from fusegen.kernels.op import Kernel
+
+
+class Args(ctypes.Structure):
+    """``fg_winograd_pair_filters_args`` of abi.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "out")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+    ]
+
+
+def decline(weight: Tensor) -> str | None:
+    if weight.dtype != torch.bfloat16:
+        return f"weight is {weight.dtype}"
+    return None if weight.is_contiguous() else "weight is strided"
+
+
+def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
+    struct = Args(out=outs[0].data_ptr(), inputs=args[0].shape[1], outputs=args[0].shape[0])
+    return CpuLaunch("winograd_pair_filters", struct, {0: "weight"}, outs, args)
+
+
+KERNELS = [Kernel("winograd_pair_filters C++", "cpu", decline, bind)]

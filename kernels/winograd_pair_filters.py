@@ -1,0 +1,87 @@
+"""The 3x3 filters of a convolution in the domain of Winograd's F(2 x 2, 3 x 3), as products of pairs read them.
+
+They depend on the weight alone: a session works them out once, and :mod:`.winograd_conv2d` takes them.  16 products of
+channels for the 36 of 2 x 2 pixels; the larger tiles of :mod:`.winograd_filters` amplify what bfloat16 rounds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from fusegen.kernels.draw import Draw
+from fusegen.kernels.op import Case, Cost, Op, Tolerance, register
+
+SCHEMA = "(Tensor weight) -> Tensor"
+GROUP = 32  # output channels that lie together
+# Interpolation at 0, 1, -1 and infinity.
+FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def allocate(weight: Tensor) -> tuple[Tensor, ...]:
+    """The uninitialised filters (P, 4, 4, ceil(I / 2), 32, 2) of weight (O, I, 3, 3), contiguous, in weight's dtype: P
+    groups of 32 output channels, input channels in pairs, zeros after the last of either.
+
+    Raises ValueError for another shape.
+    """
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3):
+        raise ValueError(f"winograd_pair_filters: weight has shape {tuple(weight.shape)}, not (O, I, 3, 3)")
+    groups, pairs = -(-weight.shape[0] // GROUP), -(-weight.shape[1] // 2)
+    return (torch.empty((groups, 4, 4, pairs, GROUP, 2), dtype=weight.dtype, device=weight.device),)
+
+
+def reference(weight: Tensor) -> Tensor:
+    """G w G^T for every pair of channels, in float32, or float64 where weight is, rounded once to weight's dtype."""
+    (out,) = allocate(weight)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    g = torch.tensor(FILTER, dtype=wide.dtype, device=weight.device)
+    filled = wide.new_zeros((out.shape[0] * GROUP, 2 * out.shape[3], 4, 4))
+    filled[: weight.shape[0], : weight.shape[1]] = torch.einsum("ak,oikl,bl->oiab", g, wide, g)
+    return out.copy_(filled.unflatten(1, (-1, 2)).unflatten(0, (-1, GROUP)).permute(0, 4, 5, 2, 1, 3))
+
+
+def cost(weight: Tensor) -> Cost:
+    """Nine weights a pair of channels read, 16 written, with 28 additions and seven halvings between."""
+    pairs = weight.shape[0] * weight.shape[1]
+    return Cost(flops=35 * pairs, bytes=25 * pairs * weight.element_size())
+
+
+def _case(name: str, outputs: int, inputs: int) -> Case:
+    def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        return (torch.randn(outputs, inputs, 3, 3, generator=g).to(dtype),)
+
+    return Case(name, build, dtypes=(torch.bfloat16, torch.float32, torch.float16))
+
+
+def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    return (draw.tensor((*draw.shape(40, 20), 3, 3), dtype),)
+
+
+OP = register(
+    Op(
+        name="winograd_pair_filters",
+        schema=SCHEMA,
+        reference=reference,
+        allocate=allocate,
+        cost=cost,
+        tolerance={
+            torch.bfloat16: Tolerance(rms=4e-3, peak=4.2e-3),
+            torch.float32: Tolerance(rms=1e-6, peak=1e-6),
+            torch.float16: Tolerance(rms=5e-4, peak=5.2e-4),
+        },
+        cases=[
+            _case("small", 3, 5),
+            _case("one channel", 1, 1),
+            _case("no outputs", 0, 4),
+            _case("no inputs", 4, 0),
+            _case("wide", 70, 33),
+            _case("whole groups", 64, 48),
+        ],
+        alone=None,
+        draw=_draw,
+        formula="G w G^T, G the 4 x 3 matrix of F(2 x 2, 3 x 3)",
+        source="Lavin & Gray 2015, arXiv:1509.09308",
+    )
+)

@@ -207,7 +207,7 @@ class Capture:
             for at, v in enumerate(step.node.args.values())
             if isinstance(v, Ref) and v.name not in self.stable
         ]
-        if step.binding.planned:
+        if step.binding.planned or step.phase == "constant":  # what runs once needs no copy of its outputs
             for slot, out in zip(slots, outs, strict=True):
                 self.registers[slot] = out
             self.stable.update(name for name, _ in made)

@@ -46,9 +46,9 @@ def interleave(
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time ``contenders`` (already warm) A B C A B C … for about ``seconds`` each; ``sample`` is the least length of
-    one measurement, reached by repeating short calls.  The order turns by one each round."""
-    repeats = {}
-    for name, call in contenders.items():
+    one measurement, reached by repeating short calls (0: single calls).  The order turns by one each round."""
+    repeats = dict.fromkeys(contenders, 1)
+    for name, call in contenders.items() if sample else ():
         length = min(once(call, 1, device) for _ in range(2))
         repeats[name] = max(1, round(sample / max(length, 1e-7)))
     names, spent, rounds = list(contenders), 0.0, 0

@@ -45,12 +45,13 @@ def timed(
     calls: Mapping[str, Callable[[], object]],
     seconds: float,
     extra: Callable[[float], dict[str, float]],
+    min_rounds: int = 5,
 ) -> list[Row]:
     """``rows`` with the times of the ``calls``, those that passed their gate, in turn; the first is the baseline.
     ``extra(median)``: what else a row says."""
     if not calls:  # nobody passed: the rows say why, and there is no time to give
         return list(rows.values())
-    took = timing.interleave(calls, next(iter(calls)), seconds=seconds, sample=0.0)
+    took = timing.interleave(calls, next(iter(calls)), seconds=seconds, min_rounds=min_rounds, sample=0.0)
     return [_with(row, took[key], extra) if key in took else row for key, row in rows.items()]
 
 

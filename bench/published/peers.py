@@ -1,12 +1,12 @@
 """How each contender loads a network from its file: one entry a contender.
 
-A loader takes (network's name, folder, dtype, inputs) and returns the call; what is slow to begin is done before it
-returns.  Each runs in its strongest form that we know of.
+A loader takes (network's name, its files' folder, dtype, example inputs) and returns the network as a function of such
+inputs; what is slow to begin is done before it returns.  Each runs in its strongest form that we know of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from fusegen.bench.published import files, networks
 from fusegen.bench.timing import once
 from fusegen.runtime.bundle import Bundle
+from fusegen.runtime.compile import compile as compile_program
+from fusegen.runtime.engine import Session
 
-Load = Callable[[str, Path, str, list[Tensor]], Callable[[], Tensor]]
+Forward = Callable[[Sequence[Tensor]], Tensor]
+Load = Callable[[str, Path, str, list[Tensor]], Forward]
 
 
 @dataclass(frozen=True)
@@ -46,44 +49,44 @@ def _module(name: str, folder: Path, dtype: str) -> nn.Module:
     return net.to(getattr(torch, dtype))
 
 
-def _cast(inputs: list[Tensor], dtype: str) -> list[Tensor]:
+def _cast(inputs: Sequence[Tensor], dtype: str) -> list[Tensor]:
     return [x.to(getattr(torch, dtype)) if x.is_floating_point() else x for x in inputs]
 
 
-def eager(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+def eager(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Forward:
     """Eager PyTorch, in the faster of its two layouts."""
-    net, given, took = _module(name, folder, dtype), _cast(inputs, dtype), {}
+    net, took = _module(name, folder, dtype), {}
 
-    def call() -> Tensor:
+    def call(given: Sequence[Tensor]) -> Tensor:
         with torch.inference_mode():
-            out: Tensor = net(*given)
+            out: Tensor = net(*_cast(given, dtype))
         return out
 
     for layout in (torch.contiguous_format, torch.channels_last):
         net.to(memory_format=layout)  # type: ignore[call-overload]
-        call()
-        took[layout] = once(call, 1)
+        call(inputs)
+        took[layout] = once(lambda: call(inputs), 1)
     net.to(memory_format=min(took, key=lambda k: took[k]))  # type: ignore[call-overload]
     return call
 
 
-def compiled(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+def compiled(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Forward:
     """``torch.compile``, tuned as far as it goes, its weights frozen."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True
     mode = "max-autotune-no-cudagraphs"
-    net, given = torch.compile(_module(name, folder, dtype), dynamic=False, mode=mode), _cast(inputs, dtype)
+    net = torch.compile(_module(name, folder, dtype), dynamic=False, mode=mode)
 
-    def call() -> Tensor:
+    def call(given: Sequence[Tensor]) -> Tensor:
         with torch.no_grad():
-            out: Tensor = net(*given)
+            out: Tensor = net(*_cast(given, dtype))
         return out
 
     return call
 
 
-def onnxruntime(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+def onnxruntime(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Forward:
     """ONNX Runtime on the CPU, all of its graph optimizations."""
     import onnxruntime as ort
 
@@ -91,11 +94,16 @@ def onnxruntime(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Ca
     options.intra_op_num_threads = torch.get_num_threads()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     session = ort.InferenceSession(folder / files.ONNX, options, providers=["CPUExecutionProvider"])
-    given = dict(zip((i.name for i in session.get_inputs()), (x.numpy() for x in inputs), strict=True))
-    return lambda: torch.from_numpy(session.run(None, given)[0])
+    names = [i.name for i in session.get_inputs()]
+
+    def call(given: Sequence[Tensor]) -> Tensor:
+        named = dict(zip(names, (x.numpy() for x in given), strict=True))
+        return torch.from_numpy(session.run(None, named)[0])
+
+    return call
 
 
-def openvino(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+def openvino(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Forward:
     """OpenVINO, told its precision, for latency."""
     import openvino as ov
 
@@ -105,16 +113,19 @@ def openvino(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Calla
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
     compiled_model = ov.Core().compile_model(folder / files.OPENVINO, "CPU", hints)
-    request, given = compiled_model.create_infer_request(), [x.numpy() for x in inputs]
-    return lambda: torch.from_numpy(request.infer(given)[0].copy())
+    request = compiled_model.create_infer_request()
+    return lambda given: torch.from_numpy(request.infer([x.numpy() for x in given])[0].copy())
 
 
-def fusegen(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+def fusegen(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Forward:
     """This runtime, from the bundle."""
-    from fusegen.runtime.compile import compile as compile_program
+    session = opened(folder, dtype)
+    return lambda given: session(*given)
 
-    session = compile_program(Bundle.open(folder / files.BUNDLE).program("network"), "cpu", dtype)
-    return lambda: session(*inputs)
+
+def opened(folder: Path, dtype: str) -> Session:
+    """The session of a network's bundle."""
+    return compile_program(Bundle.open(folder / files.BUNDLE).program("network"), "cpu", dtype)
 
 
 PEERS: Mapping[str, Peer] = {

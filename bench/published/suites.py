@@ -5,19 +5,23 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from fusegen.bench import roofline, verify, whole
-from fusegen.bench.published import files
+from fusegen.bench.published import files, picture
 from fusegen.bench.published.networks import NETWORKS
 from fusegen.bench.published.peers import PEERS
 from fusegen.bench.published.worker import Worker
 from fusegen.bench.row import Row
 from fusegen.kernels.op import Tolerance
 
+Run = Callable[[Sequence[str], Sequence[str], Sequence[str], float], Iterator[list[Row]]]
 KEEP = "FUSEGEN_BENCH_FILES"  # a folder to keep the networks' files in, gigabytes each
 FULL, HALF = "float32 peers", "bfloat16 peers"
 WHO: Mapping[str, tuple[tuple[str, str], ...]] = {
@@ -31,37 +35,86 @@ WHO: Mapping[str, tuple[tuple[str, str], ...]] = {
 BOUNDS = {"float32": Tolerance(5e-5, 5e-4), "bfloat16": Tolerance(3e-2, 6e-2)}
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a case is: ``want`` is the output everybody is held to, ``flops`` PyTorch's count of its operations."""
+
+    what: str
+    case: str
+    pairs: Sequence[tuple[str, str]]
+    folder: Path
+    want: Tensor
+    flops: float
+    min_rounds: int
+
+
 def evaluation(
     network: str, who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], seconds: float
 ) -> Iterator[list[Row]]:
     """``network``'s rows of each case; the contenders of a case load at once and are timed in turn."""
-    with ExitStack() as stack:
-        kept = os.environ.get(KEEP)
-        folder = Path(kept or stack.enter_context(tempfile.TemporaryDirectory())) / network
+    with _folder() as root:
+        for case in cases:
+            if pairs := _pairs(case, who, dtypes):
+                folder = _made(network, root, pairs)
+                _, want, facts = files.expected(folder)
+                yield _rows(Job(network, case, pairs, folder, want, facts["flops"], 5), seconds)
+
+
+def pictures(who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], seconds: float) -> Iterator[list[Row]]:
+    """The same for a picture: the output everybody is held to is the one of eager float32."""
+    with _folder() as root:
+        folder, want = root / picture.PICTURE, None
         folder.mkdir(parents=True, exist_ok=True)
         for case in cases:
-            pairs = [(w, d) for w, d in WHO[case] if w in (who or PEERS) and d in (dtypes or BOUNDS)]
-            if pairs:
-                files.make(network, folder, [PEERS[w].kind for w, _ in pairs])
-                yield _rows(network, case, pairs, folder, seconds)
+            if pairs := _pairs(case, who, dtypes):
+                made = [_made(name, root, [*pairs, ("eager", "float32")]) for name in (picture.UNET, picture.DECODER)]
+                want = _reference(folder) if want is None else want
+                unet, decoder = (files.expected(f)[2]["flops"] for f in made)
+                yield _rows(Job(picture.PICTURE, case, pairs, folder, want, picture.STEPS * unet + decoder, 2), seconds)
 
 
-def _rows(network: str, case: str, pairs: Sequence[tuple[str, str]], folder: Path, seconds: float) -> list[Row]:
-    _, want, facts = files.expected(folder)
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with ExitStack() as stack:
+        yield Path(os.environ.get(KEEP) or stack.enter_context(tempfile.TemporaryDirectory()))
+
+
+def _pairs(case: str, who: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
+    return [(w, d) for w, d in WHO[case] if w in (who or PEERS) and d in (dtypes or BOUNDS)]
+
+
+def _made(network: str, root: Path, pairs: Sequence[tuple[str, str]]) -> Path:
+    """The folder of a network's files, those that ``pairs`` load among them."""
+    (folder := root / network).mkdir(parents=True, exist_ok=True)
+    files.make(network, folder, [PEERS[w].kind for w, _ in pairs])
+    return folder
+
+
+def _reference(folder: Path) -> Tensor:
+    """Eager float32's picture, made once for a folder that is kept."""
+    path = folder / files.EXPECTED
+    if not path.exists():
+        worker = Worker("eager", picture.PICTURE, folder, "float32")
+        worker.close()
+        save_file({"output": worker.output}, path)
+    return load_file(path)["output"]
+
+
+def _rows(job: Job, seconds: float) -> list[Row]:
     rows, calls, workers = dict[str, Row](), {}, {}
     try:
-        for name, dtype in pairs:
+        for name, dtype in job.pairs:
             key = f"{name} {dtype}"
-            workers[key] = worker = Worker(name, network, folder, dtype)
-            verdict = verify.check([worker.output], [want], BOUNDS[dtype])
-            rows[key] = whole.gated(network, case, name, dtype, verdict)
+            workers[key] = worker = Worker(name, job.what, job.folder, dtype)
+            verdict = verify.check([worker.output], [job.want], BOUNDS[dtype])
+            rows[key] = whole.gated(job.what, job.case, name, dtype, verdict)
             if verdict.ok:
                 calls[key] = worker
-        timed = whole.timed(rows, calls, seconds, lambda t: {})
+        timed = whole.timed(rows, calls, seconds, lambda t: {}, job.min_rounds)
     finally:
         for worker in workers.values():
             worker.close()
-    return [_with(row, workers[key].facts, facts["flops"]) for key, row in zip(rows, timed, strict=True)]
+    return [_with(row, workers[key].facts, job.flops) for key, row in zip(rows, timed, strict=True)]
 
 
 def _with(row: Row, facts: Mapping[str, float], flops: float) -> Row:
@@ -73,9 +126,9 @@ def _with(row: Row, facts: Mapping[str, float], flops: float) -> Row:
     return replace(row, gflops=flops / row.median_s / 1e9, roofline_share=flops / row.median_s / peak)
 
 
-def suite(network: str) -> whole.Suite:
-    """The benchmark of one network."""
-    return whole.Suite(tuple(WHO), functools.partial(evaluation, network), tuple(PEERS))
+def suite(run: Run) -> whole.Suite:
+    """A benchmark of these cases and contenders."""
+    return whole.Suite(tuple(WHO), run, tuple(PEERS))
 
 
-SUITES = {name: suite(name) for name in NETWORKS}
+SUITES = {name: suite(functools.partial(evaluation, name)) for name in NETWORKS} | {picture.PICTURE: suite(pictures)}

@@ -24,11 +24,11 @@ from fusegen.bench import whole
 class Worker:
     """A running contender; ``facts``: ``load_s``, ``first_s``, ``peak_mib``; ``output``: of its first call."""
 
-    def __init__(self, name: str, network: str, folder: Path, dtype: str):
+    def __init__(self, name: str, what: str, folder: Path, dtype: str):
         self.path = folder / f"output-{name}-{dtype}.safetensors"
         self.path.unlink(missing_ok=True)
         self.log = open(folder / f"log-{name}-{dtype}.txt", "w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "fusegen.bench.published.worker", name, network, str(folder), dtype]
+        command = [sys.executable, "-m", "fusegen.bench.published.worker", name, what, str(folder), dtype]
         pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True)
         self.process = subprocess.Popen([*command, str(torch.get_num_threads()), str(self.path)], **pipes)
         self.facts: dict[str, float] = self._answer()
@@ -59,16 +59,15 @@ class Worker:
         return answer
 
 
-def main(name: str, network: str, folder: str, dtype: str, threads: str, output: str) -> None:
+def main(name: str, what: str, folder: str, dtype: str, threads: str, output: str) -> None:
     """Load, call once, keep the output; then call as often as told to."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print
     torch.set_num_threads(int(threads))
-    from fusegen.bench.published import files, peers
+    from fusegen.bench.published import picture
 
-    inputs, _, _ = files.expected(Path(folder))
     start = time.perf_counter()
-    call = peers.PEERS[name].load(network, Path(folder), dtype, inputs)
+    call = picture.opened(name, what, Path(folder), dtype)
     loaded = time.perf_counter()
     out = call()
     facts = {"load_s": loaded - start, "first_s": time.perf_counter() - loaded}

@@ -50,14 +50,7 @@ def allocate(
 
     Raises ValueError where they do not fit.
     """
-    if x.dim() != 4 or tuple(filters.shape) not in (
-        (6, 6, -(-outputs // PANEL), x.shape[1], PANEL),
-        (-(-outputs // GROUP), 4, 4, -(-x.shape[1] // 2), GROUP, 2),
-    ):
-        raise ValueError(
-            f"winograd_conv2d: x {tuple(x.shape)}, filters {tuple(filters.shape)} and {outputs} outputs are not "
-            "(B, I, H, W), (6, 6, P, I, 16) or (P, 4, 4, ceil(I / 2), 32, 2), and at most 16 P or 32 P"
-        )
+    check_filters("winograd_conv2d", x, filters, outputs)
     shape = (x.shape[0], outputs, x.shape[2], x.shape[3])
     if bias is not None and tuple(bias.shape) != (outputs,):
         raise ValueError(f"winograd_conv2d: bias has shape {tuple(bias.shape)}, not ({outputs},)")
@@ -67,6 +60,18 @@ def allocate(
         )
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),)
+
+
+def check_filters(op: str, x: Tensor, filters: Tensor, outputs: int) -> None:
+    """Raises ValueError, which names ``op``, where filters of neither kind fit the images."""
+    if x.dim() != 4 or tuple(filters.shape) not in (
+        (6, 6, -(-outputs // PANEL), x.shape[1], PANEL),
+        (-(-outputs // GROUP), 4, 4, -(-x.shape[1] // 2), GROUP, 2),
+    ):
+        raise ValueError(
+            f"{op}: x {tuple(x.shape)}, filters {tuple(filters.shape)} and {outputs} outputs are not (B, I, H, W), "
+            "(6, 6, P, I, 16) or (P, 4, 4, ceil(I / 2), 32, 2), and at most 16 P or 32 P"
+        )
 
 
 def reference(

@@ -24,6 +24,7 @@ _OP = "winograd_modulated_conv2d"
 _BARE = {"noise": None, "bias": None, "act": "linear", "gain": None, "clamp": None}
 _FILTERED = {"up": (1, 1), "down": (1, 1), "padding": (1, 1, 1, 1), "flip_filter": True, "gain": 1.0}
 _ABSENT = {"taps": None, "noise": None, "bias": None, "act": "linear", "alpha": None, "gain": None, "clamp": None}
+_KINDS = ("winograd_pair_filters", "winograd_filters")  # the first for bfloat16 alone
 _FINISH = ("bias", "act", "alpha", "gain", "clamp")
 
 
@@ -47,13 +48,13 @@ def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | Non
     edit, left, count = _Edit(program), list[str](), 0
     for node in program.nodes:
         layer = layers.get(node.name)
-        reason = "" if layer is None else _declined(layer, program, declined)
-        if layer is None or reason:
+        kind, reason = ("", "") if layer is None else _kind(layer, program, declined)
+        if layer is None or not kind:
             left += [f"{node.name}: {reason}"] if reason else []
             edit.nodes.append(node)
         else:
             count += 1
-            edit.replace(layer)
+            edit.replace(layer, kind)
     if count or left:
         program = replace(program, applied=(*program.applied, Applied(RULE, count, tuple(left))))
     if not count:
@@ -121,18 +122,22 @@ def _only_user(node: Node, program: Program, users: Mapping[str, Any]) -> Node |
     return using[0] if name not in program.outputs and len(using) == 1 else None
 
 
-def _declined(layer: _Layer, program: Program, declined: Callable[..., str | None]) -> str:
-    """Why no kernel takes the layer, or an empty text."""
+def _kind(layer: _Layer, program: Program, declined: Callable[..., str | None]) -> tuple[str, str]:
+    """The op that makes the filters which a kernel takes the layer with, or an empty text and why there is none."""
     metas = {k: v if not isinstance(v, Ref) else spec_of(program, v.name).meta() for k, v in layer.more.items()}
     x, weight, styles = (spec_of(program, layer.first.args[k].name).meta() for k in ("x", "weight", "styles"))
-    (filters,) = registry.get("winograd_filters").allocate(weight)
-    args = {
-        "x": x.contiguous(memory_format=torch.channels_last), "filters": filters,
-        "squares": torch.empty(weight.shape[:2], device="meta"), "styles": styles, "outputs": int(weight.shape[0]),
-    }  # fmt: skip
-    return (
-        declined(registry.get(_OP), tuple((args | _ABSENT | metas | {"eps": layer.first.args["eps"]}).values())) or ""
-    )
+    reason = ""
+    for kind in _KINDS if weight.dtype == torch.bfloat16 else _KINDS[1:]:
+        (filters,) = registry.get(kind).allocate(weight)
+        args = {
+            "x": x.contiguous(memory_format=torch.channels_last), "filters": filters,
+            "squares": torch.empty(weight.shape[:2], device="meta"), "styles": styles, "outputs": int(weight.shape[0]),
+        }  # fmt: skip
+        args |= _ABSENT | metas | {"eps": layer.first.args["eps"]}
+        reason = declined(registry.get(_OP), tuple(args.values())) or ""
+        if not reason:
+            return kind, ""
+    return "", reason
 
 
 class _Edit:
@@ -140,17 +145,18 @@ class _Edit:
 
     def __init__(self, program: Program):
         self.program, self.names, self.nodes = program, Names.of(program), list[Node]()
-        self.made: dict[tuple[str, bool], tuple[Ref, Ref]] = {}
+        self.made: dict[tuple[str, bool, str], tuple[Ref, Ref]] = {}
         self.copies: dict[str, Ref] = {}  # values -> the same channels-last
 
-    def replace(self, layer: _Layer) -> None:
-        """Put the op in the place of the layer's last node; the others are dead where nobody else uses them."""
+    def replace(self, layer: _Layer, kind: str) -> None:
+        """Put the op, with filters of that kind, in the place of the layer's last node; the others are dead where nobody
+        else uses them."""
         args, weight = layer.first.args, layer.first.args["weight"]
         x = args["x"].name
         if x not in self.copies:
             form = {"memory_format": torch.channels_last}
             self.copies[x] = self._node(f"{x}.channels_last", "aten.clone.default", {"self": args["x"], **form})
-        filters, squares = self._of_weight(weight, "taps" in layer.more)
+        filters, squares = self._of_weight(weight, "taps" in layer.more, kind)
         given = {"x": self.copies[x], "filters": filters, "squares": squares, "styles": args["styles"]}
         given |= {
             "outputs": int(self.program.weights[weight.name].shape[0]),
@@ -165,14 +171,14 @@ class _Edit:
         self.nodes.append(Node(name, op, args, (name,)))
         return Ref(name)
 
-    def _of_weight(self, weight: Ref, transposed: bool) -> tuple[Ref, Ref]:
+    def _of_weight(self, weight: Ref, transposed: bool, kind: str) -> tuple[Ref, Ref]:
         """The filters, and the sum of each pair of channels' squared weights, float32."""
-        name, key = weight.name, (weight.name, transposed)
+        name, key = weight.name, (weight.name, transposed, kind)
         if key not in self.made:
             turned = weight
             if transposed:
                 turned = self._node(f"{name}.flipped", "aten.flip.default", {"self": weight, "dims": (2, 3)})
-            filters = self._node(f"{name}.winograd", "fusegen.winograd_filters.default", {"weight": turned})
+            filters = self._node(f"{name}.winograd", f"fusegen.{kind}.default", {"weight": turned})
             kept = {"non_blocking": False, "copy": False, "memory_format": None}
             wide = self._node(f"{name}.wide", "aten.to.dtype", {"self": weight, "dtype": torch.float32, **kept})
             squared = self._node(f"{name}.squared", "aten.square.default", {"self": wide})

@@ -212,12 +212,13 @@ struct fg_winograd_pair_filters_args {
 // the size, with norm, noise, bias and activation; see winograd_modulated_conv2d.cpp.
 struct fg_winograd_modulated_conv2d_args {
   const void *x, *styles;          // dense, channels innermost; (batch, inputs)
-  const void *filters, *squares;   // float32; (outputs, inputs): the sum of each pair's squared weights
+  const void *filters, *squares;   // of winograd_conv2d; float32 (outputs, inputs): each pair's sum of squared weights
   const void *taps, *noise, *bias; // or null; (4, 4), (batch or 1, out height, out width), (outputs,)
   void *out;
   int64_t dtype, styles_dtype, taps_dtype, noise_dtype, bias_dtype;
   int64_t batch, inputs, outputs, height, width;  // of x
   int64_t noise_batch;                            // a sample's elements of noise, 0 where all share one
+  int64_t pairs;                                  // whether the filters are bfloat16 pairs; float32 otherwise
   int64_t act;
   double alpha, gain, clamp, eps;
 };

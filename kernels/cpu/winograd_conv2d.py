@@ -47,11 +47,17 @@ def decline(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, resid
 
 def _pairs(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None) -> str | None:
     """Why the products of bfloat16 pairs do not serve, or None."""
-    for name, tensor in (("x", x), ("filters", filters)):
-        if tensor.dtype != torch.bfloat16:
-            return f"{name} is {tensor.dtype}, of filters in pairs"
+    if filters.dtype != torch.bfloat16:
+        return f"filters are {filters.dtype}, in pairs"
     if bias is not None and bias.dtype not in (torch.bfloat16, torch.float32):
         return f"bias is {bias.dtype}"
+    return few_pairs(x, outputs)
+
+
+def few_pairs(x: Tensor, outputs: int) -> str | None:
+    """Why products of bfloat16 pairs are not for ``x`` (B, I, H, W), or None."""
+    if x.dtype != torch.bfloat16:
+        return f"x is {x.dtype}, the filters bfloat16"
     if library.level() != "avx512_bf16":
         return f"the level {library.level()} has {'faster' if library.level() == 'amx' else 'no'} products of bfloat16"
     tiles = x.shape[0] * (-(-x.shape[2] // 2)) * (-(-x.shape[3] // 2))

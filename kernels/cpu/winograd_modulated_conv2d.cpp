@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512 neon
+// levels: scalar avx2 avx512 avx512_bf16 neon
 // A modulated 3x3 convolution by Winograd's algorithm, see winograd.h: a tile's pixels are scaled as it is filled, and
 // upsampled where there are taps; norm, noise, bias and activation follow as its outputs are stored.
 #include <cstdlib>
@@ -7,6 +7,9 @@
 #include "activation.h"
 #include "moments.h"
 #include "winograd.h"
+#if defined(FG_HAS_AVX512_BF16)
+#include "winograd_bf16.h"
+#endif
 
 namespace {
 
@@ -103,12 +106,50 @@ int convolve(const fg_winograd_modulated_conv2d_args *a, const float *styles, co
   return problem.run(fill, take);
 }
 
+#if defined(FG_HAS_AVX512_BF16)
+template <int kAct>
+int convolve_pairs(const fg_winograd_modulated_conv2d_args *a, const float *scales, const float *norms,
+                   const float *biases) {
+  PairWinograd problem(a->x, a->filters, scales, a->batch, a->inputs, a->outputs, a->height, a->width);
+  const Finish finish = {static_cast<float>(a->alpha), static_cast<float>(a->gain), static_cast<float>(a->clamp)};
+  return problem.run([&](int64_t sample, int64_t pixel, int64_t o, vf low, vf high) {
+    const __mmask32 mask = halves_below(a->outputs - o);
+    const int64_t at = sample * a->noise_batch + pixel, to = (sample * a->height * a->width + pixel) * a->outputs + o;
+    const vf noise = set1(parameter(a->noise, a->noise_dtype, at, 0.0f));
+    const auto end = [&](vf sum, int64_t first, __mmask16 some) {
+      const vf norm = _mm512_maskz_loadu_ps(some, norms + sample * a->outputs + first);
+      return finished<kAct, bf16>(add(add(mul(sum, norm), noise), _mm512_maskz_loadu_ps(some, biases + first)), finish);
+    };
+    low = end(low, o, static_cast<__mmask16>(mask)), high = end(high, o + W, static_cast<__mmask16>(mask >> W));
+    _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + to, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+  });
+}
+
+// The styles as PairWinograd takes them, in `scales`.
+void lay_styles(const fg_winograd_modulated_conv2d_args *a, const float *styles, float *scales) {
+  const int64_t lines = (a->inputs + 2 * LINE - 1) / (2 * LINE);
+  for (int64_t i = 0; i < a->batch * lines * 2 * LINE; ++i) {
+    const int64_t c = i / (2 * LINE) % lines * 2 * LINE + i % LINE * 2 + i / LINE % 2;
+    scales[i] = c < a->inputs ? styles[i / (2 * LINE) / lines * a->inputs + c] : 0.0f;
+  }
+}
+#endif
+
 template <class T>
 int layer(const fg_winograd_modulated_conv2d_args *a, float *memory) {
   float *styles = memory, *norms = styles + a->batch * a->inputs, *biases = norms + a->batch * a->outputs;
   for (int64_t i = 0; i < a->batch * a->inputs; ++i) styles[i] = parameter(a->styles, a->styles_dtype, i, 1.0f);
   for (int64_t o = 0; o < a->outputs; ++o) biases[o] = parameter(a->bias, a->bias_dtype, o, 0.0f);
   if (int code = norms_of(a, styles, norms)) return code;
+#if defined(FG_HAS_AVX512_BF16)
+  if (a->pairs) {
+    float *scales = biases + a->outputs;
+    lay_styles(a, styles, scales);
+    return with_activation(a->act,
+                           [&](auto act) { return convolve_pairs<decltype(act)::value>(a, scales, norms, biases); });
+  }
+#endif
+  if (a->pairs) return FG_BAD_ARGUMENT;
   return with_activation(a->act, [&](auto act) { return convolve<decltype(act)::value, T>(a, styles, norms, biases); });
 }
 
@@ -116,7 +157,7 @@ int layer(const fg_winograd_modulated_conv2d_args *a, float *memory) {
 
 extern "C" int FG_EXPORT(winograd_modulated_conv2d)(const fg_winograd_modulated_conv2d_args *a) {
   if (!a->batch || !a->outputs || !a->height || !a->width) return FG_OK;
-  const int64_t floats = a->batch * (a->inputs + a->outputs) + a->outputs;
+  const int64_t floats = a->batch * (2 * a->inputs + 32 + a->outputs) + a->outputs;
   float *memory = static_cast<float *>(std::malloc(static_cast<size_t>(floats) * sizeof(float)));
   if (!memory) return FG_NO_MEMORY;
   int code = FG_BAD_ARGUMENT;

@@ -12,7 +12,7 @@ from torch import Tensor
 from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.cpu.modulated_conv2d import LEAST
-from fusegen.kernels.cpu.winograd_conv2d import too_many
+from fusegen.kernels.cpu.winograd_conv2d import few_pairs, too_many
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 from fusegen.kernels.winograd_modulated_conv2d import NAME, finish
 
@@ -26,7 +26,10 @@ class Args(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "styles", "filters", "squares", "taps", "noise", "bias", "out")),
         *((f"{name}dtype", ctypes.c_int64) for name in ("", "styles_", "taps_", "noise_", "bias_")),
-        *((name, ctypes.c_int64) for name in ("batch", "inputs", "outputs", "height", "width", "noise_batch", "act")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("batch", "inputs", "outputs", "height", "width", "noise_batch", "pairs", "act")
+        ),
         *((name, ctypes.c_double) for name in ("alpha", "gain", "clamp", "eps")),
     ]
 
@@ -37,12 +40,16 @@ def decline(*args: Any) -> str | None:
         return f"x is {x.dtype}"
     if not is_channels_last(x):
         return "x is not channels-last"
+    pairs = filters.dim() == 6
     for name, tensor in (("filters", filters), ("squares", squares)):
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-            return f"{name} are not dense float32"
+        wanted = torch.bfloat16 if pairs and name == "filters" else torch.float32
+        if tensor.dtype != wanted or not tensor.is_contiguous():
+            return f"{name} are not dense {wanted}"
     for name, tensor in (("styles", styles), ("taps", taps), ("noise", noise), ("bias", bias)):
         if tensor is not None and (tensor.dtype not in (x.dtype, torch.float32) or not tensor.is_contiguous()):
             return f"{name} is strided or {tensor.dtype}, neither float32 nor x's {x.dtype}"
+    if pairs:
+        return "an image upsampled takes more products by smaller tiles" if taps is not None else few_pairs(x, outputs)
     if x.dtype == torch.bfloat16 and (reason := _better_in_bfloat16(x, outputs, taps)):
         return reason
     up = 1 if taps is None else 2
@@ -63,14 +70,14 @@ def _better_in_bfloat16(x: Tensor, outputs: int, taps: Tensor | None) -> str | N
 
 
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
-    x, _, _, styles, outputs, taps, noise, bias, act, alpha, gain, clamp, eps = args
+    x, filters, _, styles, outputs, taps, noise, bias, act, alpha, gain, clamp, eps = args
     batch, inputs, height, width = x.shape
     found = finish(NAME, act, alpha, gain, clamp)
     given = {"styles": styles, "taps": taps, "noise": noise, "bias": bias}
     struct = Args(
         out=outs[0].data_ptr(), dtype=DTYPES[x.dtype], batch=batch, inputs=inputs, outputs=outputs, height=height,
-        width=width, noise_batch=0 if noise is None or noise.shape[0] == 1 else noise[0].numel(), act=found.act,
-        alpha=found.alpha, gain=found.gain, clamp=found.clamp, eps=eps,
+        width=width, noise_batch=0 if noise is None or noise.shape[0] == 1 else noise[0].numel(), pairs=filters.dim() == 6,
+        act=found.act, alpha=found.alpha, gain=found.gain, clamp=found.clamp, eps=eps,
         **{f"{k}_dtype": 0 if t is None else DTYPES[t.dtype] for k, t in given.items()},
     )  # fmt: skip
     return CpuLaunch(NAME, struct, GIVEN, outs, args)

@@ -8,7 +8,7 @@ values alone is called with no preparation, and a view of one costs nothing agai
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -116,12 +116,20 @@ class Capture:
             return self._launch(step)
         if step.binding.how == "reference":
             op = registry.get(step.node.op.split(".")[1])
-            call = Call(op.reference, tuple(step.node.args.values()), tuple(step.node.args))
+            call = Call(self._reference(step, op), tuple(step.node.args.values()), tuple(step.node.args))
         elif step.binding.how == "view":
             call = aten.call(step.node, False, torch.device(self.backend.device))
         else:
             call = self.backend.call(step.node, step.binding, self.plan.program, self.weights)
         return self._function(step, call)
+
+    def _reference(self, step: Step, op: registry.Op) -> Callable[..., Any]:
+        """The op's reference; what it makes of weights alone is made once for all captures of the session."""
+        program, refs = self.plan.program, list(step.node.inputs())
+        if step.phase != "constant" or len(step.outputs) != 1 or not all(name in program.weights for name in refs):
+            return op.reference
+        request = (op.name, *step.node.args.values(), *(program.weights[name].shape for name in refs))
+        return lambda *args: self.weights.packed(request, request, lambda: (op.reference(*args), b""))
 
     def _function(self, step: Step, call: Call) -> Run | None:
         """The closure of a function that returns its outputs, or writes the planned one."""

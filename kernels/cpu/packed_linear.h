@@ -21,7 +21,7 @@ constexpr int kRows = 1;
 constexpr int64_t kTall = 128;       // rows of x in a block, and their bytes, at the most
 constexpr int64_t kBlock = 5 << 17;
 constexpr int64_t kGroup = 1 << 18;  // bytes of panels that a block goes through before the next block does
-constexpr int64_t kChunk = 16;       // pairs of columns between two requests for the next panel
+constexpr int64_t kChunk = 16;       // pairs of columns between two requests: a line of x
 constexpr int64_t kItem = 1 << 21;   // multiply-adds that are worth a thread
 
 using Sums = vf[kRows][kParts];
@@ -51,9 +51,10 @@ FG_INLINE void step(const bf16 *panel, const uint32_t (&x)[kRows], Sums &sums) {
 #endif
 }
 
-// sums = rows x by the panel; `lines` lines of memory from `next` on are asked for each kChunk pairs.
-FG_INLINE void multiply(const bf16 *panel, const bf16 *const (&x)[kRows], int64_t width, const bf16 *next, int64_t lines,
-                        Sums &sums) {
+// sums = rows x by the panel.  Each kChunk pairs, a line of x, ask for `lines` lines of memory from `next` on and for what
+// lies `below` elements behind these of x: the rows that come next, where they were not read before.
+FG_INLINE void multiply(const bf16 *panel, const bf16 *const (&x)[kRows], int64_t width, int64_t below, const bf16 *next,
+                        int64_t lines, Sums &sums) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 32
@@ -62,6 +63,7 @@ FG_INLINE void multiply(const bf16 *panel, const bf16 *const (&x)[kRows], int64_
   uint32_t both[kRows];
   for (int64_t from = 0; from < pairs; from += kChunk) {
     for (int64_t line = 0; line < lines; ++line, next += 32) __builtin_prefetch(next, 0, 2);
+    for (int r = 0; below && r < kRows; ++r) __builtin_prefetch(x[r] + 2 * from + below);
     const int64_t end = from + kChunk < pairs ? from + kChunk : pairs;
     for (int64_t i = from; i < end; ++i) {
 #pragma GCC unroll 8
@@ -109,13 +111,14 @@ FG_INLINE const bf16 *row_of(const A *a, int64_t far, int64_t near) {
   return static_cast<const bf16 *>(a->x) + far * a->x_outer + near * a->x_inner;
 }
 
-// Rows [m, last) of x, kRows of them at a time, by one panel.  Tail<A> says how many COLUMNS of the output it makes, and
-// puts the sums there.
+// Rows [m, last) of x, kRows of them at a time, by one panel, the `first` of a block or not, with `more` behind it.  Tail
+// says how many COLUMNS of the output it makes, and puts the sums there.
 template <class Tail, class A>
-inline void panel_by(const A *a, int64_t p, int64_t m, int64_t last, bool more) {
+inline void panel_by(const A *a, int64_t p, int64_t m, int64_t last, bool first, bool more) {
   const int64_t pairs = (a->width + 1) / 2, chunks = (a->width / 2 + kChunk - 1) / kChunk;
   const int64_t tiles = (last - m + kRows - 1) / kRows, lines = more ? (2 * kChunk + tiles - 1) / tiles : 0;
   const bf16 *panel = static_cast<const bf16 *>(a->panels) + p * pairs * 2 * kPanel, *next = panel + pairs * 2 * kPanel;
+  const int64_t below = first ? kRows * a->x_inner : 0;
   const int64_t column = p * Tail::COLUMNS, left = a->out_features - column;
   for (int64_t far = m / a->inner, near = m % a->inner; m < last; m += kRows, next += chunks * lines * 32) {
     const int rows = static_cast<int>(last - m < kRows ? last - m : kRows);
@@ -128,7 +131,7 @@ inline void panel_by(const A *a, int64_t p, int64_t m, int64_t last, bool more) 
     const int64_t at = m * a->out_features + column;
     for (int r = 0; r < rows; ++r) Tail::ahead(a, at + r * a->out_features);
     Sums sums;
-    multiply(panel, x, a->width, next, lines, sums);
+    multiply(panel, x, a->width, below, next, lines, sums);
     if (left >= Tail::COLUMNS)
       Tail::put(a, sums, rows, at, column, static_cast<int64_t>(Tail::COLUMNS));
     else
@@ -156,7 +159,7 @@ int product(const A *a) {
     const int64_t block = by_group ? item % blocks : item / groups, group = by_group ? item / blocks : item % groups;
     const int64_t first = block * tall, last = first + tall < rows ? first + tall : rows;
     for (int64_t p = group * some; p < (group + 1) * some && p < panels; ++p)
-      panel_by<Tail>(a, p, first, last, p + 1 < panels);
+      panel_by<Tail>(a, p, first, last, p == group * some, p + 1 < panels);
     return 0;
   });
 }

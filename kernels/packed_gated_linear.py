@@ -10,14 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fusegen.kernels import linear, linear_panels
 from fusegen.kernels.draw import Draw
 from fusegen.kernels.linear_int8 import ACTIVATIONS, random_tail, random_x
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
-from fusegen.kernels.packed_linear import check, check_bias, cost_of, random_weights
+from fusegen.kernels.packed_linear import check, check_bias, cost_of, plain, plain_weights, random_weights
 
 SCHEMA = (
     "(Tensor x, Tensor panels, int outputs, Tensor? bias=None, Tensor? gate_bias=None, str activation='silu') -> Tensor"
@@ -91,13 +90,9 @@ CASES = [
 
 
 def _eager(x: Tensor, panels: Tensor, outputs: int, bias: Any, gate_bias: Any, activation: str) -> Tensor:
-    weights = linear_panels.unpacked(panels, outputs, x.shape[-1], gated=True)
-    gate, value = (F.linear(x, w, b) for w, b in zip(weights, (gate_bias, bias), strict=True))
-    return ACTIVATIONS[activation](gate) * value
-
-
-def _alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
-    return (args[0][b : b + 1], *args[1:])
+    """Two products, the second one's epilogue the multiplication."""
+    gate, weight = plain_weights(x, panels, outputs, gated=True)
+    return plain(x, weight, bias, "none", plain(x, gate, gate_bias, activation), "mul")
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -121,7 +116,6 @@ OP = register(
         },
         cases=CASES,
         eager=_eager,
-        alone=_alone,
         draw=_draw,
         formula="act(x G^T + gate_bias) * (x W^T + bias), both weights in panels",
         source="Shazeer 2020, arXiv:2002.05202",

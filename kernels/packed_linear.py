@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusegen.kernels import linear, linear_panels
 from fusegen.kernels.draw import Draw
@@ -127,10 +128,40 @@ CASES = [
 ]
 
 
+_UNARY = {"none": "", "relu": "", "silu": "", "gelu": "none", "gelu_tanh": "tanh"}  # oneDNN's algorithm
+_plain: Any = WeakTensorKeyDictionary()  # panels -> the weights they hold, in oneDNN's form on a CPU
+
+
+def plain_weights(x: Tensor, panels: Tensor, outputs: int, gated: bool) -> tuple[Tensor, ...]:
+    """The weights of the panels as a user of PyTorch has them, made once: packed by oneDNN where it serves."""
+    if panels not in _plain:
+        weights = linear_panels.unpacked(panels, outputs, x.shape[-1], gated)
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() and outputs:
+            rows = x.numel() // x.shape[-1]
+            weights = tuple(torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), rows) for w in weights)
+        _plain[panels] = weights
+    found: tuple[Tensor, ...] = _plain[panels]
+    return found
+
+
+def plain(x: Tensor, weight: Tensor, bias: Any, activation: str, other: Any = None, how: str = "add") -> Tensor:
+    """A layer in eager PyTorch, ``other`` added or multiplied ("mul"): oneDNN takes one epilogue into the product."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if not weight.is_mkldnn:
+        y = F.linear(x, weight, bias)
+        y = y if other is None else y * other if how == "mul" else y + other
+        return ACTIVATIONS[activation](y)
+    pointwise = torch.ops.mkldnn._linear_pointwise
+    if other is not None:
+        return ACTIVATIONS[activation](pointwise.binary(x, other, weight, bias, how))
+    unary = "swish" if activation == "silu" else activation.removesuffix("_tanh")
+    y: Tensor = pointwise(x, weight, bias, unary, [], _UNARY[activation])
+    return y
+
+
 def _eager(x: Tensor, panels: Tensor, outputs: int, bias: Any, residual: Any, activation: str) -> Tensor:
-    (weight,) = linear_panels.unpacked(panels, outputs, x.shape[-1])
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return ACTIVATIONS[activation](y if residual is None else y + residual)
+    (weight,) = plain_weights(x, panels, outputs, gated=False)
+    return plain(x, weight, bias, activation, residual)
 
 
 def _alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:

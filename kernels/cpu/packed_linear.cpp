@@ -15,19 +15,23 @@ struct Plain {
   FG_INLINE void put(const fg_packed_linear_args *a, Sums &sums, int rows, int64_t at, int64_t column, int64_t n) {
     vf bias[kParts];
     get_bias(a->bias, a->bias_dtype, column, n, bias);
-    const bf16 *residual = static_cast<const bf16 *>(a->residual);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r, at += a->out_features) {
-      if (r >= rows) return;
-      vf y[kParts];
+    const int64_t down = a->out_features;
+    const bf16 *residual = static_cast<const bf16 *>(a->residual) + at;
+    bf16 *out = static_cast<bf16 *>(a->out) + at;
 #pragma GCC unroll 32
-      for (int v = 0; v < kParts; ++v) {
-        y[v] = add(sums[r][v], bias[v]);
-        if (residual) y[v] = add(y[v], load_n(residual + at + v * W, columns(n, v)));
+    for (int i = 0; i < kRows * kParts; ++i) sums[i] = add(sums[i], bias[i % kParts]);
+    if (a->residual)
+#pragma GCC unroll 32
+      for (int i = 0; i < kRows * kParts; ++i) {
+        const int r = i / kParts, v = i % kParts;
+        if (r >= rows) break;
+        sums[i] = add(sums[i], load_n(residual + r * down + v * W, columns(n, v)));
       }
-      activate_all(y, a->activation);
+    activate_all(sums, a->activation);
 #pragma GCC unroll 32
-      for (int v = 0; v < kParts; ++v) store_n(static_cast<bf16 *>(a->out) + at + v * W, y[v], columns(n, v));
+    for (int i = 0; i < kRows * kParts; ++i) {
+      if (i / kParts >= rows) return;
+      store_n(out + i / kParts * down + i % kParts * W, sums[i], columns(n, i % kParts));
     }
   }
 };

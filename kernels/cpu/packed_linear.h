@@ -24,7 +24,7 @@ constexpr int64_t kGroup = 1 << 18;  // bytes of panels that a block goes throug
 constexpr int64_t kChunk = 16;       // pairs of columns between two requests: a line of x
 constexpr int64_t kItem = 1 << 21;   // multiply-adds that are worth a thread
 
-using Sums = vf[kRows][kParts];
+using Sums = vf[kRows * kParts];  // row by row
 
 // Adds one pair of columns of the panel times that of each row of x.
 FG_INLINE void step(const bf16 *panel, const uint32_t (&x)[kRows], Sums &sums) {
@@ -33,8 +33,8 @@ FG_INLINE void step(const bf16 *panel, const uint32_t (&x)[kRows], Sums &sums) {
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     const __m512bh both = (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(x[r]));
-    sums[r][0] = _mm512_dpbf16_ps(sums[r][0], left, both);
-    sums[r][1] = _mm512_dpbf16_ps(sums[r][1], right, both);
+    sums[2 * r] = _mm512_dpbf16_ps(sums[2 * r], left, both);
+    sums[2 * r + 1] = _mm512_dpbf16_ps(sums[2 * r + 1], right, both);
   }
 #else
   for (int v = 0; v < kParts; ++v) {
@@ -45,7 +45,8 @@ FG_INLINE void step(const bf16 *panel, const uint32_t (&x)[kRows], Sums &sums) {
       const uint32_t bits[] = {x[r] << 16, x[r] & 0xffff0000u};
       float both[2];
       memcpy(both, bits, 8);
-      sums[r][v] = fma(odd, set1(both[1]), fma(even, set1(both[0]), sums[r][v]));
+      vf &sum = sums[r * kParts + v];
+      sum = fma(odd, set1(both[1]), fma(even, set1(both[0]), sum));
     }
   }
 #endif
@@ -55,10 +56,8 @@ FG_INLINE void step(const bf16 *panel, const uint32_t (&x)[kRows], Sums &sums) {
 // lies `below` elements behind these of x: the rows that come next, where they were not read before.
 FG_INLINE void multiply(const bf16 *panel, const bf16 *const (&x)[kRows], int64_t width, int64_t below, const bf16 *next,
                         int64_t lines, Sums &sums) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 32
-    for (int v = 0; v < kParts; ++v) sums[r][v] = set1(0.0f);
+  for (vf &sum : sums) sum = set1(0.0f);
   const int64_t pairs = width / 2;
   uint32_t both[kRows];
   for (int64_t from = 0; from < pairs; from += kChunk) {
@@ -96,14 +95,27 @@ FG_INLINE void get_bias(const void *bias, int64_t dtype, int64_t at, int64_t n, 
   }
 }
 
-// Several vectors step by step; silu.h says why.
+// Some vectors at a time, step by step; silu.h says why.  Eight at once would not leave room for the sums.
 template <int N>
-FG_INLINE void activate_all(vf (&y)[N], int64_t kind) {
-  if (kind == GELU) return gelu<bf16>(y);
-  if (kind == GELU_TANH) return gelu_tanh<bf16>(y);
-  if (kind == SILU) return silu<bf16>(y);
+FG_INLINE void activate_all(vf (&sums)[N], int64_t kind) {
+  constexpr int TOGETHER = N < kAtOnce / 2 ? N : kAtOnce / 2;
+  if (kind == NONE) return;
 #pragma GCC unroll 32
-  for (int v = 0; v < N; ++v) y[v] = activate<bf16>(y[v], kind);
+  for (int i = 0; i < N; i += TOGETHER) {
+    vf y[TOGETHER];
+#pragma GCC unroll 4
+    for (int j = 0; j < TOGETHER; ++j) y[j] = sums[i + j];
+    if (kind == GELU)
+      gelu<bf16>(y);
+    else if (kind == GELU_TANH)
+      gelu_tanh<bf16>(y);
+    else if (kind == SILU)
+      silu<bf16>(y);
+    else
+      for (vf &one : y) one = activate<bf16>(one, kind);
+#pragma GCC unroll 4
+    for (int j = 0; j < TOGETHER; ++j) sums[i + j] = y[j];
+  }
 }
 
 template <class A>

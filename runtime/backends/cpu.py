@@ -32,7 +32,7 @@ class Cpu(Backend):
 
     def unpacked(self) -> str | None:
         """They are faster than oneDNN with AVX512-BF16 (Zen 5); with AMX it has products that ours are not made of."""
-        level = library.level()
+        level = library.level() if library.available() else "none"
         return None if level == "avx512_bf16" else f"at level {level} they are oneDNN's"
 
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
-from fusegen.runtime import few_rows, join, state, upsample, winograd, winograd_modulated
+from fusegen.runtime import few_rows, join, many_rows, state, upsample, winograd, winograd_modulated
 from fusegen.runtime.backends.base import Backend, Binding
 from fusegen.runtime.cost import cost
 from fusegen.runtime.errors import GraphError
@@ -109,7 +109,9 @@ def plan(
         declined = partial(_declined, backend)
         for rule in (upsample, winograd, winograd_modulated, join):
             static = rule.folded(static, declined)
-        static = few_rows.folded(static, declined, deterministic) if backend.few_rows else static
+        if backend.few_rows:
+            static = few_rows.folded(static, declined, deterministic)
+            static = many_rows.folded(static, declined, deterministic, backend.unpacked())
     metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}
     metas |= {
         k: torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device="meta") for k, w in static.weights.items()

@@ -122,6 +122,24 @@ struct fg_linear_args {
   int64_t out_features, activation;
 };
 
+// Linear layers of many rows by a weight in panels; see packed_linear.h.  All but x are dense, biases and residual may be
+// null; of the gated one out_features counts the gates, too few to fill a last panel or not.
+struct fg_packed_linear_args {
+  const void *x, *panels, *bias, *residual;
+  void *out;
+  int64_t dtype, bias_dtype;
+  int64_t outer, inner, width, x_outer, x_inner;
+  int64_t out_features, activation;
+};
+
+struct fg_packed_gated_linear_args {
+  const void *x, *panels, *bias, *gate_bias;
+  void *out;
+  int64_t dtype, bias_dtype, gate_bias_dtype;
+  int64_t outer, inner, width, x_outer, x_inner;
+  int64_t out_features, activation;
+};
+
 // Linear layers on quantized weights; see linear_int4.py and linear_int8.py of kernels/.  x has outer x inner rows of
 // `width`, bias, residual and zeros may be null, out and residual are dense; activation: quantized.h.
 struct fg_linear_int4_args {
@@ -333,6 +351,8 @@ struct fg_qk_norm_rope_args {
   X(linear_int8)      \
   X(modulated_conv2d) \
   X(noise_normal)     \
+  X(packed_gated_linear) \
+  X(packed_linear)    \
   X(pixel_shuffle)    \
   X(qk_norm_rope)     \
   X(rms_norm)         \

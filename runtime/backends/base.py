@@ -37,6 +37,10 @@ class Backend:
         planned = self.plans and aten.has_out(node.op, self.device)
         return self.hold(Binding("aten", node.op, planned=planned), node.op, metas, deterministic)
 
+    def unpacked(self) -> str | None:
+        """Why layers of many rows in bfloat16 are not done on weights that we pack; asked where ``few_rows`` is set."""
+        return None
+
     def hold(self, binding: Binding, op: str, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """``binding`` with what is known of its batch invariance, and cut into samples where that must be made so."""
         cut = batch.cut(op, metas)

@@ -1,0 +1,179 @@
+// Many rows of x by a weight in panels (kernels/linear_panels.py): products of bfloat16, sums in float32.
+//
+// A tile is kRows rows of x by one panel, its sums in registers from the first column of x to the last: an element is
+// the same sum whatever the other rows are, and is rounded once.  x is read where it lies, a pair of neighbours for all
+// lanes; a block of its rows stays in the second-level cache while the panels go past it, each asked for while the one
+// before it is used.
+#pragma once
+#include "abi.h"
+#include "quantized.h"
+
+namespace {
+
+constexpr int kPanel = 32, kParts = kPanel / W;  // rows of the weight that lie together, and vectors of their sums
+#if defined(FG_HAS_AVX512)
+constexpr int kRows = 8;  // sixteen sums: as many as two products a cycle of six cycles each need, and some more
+#elif defined(FG_LEVEL_AVX2) || defined(FG_LEVEL_NEON)
+constexpr int kRows = 2;
+#else
+constexpr int kRows = 1;
+#endif
+constexpr int64_t kTall = 128;       // rows of x in a block, and their bytes, at the most
+constexpr int64_t kBlock = 5 << 17;
+constexpr int64_t kGroup = 1 << 18;  // bytes of panels that a block goes through before the next block does
+constexpr int64_t kChunk = 16;       // pairs of columns between two requests: a line of x
+constexpr int64_t kItem = 1 << 21;   // multiply-adds that are worth a thread
+
+using Sums = vf[kRows * kParts];  // row by row
+
+// Adds one pair of columns of the panel times that of each row of x.
+FG_INLINE void step(const bf16 *panel, const uint32_t (&x)[kRows], Sums &sums) {
+#if defined(FG_HAS_AVX512_BF16)
+  const __m512bh left = (__m512bh)_mm512_loadu_si512(panel), right = (__m512bh)_mm512_loadu_si512(panel + kPanel);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const __m512bh both = (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(x[r]));
+    sums[2 * r] = _mm512_dpbf16_ps(sums[2 * r], left, both);
+    sums[2 * r + 1] = _mm512_dpbf16_ps(sums[2 * r + 1], right, both);
+  }
+#else
+  for (int v = 0; v < kParts; ++v) {
+    vf even, odd;
+    deinterleave(load(panel + 2 * v * W), load(panel + 2 * v * W + W), even, odd);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const uint32_t bits[] = {x[r] << 16, x[r] & 0xffff0000u};
+      float both[2];
+      memcpy(both, bits, 8);
+      vf &sum = sums[r * kParts + v];
+      sum = fma(odd, set1(both[1]), fma(even, set1(both[0]), sum));
+    }
+  }
+#endif
+}
+
+// sums = rows x by the panel.  Each kChunk pairs, a line of x, ask for `lines` lines of memory from `next` on and for what
+// lies `below` elements behind these of x: the rows that come next, where they were not read before.
+FG_INLINE void multiply(const bf16 *panel, const bf16 *const (&x)[kRows], int64_t width, int64_t below, const bf16 *next,
+                        int64_t lines, Sums &sums) {
+#pragma GCC unroll 32
+  for (vf &sum : sums) sum = set1(0.0f);
+  const int64_t pairs = width / 2;
+  uint32_t both[kRows];
+  for (int64_t from = 0; from < pairs; from += kChunk) {
+    for (int64_t line = 0; line < lines; ++line, next += 32) __builtin_prefetch(next, 0, 2);
+    for (int r = 0; below && r < kRows; ++r) __builtin_prefetch(x[r] + 2 * from + below);
+    const int64_t end = from + kChunk < pairs ? from + kChunk : pairs;
+    for (int64_t i = from; i < end; ++i) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) memcpy(both + r, x[r] + 2 * i, 4);
+      step(panel + i * 2 * kPanel, both, sums);
+    }
+  }
+  if (width % 2) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) both[r] = x[r][2 * pairs].bits;
+    step(panel + pairs * 2 * kPanel, both, sums);
+  }
+}
+
+// How many of the W columns from part v on there are, of n.
+FG_INLINE int columns(int64_t n, int v) {
+  const int64_t left = n - v * W;
+  return static_cast<int>(left < 0 ? 0 : left < W ? left : W);
+}
+
+// The bias of n columns from `at` on, zero where there is none.
+template <int PARTS>
+FG_INLINE void get_bias(const void *bias, int64_t dtype, int64_t at, int64_t n, vf (&to)[PARTS]) {
+#pragma GCC unroll 32
+  for (int v = 0; v < PARTS; ++v) {
+    const int some = columns(n, v);
+    to[v] = !bias                 ? set1(0.0f)
+            : dtype == FG_FLOAT32 ? load_n(static_cast<const float *>(bias) + at + v * W, some)
+                                  : load_n(static_cast<const bf16 *>(bias) + at + v * W, some);
+  }
+}
+
+// Some vectors at a time, step by step; silu.h says why.  Eight at once would not leave room for the sums.
+template <int N>
+FG_INLINE void activate_all(vf (&sums)[N], int64_t kind) {
+  constexpr int TOGETHER = N < kAtOnce / 2 ? N : kAtOnce / 2;
+  if (kind == NONE) return;
+#pragma GCC unroll 32
+  for (int i = 0; i < N; i += TOGETHER) {
+    vf y[TOGETHER];
+#pragma GCC unroll 4
+    for (int j = 0; j < TOGETHER; ++j) y[j] = sums[i + j];
+    if (kind == GELU)
+      gelu<bf16>(y);
+    else if (kind == GELU_TANH)
+      gelu_tanh<bf16>(y);
+    else if (kind == SILU)
+      silu<bf16>(y);
+    else
+      for (vf &one : y) one = activate<bf16>(one, kind);
+#pragma GCC unroll 4
+    for (int j = 0; j < TOGETHER; ++j) sums[i + j] = y[j];
+  }
+}
+
+template <class A>
+FG_INLINE const bf16 *row_of(const A *a, int64_t far, int64_t near) {
+  return static_cast<const bf16 *>(a->x) + far * a->x_outer + near * a->x_inner;
+}
+
+// Rows [m, last) of x, kRows of them at a time, by one panel, the `first` of a block or not, with `more` behind it.  Tail
+// says how many COLUMNS of the output it makes, and puts the sums there.
+template <class Tail, class A>
+inline void panel_by(const A *a, int64_t p, int64_t m, int64_t last, bool first, bool more) {
+  const int64_t pairs = (a->width + 1) / 2, chunks = (a->width / 2 + kChunk - 1) / kChunk;
+  const int64_t tiles = (last - m + kRows - 1) / kRows, lines = more ? (2 * kChunk + tiles - 1) / tiles : 0;
+  const bf16 *panel = static_cast<const bf16 *>(a->panels) + p * pairs * 2 * kPanel, *next = panel + pairs * 2 * kPanel;
+  const int64_t below = first ? kRows * a->x_inner : 0;
+  const int64_t column = p * Tail::COLUMNS, left = a->out_features - column;
+  for (int64_t far = m / a->inner, near = m % a->inner; m < last; m += kRows, next += chunks * lines * 32) {
+    const int rows = static_cast<int>(last - m < kRows ? last - m : kRows);
+    const bf16 *x[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      x[r] = r < rows ? row_of(a, far, near) : x[0];
+      if (r < rows && ++near == a->inner) near = 0, ++far;
+    }
+    const int64_t at = m * a->out_features + column;
+    for (int r = 0; r < rows; ++r) Tail::ahead(a, at + r * a->out_features);
+    Sums sums;
+    multiply(panel, x, a->width, below, next, lines, sums);
+    if (left >= Tail::COLUMNS)
+      Tail::put(a, sums, rows, at, column, static_cast<int64_t>(Tail::COLUMNS));
+    else
+      Tail::put(a, sums, rows, at, column, left);
+  }
+}
+
+template <class Tail, class A>
+int product(const A *a) {
+  const int64_t rows = a->outer * a->inner, threads = fg_threads();
+  const int64_t panels = (a->out_features + Tail::COLUMNS - 1) / Tail::COLUMNS, bytes = 2 * kPanel * a->width + 1;
+  int64_t tall = kBlock / (2 * a->width + 1);
+  tall = tall < kRows ? kRows : tall > kTall ? kTall : tall;
+  tall = (rows + (rows + tall - 1) / tall - 1) / ((rows + tall - 1) / tall);  // blocks of one size
+  tall = (tall + kRows - 1) / kRows * kRows;
+  const int64_t blocks = (rows + tall - 1) / tall;
+  // What is larger is read from memory once: the weight group by group, each by all blocks, or x.
+  const bool by_group = panels * kPanel > rows;
+  int64_t groups = by_group ? panels * bytes / kGroup : 1;
+  groups = groups * blocks < 8 * threads ? (8 * threads + blocks - 1) / blocks : groups;
+  const int64_t some = groups > panels ? 1 : (panels + groups - 1) / groups;
+  groups = (panels + some - 1) / some;
+  const int64_t grain = 1 + kItem / (tall * some * kPanel * a->width + 1);
+  return parallel_for(blocks * groups, grain, [&](int64_t item) {
+    const int64_t block = by_group ? item % blocks : item / groups, group = by_group ? item / blocks : item % groups;
+    const int64_t first = block * tall, last = first + tall < rows ? first + tall : rows;
+    for (int64_t p = group * some; p < (group + 1) * some && p < panels; ++p)
+      panel_by<Tail>(a, p, first, last, p == group * some, p + 1 < panels);
+    return 0;
+  });
+}
+
+}  // namespace

@@ -1,0 +1,108 @@
+"""The weight of a linear layer in panels, as kernels for many rows read it: pairs of columns of 32 rows together.
+
+They depend on the weight alone: a session makes them once, and :mod:`.packed_linear` takes them.  With a second weight,
+the gate of a gated layer, a panel holds 16 rows of the gate and then the same 16 of the weight, so that
+:mod:`.packed_gated_linear` finds both factors of a product in one tile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from fusegen.kernels.draw import LAYOUTS, Draw, laid_out
+from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
+
+SCHEMA = "(Tensor weight, Tensor? gate=None) -> Tensor"
+PANEL = 32  # rows that lie together
+
+
+def panels_of(outputs: int, gated: bool) -> int:
+    """How many panels hold ``outputs`` rows of the weight, and as many of the gate where there is one."""
+    return -(-outputs // (PANEL // 2 if gated else PANEL))
+
+
+def allocate(weight: Tensor, gate: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The uninitialised panels (P, ceil(K / 2), 32, 2) of weight (N, K) or (N, K, 1, 1), a convolution's, and a gate of
+    its shape and dtype: contiguous, zeros behind the last row and column.  Raises ValueError for anything else.
+    """
+    if weight.dim() not in (2, 4) or any(size != 1 for size in weight.shape[2:]):
+        raise ValueError(f"linear_panels: weight has shape {tuple(weight.shape)}, not (N, K) or (N, K, 1, 1)")
+    if gate is not None and (gate.shape != weight.shape or gate.dtype != weight.dtype):
+        raise ValueError(
+            f"linear_panels: gate is {gate.dtype} {tuple(gate.shape)}, weight {weight.dtype} {tuple(weight.shape)}"
+        )
+    shape = (panels_of(weight.shape[0], gate is not None), -(-weight.shape[1] // 2), PANEL, 2)
+    return (torch.empty(shape, dtype=weight.dtype, device=weight.device),)
+
+
+def reference(weight: Tensor, gate: Tensor | None = None) -> Tensor:
+    """The same values in another order."""
+    (out,) = allocate(weight, gate)
+    if not out.numel():
+        return out
+    parts = [t.flatten(1) for t in (gate, weight) if t is not None]
+    rows, columns = PANEL // len(parts), out.shape[1] * 2
+    down, across = out.shape[0] * rows - weight.shape[0], columns - weight.shape[1]
+    whole = [F.pad(t, (0, across, 0, down)) if down or across else t.contiguous() for t in parts]
+    for i, part in enumerate(whole):
+        pairs = part.view(out.shape[0], rows, out.shape[1], 2).transpose(1, 2)
+        out[:, :, i * rows : (i + 1) * rows].copy_(pairs)
+    return out
+
+
+def unpacked(panels: Tensor, outputs: int, width: int, gated: bool = False) -> tuple[Tensor, ...]:
+    """The weight (N, K) that the panels hold; with ``gated`` the gate's and the weight."""
+    parts = 2 if gated else 1
+    rows = panels.transpose(1, 2).unflatten(1, (parts, PANEL // parts))
+    return tuple(rows[:, i].flatten(0, 1).flatten(1)[:outputs, :width] for i in range(parts))
+
+
+def cost(weight: Tensor, gate: Tensor | None = None) -> Cost:
+    """Every value read and written."""
+    return Cost(flops=0, bytes=2 * weight.numel() * weight.element_size() * (1 if gate is None else 2))
+
+
+def _case(name: str, shape: tuple[int, ...], *, gated: bool = False, layout: str = "contiguous") -> Case:
+    def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        weight = laid_out(torch.randn(shape, generator=g).to(dtype), layout)
+        return (weight, torch.randn(shape, generator=g).to(dtype) if gated else None)
+
+    return Case(name, build)
+
+
+CASES = [
+    _case("small", (3, 5)),
+    _case("gated", (40, 6), gated=True),
+    _case("one by one convolution", (33, 8, 1, 1), layout="channels_last"),
+    _case("one element", (1, 1), gated=True),
+    _case("no outputs", (0, 4)),
+    _case("no columns", (4, 0), gated=True),
+    _case("whole panels", (64, 32)),
+    _case("strided", (31, 9), layout="transposed"),
+]
+
+
+def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
+    shape = draw.shape(70, 40)
+    return (draw.tensor(shape, dtype, layouts=LAYOUTS), draw.maybe(shape, (dtype,)))
+
+
+OP = register(
+    Op(
+        name="linear_panels",
+        schema=SCHEMA,
+        reference=reference,
+        allocate=allocate,
+        cost=cost,
+        tolerance={dtype: Tolerance(rms=0.0, peak=0.0) for dtype in FLOATS},
+        cases=CASES,
+        alone=None,
+        draw=_draw,
+        formula="W in panels of 32 rows, by pairs of columns",
+        source="Goto & van de Geijn 2008, ACM TOMS 34(3)",
+    )
+)

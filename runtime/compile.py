@@ -8,6 +8,8 @@ from fusegen.runtime import backends
 from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Program
+from fusegen.runtime.quantize import described
+from fusegen.runtime.quantize import quantize as quantized
 from fusegen.runtime.rewrite import rewrite
 from fusegen.runtime.rewrite.cast import cast
 
@@ -27,17 +29,19 @@ def compile(
     ``device``: ``"cpu"`` or ``"cuda"``; ``backend``: ``"cpu"``, ``"cuda"``, or ``"eager"``, the reference; the
     default is the device's own.  ``dtype`` (a ``torch.dtype`` or its name): what the network computes in; None keeps
     the program's own, but for float16 on a CPU without such arithmetic.  ``deterministic``: a sample's bits depend on
-    nothing else in its batch, or planning raises :class:`GraphError` with the node that cannot promise it.  Raises
-    :class:`RequestError` for what is unknown.
+    nothing else in its batch, or planning raises :class:`GraphError` with the node that cannot promise it.
+    ``quantize``: ``"int8"`` for int8 weights and products in the layers that pay (:mod:`fusegen.runtime.quantize`; a
+    bundle that ``fusegen quantize`` wrote has them already).  Raises :class:`RequestError` for what is unknown.
     """
-    if quantize is not None:
-        raise RequestError(f"quantize={quantize!r} is not offered yet", mend="pass quantize=None")
     if device not in ("cpu", "cuda"):
         raise RequestError(f"no device is called {device!r}", mend="use 'cpu' or 'cuda'")
     chosen = backends.get(backend or device)
     if chosen.device != device:
         raise RequestError(f"the backend {chosen.name!r} runs on {chosen.device}, not on {device}")
+    if quantize is not None:
+        program = quantized(program, quantize)
     wanted, notes = _dtype(program, dtype, device)
+    notes += tuple(n for n in (described(program),) if n)
     if chosen.fuses:
         program = rewrite(program, wanted)
     elif wanted is not None:

@@ -1,0 +1,153 @@
+"""Quantization: a Program in, one whose large products are of int8 out.
+
+The layers that do most of the work, linear layers over rows of tokens or pixels and convolutions of many channels,
+become the ops ``linear_int8`` and ``conv2d_int8``: weights int8 with a float32 scale for each output channel, inputs
+quantized as they come.  The first and last layers, whose errors nothing averages out, have few channels; the embeddings
+of time have few rows: these stay as they are, as does what is named in ``keep``.  What the result is worth,
+:mod:`.quality` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from fusegen.kernels.linear_int8 import LONGEST, quantize_int8
+from fusegen.runtime.errors import RequestError
+from fusegen.runtime.program import Applied, Node, Program, Ref
+from fusegen.runtime.rewrite import clean, linear
+from fusegen.runtime.rewrite.graph import FLOATS, Names, rank, without_dead
+
+BITS = ("int8",)
+NARROW = 32  # channels, of a layer's input and output, below which it stays
+RULE = "int8 weights"
+OPS = {"fusegen.linear_int8.default": "linear layers", "fusegen.conv2d_int8.default": "convolutions"}
+
+
+def quantize(program: Program, bits: str = "int8", keep: Collection[str] = ()) -> Program:
+    """``program`` (floating-point, as exported) with int8 weights; what it was made of and what stayed is in
+    ``applied``.  ``keep``: names of nodes or of weights, or their beginnings, that stay as they are.
+
+    Raises :class:`RequestError` for other ``bits``, a name in ``keep`` that is none of the program's, a program that is
+    quantized already, and a weight that holds an infinity or NaN, naming it.
+    """
+    if bits not in BITS:
+        raise RequestError(f"{bits!r} is no kind of quantization", "quantize", f"use one of {', '.join(BITS)}")
+    if any(n.op in OPS for n in program.nodes):
+        raise RequestError("the program is quantized already", program.name, "quantize the one it was made from")
+    _check_keep(program, keep)
+    program = linear.as_linear(clean.canonical(program)[0])[0]
+    made = _Quantizer(program, tuple(keep))
+    for node in program.nodes:
+        made.node(node)
+    return made.finish()
+
+
+def quantized(program: Program) -> dict[str, int]:
+    """How many linear layers and convolutions of ``program`` are of int8; empty where none is."""
+    found: dict[str, int] = {}
+    for node in program.nodes:
+        if node.op in OPS:
+            found[OPS[node.op]] = found.get(OPS[node.op], 0) + 1
+    return found
+
+
+def described(program: Program) -> str:
+    """``quantized`` in words, as a note of a plan; empty where nothing is."""
+    found = quantized(program)
+    stayed = sum(n.op in _LAYERS for n in program.nodes)
+    counts = " and ".join(f"{count} {what}" for what, count in found.items())
+    return f"{counts} multiply in int8, {stayed} stay" if found else ""
+
+
+def _check_keep(program: Program, keep: Collection[str]) -> None:
+    known = [n.name for n in program.nodes] + list(program.weights)
+    for name in keep:
+        if not name or not any(k.startswith(name) for k in known):
+            raise RequestError(f"no layer or weight is called {name!r}", program.name, "fusegen plan shows the names")
+
+
+@dataclass
+class _Quantizer:
+    """Walks the nodes; each layer that can be is put as its int8 op."""
+
+    program: Program
+    keep: tuple[str, ...]
+    nodes: list[Node] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    made: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)  # weight -> its codes and scales
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.names, self.weights = Names.of(self.program), dict(self.program.weights)
+
+    def node(self, node: Node) -> None:
+        """Keep the node, or its int8 form."""
+        if node.op not in _LAYERS:
+            self.nodes.append(node)
+            return
+        why = self._stays(node)
+        if why:
+            self.left.append(f"{node.name}: {why}")
+            self.nodes.append(node)
+            return
+        self.count += 1
+        codes, scale = self._codes(node.args["weight"].name)
+        args = {"x": node.args["input"], "weight": codes, "scale": scale, "bias": node.args["bias"]}
+        args |= {"residual": None, "activation": "none"}
+        op, more = _LAYERS[node.op]
+        self.nodes.append(replace(node, op=op, args=args | {k: node.args[k] for k in more}))
+
+    def _stays(self, node: Node) -> str:
+        """Why the layer stays as it is; empty where it does not."""
+        weight = node.args["weight"]
+        if not isinstance(weight, Ref) or weight.name not in self.weights:
+            return "its weight is computed"
+        value = self.weights[weight.name]
+        if any(name.startswith(self.keep) for name in (node.name, weight.name)):
+            return "it was to be kept"
+        if value.dtype not in FLOATS:
+            return f"its weight is {value.dtype}"
+        if node.args.get("groups", 1) != 1:
+            return "its channels are in groups"
+        if min(value.shape[:2]) < NARROW or value[0].numel() > LONGEST:
+            return f"it has {value.shape[1]} channels, and {value.shape[0]} behind it"
+        lines = rank(self.program, node.args["input"])
+        if node.op == linear.LINEAR and (lines is None or lines < 3):
+            return "its rows are few: one a sample"
+        return ""
+
+    def _codes(self, name: str) -> tuple[Ref, Ref]:
+        """The weights of codes and scales of a weight, made once."""
+        if name not in self.made:
+            codes, scale = codes_of_weight(name, self.weights[name], self.program.name)
+            refs = self.names.fresh(f"{name}.int8"), self.names.fresh(f"{name}.scale")
+            self.weights |= dict(zip(refs, (codes, scale), strict=True))
+            self.made[name] = Ref(refs[0]), Ref(refs[1])
+        return self.made[name]
+
+    def finish(self) -> Program:
+        """The program; weights that nothing uses any more are gone."""
+        done = Applied(RULE, self.count, tuple(self.left))
+        program = replace(self.program, weights=self.weights, applied=(*self.program.applied, done))
+        return without_dead(program.with_nodes(tuple(self.nodes)))[0]
+
+
+# A layer's op -> its int8 op, and the arguments that it has besides.
+_WHERE = ("stride", "padding", "dilation")
+_LAYERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    linear.LINEAR: ("fusegen.linear_int8.default", ()),
+}
+
+
+def codes_of_weight(name: str, weight: Tensor, where: str = "") -> tuple[Tensor, Tensor]:
+    """A weight (O, ...) as int8 codes of its shape and a float32 scale (O,), by its rows' largest magnitudes.
+
+    A row of zeros has the scale 0.  Raises :class:`RequestError` naming the weight where it is not finite.
+    """
+    if not bool(weight.isfinite().all()):
+        raise RequestError(f"the weight {name!r} holds an infinity or NaN", where, "get a model that is whole")
+    codes, scale = quantize_int8(weight.detach().flatten(1))
+    return codes.view(weight.shape), scale

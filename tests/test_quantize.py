@@ -27,7 +27,7 @@ class Feed(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         x = x + self.time(t)[:, None]
-        x = x + F.silu(self.q(x)) * torch.sigmoid(self.k(x)) + self.v(x)
+        x = x + F.silu(self.q(x)) * torch.sigmoid(self.k(x) - self.v(x).flip(1))
         value, gate = self.up(x).chunk(2, dim=-1)
         x = x + self.down(value * F.gelu(gate))
         return F.gelu(self.act(x))

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from fusegen.kernels.linear_int8 import LONGEST, quantize_int8
+from fusegen.kernels.conv2d_int8 import LONGEST
+from fusegen.kernels.linear_int8 import quantize_int8
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite import clean, linear
@@ -82,6 +83,7 @@ class _Quantizer:
 
     def __post_init__(self) -> None:
         self.names, self.weights = Names.of(self.program), dict(self.program.weights)
+        self.sources = {o: n.op for n in self.program.nodes for o in n.outputs}
 
     def node(self, node: Node) -> None:
         """Keep the node, or its int8 form."""
@@ -114,10 +116,17 @@ class _Quantizer:
             return "its channels are in groups"
         if min(value.shape[:2]) < NARROW or value[0].numel() > LONGEST:
             return f"it has {value.shape[1]} channels, and {value.shape[0]} behind it"
+        if self._upsampled(node):
+            return "it is one with the upsampling before it, which does 4/9 of the work"
         lines = rank(self.program, node.args["input"])
         if node.op == linear.LINEAR and (lines is None or lines < 3):
             return "its rows are few: one a sample"
         return ""
+
+    def _upsampled(self, node: Node) -> bool:
+        """Whether the layer reads an upsampling by two, which the plan makes one with it."""
+        before = self.sources.get(node.args["input"].name, "")
+        return node.op != linear.LINEAR and before.startswith("aten.upsample_nearest2d.")
 
     def _codes(self, name: str) -> tuple[Ref, Ref]:
         """The weights of codes and scales of a weight, made once."""
@@ -136,9 +145,9 @@ class _Quantizer:
 
 
 # A layer's op -> its int8 op, and the arguments that it has besides.
-_WHERE = ("stride", "padding", "dilation")
 _LAYERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     linear.LINEAR: ("fusegen.linear_int8.default", ()),
+    "aten.conv2d.default": ("fusegen.conv2d_int8.default", ("stride", "padding", "dilation")),
 }
 
 

@@ -38,7 +38,9 @@ def quantize(program: Program, bits: str = "int8", keep: Collection[str] = ()) -
         raise RequestError(f"{bits!r} is no kind of quantization", "quantize", f"use one of {', '.join(BITS)}")
     if any(n.op in OPS for n in program.nodes):
         raise RequestError("the program is quantized already", program.name, "quantize the one it was made from")
-    _check_keep(program, keep)
+    for name in keep:
+        if not known(program, name):
+            raise RequestError(f"no layer or weight is called {name!r}", program.name, "fusegen plan shows the names")
     program = linear.as_linear(clean.canonical(program)[0])[0]
     made = _Quantizer(program, tuple(keep))
     for node in program.nodes:
@@ -63,11 +65,9 @@ def described(program: Program) -> str:
     return f"{counts} multiply in int8, {stayed} stay" if found else ""
 
 
-def _check_keep(program: Program, keep: Collection[str]) -> None:
-    known = [n.name for n in program.nodes] + list(program.weights)
-    for name in keep:
-        if not name or not any(k.startswith(name) for k in known):
-            raise RequestError(f"no layer or weight is called {name!r}", program.name, "fusegen plan shows the names")
+def known(program: Program, name: str) -> bool:
+    """Whether ``name`` is that of a node or weight of ``program``, or the beginning of one."""
+    return bool(name) and any(k.startswith(name) for k in (*(n.name for n in program.nodes), *program.weights))
 
 
 @dataclass

@@ -134,3 +134,62 @@ def test_a_unet_in_int8_is_close_to_float32() -> None:
     with torch.no_grad():
         want = unet()(*inputs)
     assert relative(session(*inputs), want) <= 3e-2
+
+
+class Block(nn.Module):
+    """Convolutions of every kind: padded, strided, 1x1, an activation behind one, a residual behind another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(48, 3, 3, padding=1)
+        self.same, self.down = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 48, 3, stride=2, padding=1)
+        self.one, self.groups = nn.Conv2d(48, 48, 1), nn.Conv2d(64, 64, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.first(x))
+        x = F.silu(self.same(x) + x)
+        x = F.relu(self.down(x))
+        return self.last(self.one(x) + x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_convolutions_run_as_the_op_means(dtype: str) -> None:
+    torch.manual_seed(0)
+    module, x = Block().eval(), torch.randn(3, 3, 9, 7)
+    made = quantize(program(module, x))
+    assert quantized(made) == {"convolutions": 3}
+    session, reference = (api.compile(made, dtype=dtype, backend=b) for b in ("cpu", "eager"))
+    counts = [k for k in session.planned({"x": made.inputs["x"]}).counts() if "conv2d_int8" in k]
+    want = reference(x)
+    for _ in range(2):
+        assert relative(session(x), want) <= {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+    if torch.cpu._is_vnni_supported():
+        names = {"library onednn conv2d_int8", "library onednn conv2d_int8 + residual"}
+        assert names <= {*counts, "library onednn conv2d_int8"}
+
+
+def test_where_the_library_has_no_int8_products_the_meaning_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module, x = Block().eval(), torch.randn(2, 3, 9, 7)
+    made = quantize(program(module, x))
+    want = api.compile(made, backend="eager")(x)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    session = api.compile(made)
+    assert relative(session(x), want) <= 1e-5
+    assert session.plan.counts()["aten runtime.conv2d_int8"] == 3
+
+
+def test_a_sample_of_a_convolution_is_its_own() -> None:
+    torch.manual_seed(0)
+    module, x = Block().eval(), torch.randn(3, 3, 8, 8)
+    x[0] *= 100  # would coarsen the others, were a scale shared
+    made = quantize(api.capture(module, (x,), dynamic={"x": {0: ("batch", 1, 8)}}), keep=("first", "last"))
+    session = api.compile(made, deterministic=True)
+    assert torch.equal(session(x)[1:], session(x[1:]))
+
+
+def test_a_convolution_behind_an_upsampling_stays() -> None:
+    module = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(32, 32, 3, padding=1))
+    made = quantize(program(module, torch.randn(1, 32, 4, 4)))
+    (done,) = [a for a in made.applied if a.rule == RULE]
+    assert done.count == 0 and "upsampling" in done.left[0]

@@ -7,6 +7,7 @@ bundle without a family, every component.  Text models and gans are not served y
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,12 @@ def pictures(bundle: Bundle, steps: int) -> quality.Trial:
     """A trial of a text-to-image model's denoiser: the latents of :data:`PROMPTS` with the seeds :data:`SEEDS`."""
     whole = TextToImage.from_bundle(bundle, dtype=torch.float32)
     guidance = whole.defaults.guidance
-    model = (whole.tokenizer, whole.text_encoder)
-    rest = (whole.schedule, whole.image, whole.defaults, bundle)
 
     def run(session: Session, progress: quality.Progress | None) -> Mapping[str, Tensor]:
-        found = []
+        model, found = copy(whole), []
+        model.denoiser = session
         for done, prompt in enumerate(PROMPTS, 1):
-            made = TextToImage(*model, session, *rest)
-            found.append(made.latents(prompt, SEEDS, quality.SAMPLER, steps, guidance))
+            found.append(model.latents(prompt, SEEDS, quality.SAMPLER, steps, guidance))
             if progress:
                 progress(done, len(PROMPTS))
         return {"latent": torch.cat(found)}

@@ -34,8 +34,8 @@ from fusegen.models.request import (
 )
 from fusegen.runtime import noise
 from fusegen.runtime.bundle import Bundle
+from fusegen.runtime.compile import AUTO
 from fusegen.runtime.compile import compile as compile_program
-from fusegen.runtime.compile import default_dtype
 from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import FileError, RequestError
 from fusegen.runtime.loop.cancel import Cancel
@@ -104,7 +104,7 @@ class TextToImage:
         dtype: torch.dtype | str | None = None,
         deterministic: bool = False,
     ) -> TextToImage:
-        """Open the model in ``bundle``; ``dtype`` None is :func:`default_dtype`.
+        """Open the model in ``bundle``; ``dtype`` None is :func:`~fusegen.runtime.compile.default_dtype`.
 
         Raises FileError where the bundle's manifest or tokenizer is not this family's.
         """
@@ -118,7 +118,7 @@ class TextToImage:
         for name in ("text_encoder", "denoiser"):
             if name not in manifest.components:
                 raise FileError(f"the bundle has no component {name!r}", where, f"a {FAMILY} model needs it")
-        chosen = default_dtype(device) if dtype is None else dtype
+        chosen = AUTO if dtype is None else dtype
         return cls(
             bundled.tokenizer(bundle),
             compile_program(bundle.program("text_encoder"), device, torch.float32, deterministic=deterministic),

@@ -81,7 +81,7 @@ def bind(node: Node, program: Program) -> Binding:
     if not constant or not served or not out.nbytes:
         return Binding("aten", CONV)
     extra = [k for k in ("residual", "activation") if node.args[k] not in (None, "none")]
-    return Binding("library", " + ".join(["onednn conv2d_int8", *extra]))
+    return Binding("library", " + ".join(["onednn conv2d_int8", *extra]), planned=True)
 
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -122,12 +122,13 @@ def _pack(node: Node, program: Program, weights: Weights, where: list[list[int]]
 def _samples(
     weight: Tensor, scale: Tensor, zeros: Tensor, where: list[list[int]], activation: str, spec: specialize.Strided,
     codes: Tensor, scale_x: Tensor, zero_x: Tensor, bias: Tensor | None, residual: Tensor | None,
+    out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The convolution, a call a sample; a residual is what the library adds its sums to."""
-    summed = residual is not None and activation == "none"
-    out = spec.empty("cpu")
-    if summed:
-        out.copy_(residual)
+    """The convolution, a call a sample, to ``out``; a residual is what the library adds its sums to."""
+    out = spec.empty("cpu") if out is None else out
+    summed = False
+    if residual is not None and activation == "none":
+        summed, out = True, out.copy_(residual)
     for b, (by, zero) in enumerate(zip(scale_x.tolist(), zero_x.tolist(), strict=True)):
         x, part = codes[b : b + 1], out[b : b + 1]
         if summed:
@@ -136,6 +137,6 @@ def _samples(
         else:
             part.copy_(_conv(x, by, zero, weight, scale, zeros, bias, *where, 1, 1.0, 0, spec.dtype, "none", [], ""))
     if not summed and activation != "none":
-        out = ACTIVATIONS[activation](out)
+        out.copy_(ACTIVATIONS[activation](out))
         out = out if residual is None else out.add_(residual)
     return out

@@ -21,7 +21,7 @@ from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.manifest import Manifest
 from fusegen.runtime.program import Program
-from fusegen.runtime.quantize import RULE, known, quality, quantize, quantized
+from fusegen.runtime.quantize import RULE, known, layers, quality, quantize, quantized
 from fusegen.runtime.specialize import concrete
 
 PROMPTS = ("pig face", "a red heart", "a house by the sea")
@@ -32,13 +32,15 @@ SEEDS = (1, 2)
 class Options:
     """What a caller may say.
 
-    ``keep``: layers or weights, by the beginning of their names, that stay.  ``least``: the cosine below which nothing
-    is written.  ``steps`` of the trajectories compared.  ``storage``: what the other float32 weights are stored in
-    ("" as they are, None as in the source).  ``sizes``: those that a bare program leaves open, for its trial.
+    ``keep``: layers, weights or modules that stay.  ``most``: so do layers whose own relative error on seeded inputs
+    is larger.  ``least``: the cosine below which nothing is written.  ``steps`` of the trajectories compared.
+    ``storage``: what the other float32 weights are stored in ("" as they are, None as in the source).  ``sizes``: those
+    that a bare program leaves open, for its trial.
     """
 
     bits: str = "int8"
     keep: Collection[str] = ()
+    most: float | None = None
     least: float = quality.LEAST
     steps: int = quality.STEPS
     storage: str | None = None
@@ -86,9 +88,13 @@ def _quantized(
             raise RequestError(f"no layer or weight is called {name!r}", where, "fusegen plan shows the names")
     made, facts, proof = dict[str, Program](), {}, {}
     for name, program in programs.items():
-        made[name] = quantize(program, options.bits, [k for k in options.keep if known(program, k)])
+        specs, keep = concrete(program, options.sizes), [k for k in options.keep if known(program, k)]
+        if options.most is not None:
+            errors = layers.errors(program, quality.drawn(specs), options.bits, keep)
+            keep += [layer for layer, error in errors.items() if error > options.most]
+        made[name] = quantize(program, options.bits, keep)
         facts[name] = _facts(program, made[name])
-        chosen = trial or quality.trial_of(concrete(program, options.sizes), options.steps)
+        chosen = trial or quality.trial_of(specs, options.steps)
         proof[name] = quality.measured(program, made[name], chosen, progress)
         quality.require(proof[name], options.least, f"{where}, {name}")
     quantization = {"bits": options.bits, "components": facts}

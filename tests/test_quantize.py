@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusegen.runtime import api
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Program
-from fusegen.runtime.quantize import OPS, RULE, codes_of_weight, quantize, quantized
+from fusegen.runtime.quantize import OPS, RULE, codes_of_weight, layers, quantize, quantized
 
 LINEAR = "fusegen.linear_int8.default"
 
@@ -193,3 +193,21 @@ def test_a_convolution_behind_an_upsampling_stays() -> None:
     made = quantize(program(module, torch.randn(1, 32, 4, 4)))
     (done,) = [a for a in made.applied if a.rule == RULE]
     assert done.count == 0 and "upsampling" in done.left[0]
+
+
+def test_each_layer_has_an_error_of_its_own() -> None:
+    torch.manual_seed(0)
+    module, x = Block().eval(), torch.randn(2, 3, 9, 7)
+    with torch.no_grad():
+        module.one.weight[:, 0] = 500.0 * module.one.weight[:, 0].abs().max()  # coarsens every row's scale
+    found = layers.errors(program(module, x), {"x": x})
+    assert len(found) == 3 and list(found.values()) == sorted(found.values(), reverse=True)
+    seen: dict[str, Tensor] = {}
+    hook = module.same.register_forward_hook(lambda _, given, out: seen.update(x=given[0], y=out))
+    with torch.no_grad():
+        module(x)
+        hook.remove()
+        codes, scale = codes_of_weight("w", module.same.weight)
+        where = ("none", (1, 1), (1, 1), (1, 1))
+        got = torch.ops.fusegen.conv2d_int8(seen["x"], codes, scale, module.same.bias, None, *where)
+    assert relative(got, seen["y"]) in [pytest.approx(e, rel=1e-3) for e in found.values()]

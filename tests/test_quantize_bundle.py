@@ -73,6 +73,15 @@ def test_too_much_loss_writes_nothing(bare: Bundle, tmp_path: Path) -> None:
     assert not (tmp_path / "no.fg").exists()
 
 
+def test_layers_with_large_errors_stay(bare: Bundle, tmp_path: Path) -> None:
+    facts = []
+    for most in (None, 0.012, 0.0):
+        made = quantize_bundle(bare, tmp_path / "q.fg", Options(steps=1, most=most, sizes={"batch": 2}))
+        facts.append(made.quantization["components"]["unet"])
+    counts = [f.get("linear layers", 0) + f.get("convolutions", 0) for f in facts]
+    assert counts[0] > counts[1] > counts[2] == 0
+
+
 def test_a_network_that_is_no_denoiser_is_compared_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
@@ -111,6 +120,7 @@ def test_the_zoos_picture_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
         ("emoji -o x.zip", "does not end in .fg"),
         ("emoji -o x.fg --bits int3", "invalid choice: 'int3'"),
         ("emoji -o x.fg --least-cosine 2", "2 is out of range"),
+        ("emoji -o x.fg --most-error -1", "-1 is out of range"),
         ("emoji -o x.fg --keep nothing.like.it", "no layer or weight is called 'nothing.like.it'"),
         ("emoji -o x.fg --size depth=3", "no size is called 'depth'"),
         ("emoji -o x.fg --steps 1 --least-cosine 1", "in int8 the cosine to the original is 0.99"),

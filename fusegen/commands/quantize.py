@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 from fusegen import components
@@ -24,12 +25,16 @@ EXAMPLES = """  fusegen quantize emoji -o emoji-int8.fg
 """
 
 
-def cosine(text: str) -> float:
-    """An argument type: a number from -1 to 1."""
-    value = finite(text)
-    if not -1 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{value:g} is out of range, which is -1 to 1")
-    return value
+def between(low: float, high: float) -> Callable[[str], float]:
+    """An argument type: a number within bounds."""
+
+    def parse(text: str) -> float:
+        value = finite(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{value:g} is out of range, which is {low:g} to {high:g}")
+        return value
+
+    return parse
 
 
 def add(p: argparse.ArgumentParser) -> None:
@@ -37,8 +42,10 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("-o", "--output", type=bundle_file, required=True, metavar="FILE", help="the .fg file to write")
     p.add_argument("--bits", default="int8", choices=("int8",), help="of the weights (default: int8)")
     p.add_argument("--keep", action="append", default=[], metavar="NAME",
-                   help="a layer or weight that stays, or how the names of several begin; may be repeated")  # fmt: skip
-    p.add_argument("--least-cosine", type=cosine, default=0.999, metavar="X",
+                   help="a layer, weight or module that stays as it is; may be repeated")  # fmt: skip
+    p.add_argument("--most-error", type=between(0, 1), metavar="X",
+                   help="keep layers whose own relative error on seeded inputs is larger (default: none)")  # fmt: skip
+    p.add_argument("--least-cosine", type=between(-1, 1), default=0.999, metavar="X",
                    help="refuse where the cosine to the original's outputs is lower (default: 0.999)")  # fmt: skip
     p.add_argument("--steps", type=integer(1, 1000), default=20, metavar="N",
                    help="steps of the trajectories that are compared (default: 20)")  # fmt: skip
@@ -56,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     from fusegen.models.quantize import Options, quantize_bundle, quantize_program
     from fusegen.runtime.read import read
 
-    options = Options(args.bits, args.keep, args.least_cosine, args.steps, args.storage, dict(args.size))
+    options = Options(
+        args.bits, args.keep, args.most_error, args.least_cosine, args.steps, args.storage, dict(args.size)
+    )
     path = locate(args.model)
     bundle = components.open_bundle(path)
     if bundle is None:

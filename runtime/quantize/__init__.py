@@ -29,7 +29,7 @@ OPS = {"fusegen.linear_int8.default": "linear layers", "fusegen.conv2d_int8.defa
 
 def quantize(program: Program, bits: str = "int8", keep: Collection[str] = ()) -> Program:
     """``program`` (floating-point, as exported) with int8 weights; what it was made of and what stayed is in
-    ``applied``.  ``keep``: names of nodes or of weights, or their beginnings, that stay as they are.
+    ``applied``.  ``keep``: names of nodes, weights or modules that stay as they are.
 
     Raises :class:`RequestError` for other ``bits``, a name in ``keep`` that is none of the program's, a program that is
     quantized already, and a weight that holds an infinity or NaN, naming it.
@@ -66,8 +66,12 @@ def described(program: Program) -> str:
 
 
 def known(program: Program, name: str) -> bool:
-    """Whether ``name`` is that of a node or weight of ``program``, or the beginning of one."""
-    return bool(name) and any(k.startswith(name) for k in (*(n.name for n in program.nodes), *program.weights))
+    """Whether ``name`` is that of a node or weight of ``program``, or of a module that weights are in."""
+    return any(_named(k, name) for k in (*(n.name for n in program.nodes), *program.weights))
+
+
+def _named(own: str, name: str) -> bool:
+    return own == name or own.startswith(f"{name}.")
 
 
 @dataclass
@@ -108,7 +112,7 @@ class _Quantizer:
         if not isinstance(weight, Ref) or weight.name not in self.weights:
             return "its weight is computed"
         value = self.weights[weight.name]
-        if any(name.startswith(self.keep) for name in (node.name, weight.name)):
+        if any(_named(own, name) for own in (node.name, weight.name) for name in self.keep):
             return "it was to be kept"
         if value.dtype not in FLOATS:
             return f"its weight is {value.dtype}"

@@ -82,7 +82,7 @@ def require(found: Mapping[str, Any], least: float, where: str) -> None:
     if not found["cosine"] >= least:
         raise QualityError(
             f"in int8 the cosine to the original is {found['cosine']:.6f}, below {least:g}", where,
-            "keep layers with --keep, or allow more with --least-cosine",
+            "keep layers (--most-error, --keep), or allow more with --least-cosine",
         )  # fmt: skip
 
 

@@ -156,7 +156,7 @@ def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch):
     for bf16, name in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(compiling, "native", lambda dtype, bf16=bf16: bf16 and dtype == "bfloat16")
         assert str(compiling.default_dtype("cpu")) == f"torch.{name}"
-        plan = api.compile(program, dtype="auto", quantize="int8").planned({"x": x})
+        plan = api.compile(program, dtype="auto", quantize="int8").planned(dict(zip(program.inputs, [x], strict=True)))
         said = "computes in float32: this CPU has no bfloat16 instructions"
         assert (said in plan.notes) is not bf16 and "1 linear layers multiply in int8, 0 stay" in plan.notes
 

@@ -6,6 +6,7 @@ bundle without a family, every component.  Text models and gans are not served y
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -102,10 +103,11 @@ def _quantized(
 
 
 def _facts(program: Program, made: Program) -> dict[str, Any]:
-    """What was quantized, and the bytes of the weights before (in float32) and after, as plain data."""
+    """What was quantized, why how many stayed, and the weights' bytes in float32 and now, as plain data."""
     (done,) = [a for a in made.applied if a.rule == RULE]
     size = sum(4 * w.numel() if w.is_floating_point() else w.nbytes for w in program.weights.values())
-    return {**quantized(made), "kept": list(done.left), "float32_bytes": size,
+    kept = Counter(why.partition(": ")[2] for why in done.left)
+    return {**quantized(made), "kept": dict(kept), "float32_bytes": size,
             "weight_bytes": sum(w.nbytes for w in made.weights.values())}  # fmt: skip
 
 

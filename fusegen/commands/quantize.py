@@ -89,7 +89,7 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         part = facts["quantization"][name]
         counts = " and ".join(f"{part[k]} {k}" for k in ("linear layers", "convolutions") if k in part)
         out.append(
-            f"{name}: {counts or 'nothing'} in int8, {len(part['kept'])} kept; cosine {found['cosine']:.6f}, "
+            f"{name}: {counts or 'nothing'} in int8, {sum(part['kept'].values())} kept; cosine {found['cosine']:.6f}, "
             f"relative error {found['relative_rms']:.4f}, {min(o['psnr'] for o in found['outputs'].values()):.1f} dB "
             f"(in {found['dtype']}, to {found['against']})"
         )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import fusegen
 from fusegen.arguments import Parser
 
-COMMANDS = ("generate", "export", "plan", "info", "bench", "doctor")
+COMMANDS = ("generate", "export", "quantize", "plan", "info", "bench", "doctor")
 
 
 def parser() -> Parser:

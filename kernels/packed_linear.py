@@ -155,8 +155,8 @@ def plain(x: Tensor, weight: Tensor, bias: Any, activation: str, other: Any = No
     if other is not None:
         return ACTIVATIONS[activation](pointwise.binary(x, other, weight, bias, how))
     unary = "swish" if activation == "silu" else activation.removesuffix("_tanh")
-    y: Tensor = pointwise(x, weight, bias, unary, [], _UNARY[activation])
-    return y
+    made: Tensor = pointwise(x, weight, bias, unary, [], _UNARY[activation])
+    return made
 
 
 def _eager(x: Tensor, panels: Tensor, outputs: int, bias: Any, residual: Any, activation: str) -> Tensor:

@@ -32,8 +32,8 @@ from fusegen.models.pixels import pictures
 from fusegen.models.request import ImageConfig
 from fusegen.runtime import noise
 from fusegen.runtime.bundle import Bundle
+from fusegen.runtime.compile import AUTO
 from fusegen.runtime.compile import compile as compile_program
-from fusegen.runtime.compile import default_dtype
 from fusegen.runtime.engine import Session
 from fusegen.runtime.loop.cancel import Cancel
 from fusegen.runtime.loop.single import Pass, parts, single
@@ -85,12 +85,12 @@ class Gan:
         dtype: torch.dtype | str | None = None,
         deterministic: bool = False,
     ) -> Gan:
-        """Open the model in ``bundle``; ``dtype`` None is :func:`default_dtype`.
+        """Open the model in ``bundle``; ``dtype`` None is :func:`~fusegen.runtime.compile.default_dtype`.
 
         Raises FileError where the bundle's manifest, programs or latents are not this family's.
         """
         found = gan_bundle.read(bundle)
-        chosen = default_dtype(device) if dtype is None else dtype
+        chosen = AUTO if dtype is None else dtype
         sessions = {
             name: compile_program(p, device, torch.float32 if name == "mapping" else chosen, None, deterministic)
             for name, p in found.programs.items()

@@ -22,8 +22,8 @@ from fusegen.models.text import TextStream, token_bytes
 from fusegen.models.text_request import MOST_PROMPTS, MOST_STOPS, SETTINGS, TextConfig, TextDefaults, texts
 from fusegen.runtime import noise
 from fusegen.runtime.bundle import Bundle
+from fusegen.runtime.compile import AUTO
 from fusegen.runtime.compile import compile as compile_program
-from fusegen.runtime.compile import default_dtype
 from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import Cancelled, FileError, RequestError
 from fusegen.runtime.loop.cancel import Cancel, asked
@@ -87,7 +87,7 @@ class TextGeneration:
         if tuple(program.inputs)[: len(INPUTS)] != INPUTS or len(program.outputs) != 1:
             wanted = f"it must take {', '.join(INPUTS)} and caches, and give logits"
             raise FileError(f"the decoder takes {', '.join(program.inputs)}", where, wanted)
-        chosen = default_dtype(device) if dtype is None else dtype
+        chosen = AUTO if dtype is None else dtype
         session = compile_program(with_sampler(program, text.context), device, chosen, deterministic=True)
         return cls(bundled.tokenizer(bundle), session, text, defaults, bundle)
 

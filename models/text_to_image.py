@@ -11,7 +11,7 @@ and the files ``tokenizer.json`` and ``card.md``.  ``manifest.loop`` holds ``sch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,8 +34,8 @@ from fusegen.models.request import (
 )
 from fusegen.runtime import noise
 from fusegen.runtime.bundle import Bundle
+from fusegen.runtime.compile import AUTO
 from fusegen.runtime.compile import compile as compile_program
-from fusegen.runtime.compile import default_dtype
 from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import FileError, RequestError
 from fusegen.runtime.loop.cancel import Cancel
@@ -104,7 +104,7 @@ class TextToImage:
         dtype: torch.dtype | str | None = None,
         deterministic: bool = False,
     ) -> TextToImage:
-        """Open the model in ``bundle``; ``dtype`` None is :func:`default_dtype`.
+        """Open the model in ``bundle``; ``dtype`` None is :func:`~fusegen.runtime.compile.default_dtype`.
 
         Raises FileError where the bundle's manifest or tokenizer is not this family's.
         """
@@ -118,7 +118,7 @@ class TextToImage:
         for name in ("text_encoder", "denoiser"):
             if name not in manifest.components:
                 raise FileError(f"the bundle has no component {name!r}", where, f"a {FAMILY} model needs it")
-        chosen = default_dtype(device) if dtype is None else dtype
+        chosen = AUTO if dtype is None else dtype
         return cls(
             bundled.tokenizer(bundle),
             compile_program(bundle.program("text_encoder"), device, torch.float32, deterministic=deterministic),
@@ -200,16 +200,26 @@ class TextToImage:
         shape = (self.image.channels, rows, columns)
         return Request(texts if guidance is not None else texts[1:], plan, keys, shape, guidance)
 
+    def latents(self, prompt: str, seeds: Sequence[int], sampler: str, steps: int, guidance: float) -> Tensor:
+        """What :meth:`generate` makes pictures of, (B, C, H, W) float32, of the model's own size."""
+        chosen = self.settings(sampler, steps, guidance)
+        request = self._request(prompt, "", chosen, seeds, None, None, None)
+        return torch.cat(list(self._samples(request, Follow(None, None, None, self._where()))))
+
     def _make(self, request: Request, follow: Follow) -> list[Image]:
-        """The pictures of a checked request, at most ``BATCH`` at once."""
+        """The pictures of a checked request."""
+        return [p for x in self._samples(request, follow) for p in pictures(x, self._where())]
+
+    def _samples(self, request: Request, follow: Follow) -> Iterator[Tensor]:
+        """The samples of a checked request, at most ``BATCH`` at once."""
         context = self._encode(request.texts)
         _, t, features = self.denoiser.program.inputs
         per_step = {t: torch.from_numpy(request.plan.times).float()}
         chunks = [request.seeds[i : i + BATCH] for i in range(0, len(request.seeds), BATCH)]
-        count, out = len(request.plan), list[Any]()
+        count = len(request.plan)
         for number, seeds in enumerate(chunks):
             fixed = {features: context.repeat_interleave(len(seeds), dim=0)}
-            x = denoise(
+            yield denoise(
                 self.denoiser.trajectory(fixed=fixed, per_step=per_step),
                 request.plan,
                 seeds,
@@ -219,8 +229,6 @@ class TextToImage:
                 dtype=self.dtype,
                 watch=follow.part(number * count, len(chunks) * count),
             )
-            out += pictures(x, self._where())
-        return out
 
     def save(self, path: str | Path) -> None:
         """Write the model as a bundle: its programs as they were read, its files and manifest."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import platform
+
 import torch
 
 from fusegen.runtime import backends
 from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Program
+from fusegen.runtime.quantize import described
+from fusegen.runtime.quantize import quantize as quantized
 from fusegen.runtime.rewrite import rewrite
 from fusegen.runtime.rewrite.cast import cast
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+AUTO = "auto"  # the device's best
+NO_BFLOAT16 = "this CPU has no bfloat16 instructions"
 
 
 def compile(
@@ -26,18 +32,21 @@ def compile(
 
     ``device``: ``"cpu"`` or ``"cuda"``; ``backend``: ``"cpu"``, ``"cuda"``, or ``"eager"``, the reference; the
     default is the device's own.  ``dtype`` (a ``torch.dtype`` or its name): what the network computes in; None keeps
-    the program's own, but for float16 on a CPU without such arithmetic.  ``deterministic``: a sample's bits depend on
-    nothing else in its batch, or planning raises :class:`GraphError` with the node that cannot promise it.  Raises
+    the program's own, but for float16 on a CPU without such arithmetic, and ``"auto"`` is :func:`default_dtype`.
+    ``deterministic``: a sample's bits depend on nothing else in its batch, or planning raises :class:`GraphError` with
+    the node that cannot promise it.  ``quantize``: ``"int8"`` for int8 weights and products in the layers that pay
+    (:mod:`fusegen.runtime.quantize`; a bundle that ``fusegen quantize`` wrote has them already).  Raises
     :class:`RequestError` for what is unknown.
     """
-    if quantize is not None:
-        raise RequestError(f"quantize={quantize!r} is not offered yet", mend="pass quantize=None")
     if device not in ("cpu", "cuda"):
         raise RequestError(f"no device is called {device!r}", mend="use 'cpu' or 'cuda'")
     chosen = backends.get(backend or device)
     if chosen.device != device:
         raise RequestError(f"the backend {chosen.name!r} runs on {chosen.device}, not on {device}")
+    if quantize is not None:
+        program = quantized(program, quantize)
     wanted, notes = _dtype(program, dtype, device)
+    notes += tuple(n for n in (described(program),) if n)
     if chosen.fuses:
         program = rewrite(program, wanted)
     elif wanted is not None:
@@ -49,9 +58,13 @@ def _dtype(
     program: Program, dtype: torch.dtype | str | None, device: str
 ) -> tuple[torch.dtype | None, tuple[str, ...]]:
     """The dtype to compute in, and what to tell the caller of the choice."""
+    if dtype == AUTO:
+        best = default_dtype(device)
+        slow = device == "cpu" and best is torch.float32
+        return best, (f"computes in float32: {NO_BFLOAT16}",) if slow else ()
     wanted = FLOATS.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and wanted not in FLOATS.values():
-        raise RequestError(f"dtype {dtype!r} is not offered", mend=f"use one of {', '.join(FLOATS)}")
+        raise RequestError(f"dtype {dtype!r} is not offered", mend=f"use one of {', '.join(FLOATS)}, {AUTO}")
     own = any(w.dtype == torch.float16 for w in program.weights.values())
     if device == "cpu" and (wanted is torch.float16 or (wanted is None and own)) and not native("float16"):
         better = torch.bfloat16 if native("bfloat16") else torch.float32
@@ -68,8 +81,12 @@ def default_dtype(device: str) -> torch.dtype:
 
 
 def native(dtype: str) -> bool:
-    """Whether this CPU's matrix products take ``"float16"`` or ``"bfloat16"`` as they are."""
-    operator = (
-        torch.ops.mkldnn._is_mkldnn_fp16_supported if dtype == "float16" else torch.ops.mkldnn._is_mkldnn_bf16_supported
-    )
-    return bool(operator())
+    """Whether this CPU has instructions for matrix products of ``"float16"`` or ``"bfloat16"``.
+
+    oneDNN takes bfloat16 on any x86 CPU with AVX-512; one without such products widens it, slower than float32.
+    """
+    if dtype == "float16":
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    missing = x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return not missing and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -31,6 +31,10 @@ class RequestError(Error):
     """A caller asked for something that does not exist or is out of range."""
 
 
+class QualityError(Error):
+    """Quantizing loses more than was allowed; nothing was written."""
+
+
 class OutOfMemoryError(Error):
     """There was not enough memory; the next, smaller request works."""
 

@@ -16,6 +16,7 @@ from fusegen.runtime.specialize import Strided, propagate, spec_of
 
 RULE = "residual in the product, through views"
 _VIEW = "aten.as_strided.default"
+_INT8 = "fusegen.linear_int8.default"
 
 
 def through_views(program: Program) -> Program:
@@ -52,7 +53,7 @@ def _chain(
     while name in made and len(users[name]) == 1 and name not in program.outputs:
         node, spec = made[name], spec_of(program, name)
         found.append(node)
-        if node.op == "aten.linear.default":
+        if node.op == "aten.linear.default" or (node.op == _INT8 and node.args["residual"] is None):
             return tuple(found[::-1]) if len(found) > 1 else None
         if spec.alias is None or len(node.outputs) != 1 or set(node.inputs()) != {spec.alias}:
             return None
@@ -77,11 +78,11 @@ def _fused(node: Node, chain: tuple[Node, ...], other: Ref, program: Program, na
     rows = spec_of(program, linear.outputs[0])
     view, product = names.fresh(f"{node.name}.rows"), names.fresh(f"{node.name}.product")
     given = {"self": other, "size": rows.sizes, "stride": rows.strides, "storage_offset": None}
-    args = {**linear.args, "residual": Ref(view), "activation": "none", "multiplier": None}
-    out = [
-        Node(view, _VIEW, given, (view,)),
-        replace(linear, name=product, op="runtime.linear", args=args, outputs=(product,)),
-    ]
+    own = linear.op == _INT8
+    plain = {} if own else {"activation": "none", "multiplier": None}
+    args = {**linear.args, "residual": Ref(view), **plain}
+    op = linear.op if own else "runtime.linear"
+    out = [Node(view, _VIEW, given, (view,)), replace(linear, name=product, op=op, args=args, outputs=(product,))]
     before = linear.outputs[0]
     for step in chain[1:]:
         name = names.fresh(f"{node.name}.view")

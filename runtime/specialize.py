@@ -171,6 +171,15 @@ def _solve(want: str, size: int, values: dict[str, int]) -> None:
         values[name] = (size - at0) // (at1 - at0)
 
 
+def concrete(program: Program, wanted: Mapping[str, int]) -> dict[str, TensorSpec]:
+    """The inputs' specs with every open size settled: as ``wanted``, else 1, or the least that the graph allows."""
+    values = {name: wanted.get(name, max(1, low)) for name, (low, _) in program.symbols.items()}
+    return {
+        name: TensorSpec(tuple(evaluate(d, values) for d in spec.shape), spec.dtype)
+        for name, spec in program.inputs.items()
+    }
+
+
 def specialize(program: Program, given: Mapping[str, TensorSpec]) -> Program:
     """The static program for these input specs: no symbols, all ``specs`` :class:`Strided`, inputs contiguous.
 

@@ -148,6 +148,30 @@ def test_float16_never_stays_on_a_cpu_without_it(monkeypatch):
         module.half()
 
 
+def test_a_cpu_without_bfloat16_computes_in_float32_and_says_so(monkeypatch):
+    from fusegen.runtime import compile as compiling
+
+    module, x = nn.Linear(64, 64), torch.randn(2, 9, 64)
+    program = api.capture(module, (x,))
+    for bf16, name in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(compiling, "native", lambda dtype, bf16=bf16: bf16 and dtype == "bfloat16")
+        assert str(compiling.default_dtype("cpu")) == f"torch.{name}"
+        plan = api.compile(program, dtype="auto", quantize="int8").planned(dict(zip(program.inputs, [x], strict=True)))
+        said = "computes in float32: this CPU has no bfloat16 instructions"
+        assert (said in plan.notes) is not bf16 and "1 linear layers multiply in int8, 0 stay" in plan.notes
+
+
+def test_bfloat16_that_a_library_emulates_does_not_count(monkeypatch):
+    from fusegen.runtime import compile as compiling
+
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    for avx512, amx in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=avx512: found)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda found=amx: found)
+        assert compiling.native("bfloat16") is (avx512 or amx)
+
+
 def test_unknown_backends_are_named():
     assert {"cpu", "cuda", "eager"} == set(backends.names())
     with pytest.raises(RequestError, match="cpu, cuda, eager"):

@@ -52,6 +52,8 @@ def add(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)
+    from fusegen.runtime.specialize import concrete
+
     options = {"device": args.device, "dtype": args.dtype, "deterministic": args.deterministic}
     sessions = components.open_sessions(args.model, args.component, **options)
     programs, wanted, documents = [s.program for s in sessions.values()], dict(args.size), []
@@ -80,18 +82,6 @@ def batch_of(program: Program) -> str:
     if not spec.shape or spec.shape[0] not in program.symbols:
         raise RequestError(f"the batch of {program.name} is fixed: {name} is {spec.shape}", mend="leave out --batch")
     return str(spec.shape[0])
-
-
-def concrete(program: Program, wanted: Mapping[str, int]) -> dict[str, TensorSpec]:
-    """The inputs' specs with every open size settled: as ``wanted``, else 1, or the least that the graph allows."""
-    from fusegen.runtime.program import TensorSpec
-    from fusegen.runtime.symbols import evaluate
-
-    values = {name: wanted.get(name, max(1, low)) for name, (low, _) in program.symbols.items()}
-    return {
-        name: TensorSpec(tuple(evaluate(d, values) for d in spec.shape), spec.dtype)
-        for name, spec in program.inputs.items()
-    }
 
 
 def profile(session: Session, specs: Mapping[str, TensorSpec]) -> list[Share]:

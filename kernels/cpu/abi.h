@@ -159,6 +159,14 @@ struct fg_linear_int8_args {
   int64_t out_features, activation;
 };
 
+// Images of `elements` each to uint8 (batch, elements), with a scale and a zero point for each; see quantize_uint8.cpp.
+struct fg_quantize_uint8_args {
+  const void *x;
+  void *codes, *scale, *zero;  // uint8, float32, int64
+  int64_t dtype;
+  int64_t batch, elements;
+};
+
 // Normal noise (batch, count) of (seed, step, sample, element); see normal.h.
 struct fg_noise_normal_args {
   const void *seeds;  // (batch,) int64
@@ -355,6 +363,7 @@ struct fg_qk_norm_rope_args {
   X(packed_linear)    \
   X(pixel_shuffle)    \
   X(qk_norm_rope)     \
+  X(quantize_uint8)   \
   X(rms_norm)         \
   X(rope)             \
   X(sample_token)     \

@@ -9,7 +9,7 @@ from typing import cast
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.errors import RequestError
 
-_NOT_BACKENDS = {"__init__", "aten", "base", "batch", "binding", "lower", "onednn", "plain"}
+_NOT_BACKENDS = {"__init__", "aten", "base", "batch", "binding", "lower", "onednn", "onednn_int8", "plain"}
 
 
 def names() -> tuple[str, ...]:

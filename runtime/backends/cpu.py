@@ -9,7 +9,7 @@ import torch
 
 from fusegen.kernels.cpu import library
 from fusegen.runtime import residual
-from fusegen.runtime.backends import onednn, plain
+from fusegen.runtime.backends import onednn, onednn_int8, plain
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.backends.lower import gates_first
@@ -28,7 +28,7 @@ class Cpu(Backend):
     def lower(self, program: Program) -> Program:
         """Fuse and merge, find the strides that the bound forms give, then fuse what these allow."""
         fused = merge_linears(gates_first(fuse_epilogues(program)))
-        return residual.through_views(propagate(plain.convolutions(fused)))
+        return residual.through_views(propagate(onednn_int8.opened(plain.convolutions(fused))))
 
     def unpacked(self) -> str | None:
         """They are faster than oneDNN with AVX512-BF16 (Zen 5); with AMX it has products that ours are not made of."""
@@ -37,6 +37,8 @@ class Cpu(Backend):
 
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """oneDNN where it serves, else ATen."""
+        if node.op == onednn_int8.CONV:
+            return onednn_int8.bind(node, program)
         if node.op in onednn.LINEAR + onednn.CONV:
             bound = onednn.bind(node, program, metas) if torch.backends.mkldnn.is_available() else None
             if bound is None and node.op in plain.CALLS:
@@ -47,6 +49,8 @@ class Cpu(Backend):
 
     def call(self, node: Node, binding: Binding, program: Program, weights: Weights) -> Call:
         """The call of a bound node."""
+        if node.op == onednn_int8.CONV:
+            return onednn_int8.call(node, binding, program, weights)
         if binding.how == "library":
             return onednn.call(node, binding, program, weights)
         if node.op in plain.CALLS:

@@ -30,11 +30,13 @@ CAST = "aten.to.dtype"
 _GEMM_WORDS = (
     "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution addmm embedding"
 )
-_GEMM = tuple(f"aten.{name}." for name in _GEMM_WORDS.split())
+_INT8 = ("fusegen.linear_int8.default", "fusegen.conv2d_int8.default")
+_GEMM = (*(f"aten.{name}." for name in _GEMM_WORDS.split()), *_INT8)
 # Arguments left as they are: additive masks reach below the range of float16, cosines and sines lose their low bits in
-# bfloat16, and kernels take any dtype.
+# bfloat16, as the scales of int8 weights do, and kernels take any dtype.
 _LEFT = {("fusegen.attention.default", "mask"), ("aten.scaled_dot_product_attention.default", "attn_mask")}
 _LEFT |= {(f"fusegen.{op}.default", table) for op in ("rope", "qk_norm_rope") for table in ("cos", "sin")}
+_LEFT |= {(op, key) for op in _INT8 for key in ("scale", "bias")}
 # What a request asks of a sampler, a number a row.
 _ASKED = "temperature top_p min_p typical_p repetition frequency presence bias bias_values"
 _LEFT |= {("fusegen.sample_token.default", name) for name in _ASKED.split()}
@@ -55,8 +57,8 @@ _THROUGH = frozenset(_THROUGH_WORDS.split())
 
 
 def tables(program: Program) -> set[str]:
-    """The weights that are read as cosines and sines, and lose their low bits in a shorter dtype."""
-    keys = {(op, key) for op, key in _LEFT if key in ("cos", "sin")}
+    """The weights that are read as cosines, sines or scales, and lose their low bits in a shorter dtype."""
+    keys = {(op, key) for op, key in _LEFT if key in ("cos", "sin", "scale")}
     values = (v for n in program.nodes for k, v in n.args.items() if (n.op, k) in keys)
     return {v.name for v in values if isinstance(v, Ref) and v.name in program.weights}
 

@@ -40,6 +40,16 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
 }
 _FUSED = {"aten.linear.default": "runtime.linear", "aten.conv2d.default": "runtime.conv2d"}
+# Ops that fuse the same themselves, as act(product + bias) + residual.
+_OWN = ("fusegen.linear_int8.default", "fusegen.conv2d_int8.default")
+# What is fused -> the arguments that must be unused for it: in a product, and in an op of our own.
+_ALL = ("residual", "activation", "multiplier")
+_FREE: Mapping[str, tuple[str, ...]] = {"activation": _ALL[1:], "residual": _ALL, "multiplier": _ALL}
+_FREE_OWN: Mapping[str, tuple[str, ...]] = {"activation": _ALL[:2], "residual": _ALL[:1]}
+# The linear layers that are merged -> their input and what has a row for each output feature.
+_MERGED: Mapping[str, tuple[str, ...]] = {
+    "aten.linear.default": ("input", "weight", "bias"), "fusegen.linear_int8.default": ("x", "weight", "scale", "bias"),
+}  # fmt: skip
 _SPLIT = "aten.split_with_sizes.default"
 
 
@@ -107,7 +117,7 @@ class _Fuser:
 
     def node(self, node: Node) -> None:
         """Keep the node, or the fused one in its place."""
-        if node.op in _FUSED:
+        if node.op in _FUSED or node.op in _OWN:
             self.grown[node.outputs[0]] = node
         fused = self._fused(node)
         if fused is not None:
@@ -117,22 +127,22 @@ class _Fuser:
     def _fused(self, node: Node) -> Node | None:
         activation = _activation(node)
         if activation is not None:
-            source = self._growing(node, node.args["self"], ("activation", "multiplier"))
+            source = self._growing(node, node.args["self"], "activation")
             return source and self._with(node, source, "activation in the product", activation=activation)
         if node.op == "aten.add.Tensor" and node.args["alpha"] == 1:
-            return self._binary(node, "residual", ("residual", "activation", "multiplier"))
+            return self._binary(node, "residual")
         if node.op == "aten.mul.Tensor":
-            return self._binary(node, "multiplier", ("residual", "activation", "multiplier"))
+            return self._binary(node, "multiplier")
         return None
 
-    def _binary(self, node: Node, role: str, free: tuple[str, ...]) -> Node | None:
+    def _binary(self, node: Node, role: str) -> Node | None:
         """Fuse an addition or product into the operand that is free for it; of two, the one made later."""
         operands = [node.args["self"], node.args["other"]]
         if not all(isinstance(o, Ref) and self._same(o.name, node.outputs[0]) for o in operands):
             return None
         operands.sort(key=lambda o: self.order.get(o.name, -1))
         for mine, other in ((operands[1], operands[0]), (operands[0], operands[1])):
-            source = self._growing(node, mine, free)
+            source = self._growing(node, mine, role)
             if source is not None and mine != other:
                 return self._with(node, source, f"{role} in the product", **{role: other})
         return None
@@ -141,17 +151,20 @@ class _Fuser:
         a, b = spec_of(self.program, name), spec_of(self.program, other)
         return a is not None and b is not None and a.shape == b.shape and a.dtype == b.dtype
 
-    def _growing(self, node: Node, value: Any, free: tuple[str, ...]) -> Node | None:
-        """The product that makes ``value``, where ``node`` alone uses it and the arguments ``free`` are unused."""
+    def _growing(self, node: Node, value: Any, role: str) -> Node | None:
+        """The product that makes ``value``, where ``node`` alone uses it and it can still fuse ``role``."""
         source = self.grown.get(value.name) if isinstance(value, Ref) else None
         if source is None or value.name in self.program.outputs or self.users[value.name] != [node]:
             return None
-        used = [source.args.get(k) not in (None, "none") for k in free]
+        free = (_FREE_OWN if source.op in _OWN else _FREE).get(role)
+        used = [True] if free is None else [source.args.get(k) not in (None, "none") for k in free]
         return None if any(used) or not self._same(value.name, node.outputs[0]) else source
 
     def _with(self, node: Node, source: Node, rule: str, **more: Any) -> Node:
         """``source`` and ``node`` in one, in the place of ``node``."""
         self.counts[rule] = self.counts.get(rule, 0) + 1
+        if source.op in _OWN:
+            return replace(source, name=node.name, outputs=node.outputs, args={**source.args, **more})
         plain = {"residual": None, "activation": "none", "multiplier": None}
         head = {k: source.args[k] for k in ("input", "weight", "bias")}
         args = {**head, **plain, **{k: v for k, v in source.args.items() if k not in head}, **more}
@@ -173,10 +186,12 @@ def merge_linears(program: Program, least: int = 2) -> Program:
     """
     groups: dict[Any, list[Node]] = {}
     for node in program.nodes:
-        parts = [node.args[k] for k in ("weight", "bias")] if node.op == "aten.linear.default" else [None]
-        if parts[0] is not None and all(p is None or p.name in program.weights for p in parts):
-            weight = program.weights[parts[0].name]
-            groups.setdefault((node.args["input"], parts[1] is None, weight.dtype), []).append(node)
+        keys = _MERGED.get(node.op, ())
+        rows = [node.args[k] for k in keys[1:]]
+        constant = rows and all(r is None or r.name in program.weights for r in rows)
+        if constant and node.args.get("residual") is None and node.args.get("activation", "none") == "none":
+            kinds = tuple(None if r is None else program.weights[r.name].dtype for r in rows)
+            groups.setdefault((node.op, node.args[keys[0]], kinds), []).append(node)
     groups = {
         k: g for k, g in groups.items() if len(g) >= least and not any(n.outputs[0] in program.outputs for n in g)
     }
@@ -201,7 +216,7 @@ def _merged(
 ) -> tuple[Node, Node]:
     """The one linear of a group and the split of its output, whose outputs have the group's names."""
     args = dict(group[0].args)
-    for k in ("weight", "bias"):
+    for k in _MERGED[group[0].op][1:]:
         if args[k] is not None:
             new = names.fresh(f"{args[k].name}.merged")
             weights[new], args[k] = Derived(_joined, *(program.weights[n.args[k].name] for n in group)), Ref(new)

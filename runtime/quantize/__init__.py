@@ -1,0 +1,169 @@
+"""Quantization: a Program in, one whose large products are of int8 out.
+
+The layers that do most of the work, linear layers over rows of tokens or pixels and convolutions of many channels,
+become the ops ``linear_int8`` and ``conv2d_int8``: weights int8 with a float32 scale for each output channel, inputs
+quantized as they come.  The first and last layers, whose errors nothing averages out, have few channels; the embeddings
+of time have few rows: these stay as they are, as does what is named in ``keep``.  What the result is worth,
+:mod:`.quality` measures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from fusegen.kernels.conv2d_int8 import LONGEST
+from fusegen.kernels.linear_int8 import quantize_int8
+from fusegen.runtime.derived import release, value
+from fusegen.runtime.errors import RequestError
+from fusegen.runtime.program import Applied, Node, Program, Ref
+from fusegen.runtime.rewrite import clean, linear
+from fusegen.runtime.rewrite.graph import FLOATS, Names, rank, without_dead
+
+BITS = ("int8",)
+NARROW = 32  # channels, of a layer's input and output, below which it stays
+RULE = "int8 weights"
+OPS = {"fusegen.linear_int8.default": "linear layers", "fusegen.conv2d_int8.default": "convolutions"}
+
+
+def quantize(program: Program, bits: str = "int8", keep: Collection[str] = ()) -> Program:
+    """``program`` (floating-point, as exported) with int8 weights; what it was made of and what stayed is in
+    ``applied``.  ``keep``: names of nodes, weights or modules that stay as they are.
+
+    Raises :class:`RequestError` for other ``bits``, a name in ``keep`` that is none of the program's, a program that is
+    quantized already, and a weight that holds an infinity or NaN, naming it.
+    """
+    if bits not in BITS:
+        raise RequestError(f"{bits!r} is no kind of quantization", "quantize", f"use one of {', '.join(BITS)}")
+    if any(n.op in OPS for n in program.nodes):
+        raise RequestError("the program is quantized already", program.name, "quantize the one it was made from")
+    for name in keep:
+        if not known(program, name):
+            raise RequestError(f"no layer or weight is called {name!r}", program.name, "fusegen plan shows the names")
+    program = linear.as_linear(clean.canonical(program)[0])[0]
+    made = _Quantizer(program, tuple(keep))
+    for node in program.nodes:
+        made.node(node)
+    return made.finish()
+
+
+def quantized(program: Program) -> dict[str, int]:
+    """How many linear layers and convolutions of ``program`` are of int8; empty where none is."""
+    found: dict[str, int] = {}
+    for node in program.nodes:
+        if node.op in OPS:
+            found[OPS[node.op]] = found.get(OPS[node.op], 0) + 1
+    return found
+
+
+def described(program: Program) -> str:
+    """``quantized`` in words, as a note of a plan; empty where nothing is."""
+    found = quantized(program)
+    stayed = sum(n.op in _LAYERS for n in program.nodes)
+    counts = " and ".join(f"{count} {what}" for what, count in found.items())
+    return f"{counts} multiply in int8, {stayed} stay" if found else ""
+
+
+def known(program: Program, name: str) -> bool:
+    """Whether ``name`` is that of a node or weight of ``program``, or of a module that weights are in."""
+    return any(_named(k, name) for k in (*(n.name for n in program.nodes), *program.weights))
+
+
+def _named(own: str, name: str) -> bool:
+    return own == name or own.startswith(f"{name}.")
+
+
+@dataclass
+class _Quantizer:
+    """Walks the nodes; each layer that can be is put as its int8 op."""
+
+    program: Program
+    keep: tuple[str, ...]
+    nodes: list[Node] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    made: dict[str, tuple[Ref, Ref]] = field(default_factory=dict)  # weight -> its codes and scales
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.names, self.weights = Names.of(self.program), dict(self.program.weights)
+        self.sources = {o: n.op for n in self.program.nodes for o in n.outputs}
+
+    def node(self, node: Node) -> None:
+        """Keep the node, or its int8 form."""
+        if node.op not in _LAYERS:
+            self.nodes.append(node)
+            return
+        why = self._stays(node)
+        if why:
+            self.left.append(f"{node.name}: {why}")
+            self.nodes.append(node)
+            return
+        self.count += 1
+        codes, scale = self._codes(node.args["weight"].name)
+        args = {"x": node.args["input"], "weight": codes, "scale": scale, "bias": node.args["bias"]}
+        args |= {"residual": None, "activation": "none"}
+        op, more = _LAYERS[node.op]
+        self.nodes.append(replace(node, op=op, args=args | {k: node.args[k] for k in more}))
+
+    def _stays(self, node: Node) -> str:
+        """Why the layer stays as it is; empty where it does not."""
+        weight = node.args["weight"]
+        if not isinstance(weight, Ref) or weight.name not in self.weights:
+            return "its weight is computed"
+        found = self.weights[weight.name]
+        if any(_named(own, name) for own in (node.name, weight.name) for name in self.keep):
+            return "it was to be kept"
+        if found.dtype not in FLOATS:
+            return f"its weight is {found.dtype}"
+        if node.args.get("groups", 1) != 1:
+            return "its channels are in groups"
+        if min(found.shape[:2]) < NARROW or math.prod(found.shape[1:]) > LONGEST:
+            return f"it has {found.shape[1]} channels, and {found.shape[0]} behind it"
+        if self._upsampled(node):
+            return "it is one with the upsampling before it, which does 4/9 of the work"
+        lines = rank(self.program, node.args["input"])
+        if node.op == linear.LINEAR and (lines is None or lines < 3):
+            return "its rows are few: one a sample"
+        return ""
+
+    def _upsampled(self, node: Node) -> bool:
+        """Whether the layer reads an upsampling by two, which the plan makes one with it."""
+        before = self.sources.get(node.args["input"].name, "")
+        return node.op != linear.LINEAR and before.startswith("aten.upsample_nearest2d.")
+
+    def _codes(self, name: str) -> tuple[Ref, Ref]:
+        """The weights of codes and scales of a weight, made once."""
+        if name not in self.made:
+            codes, scale = codes_of_weight(name, value(self.weights[name]), self.program.name)
+            release(self.weights[name])
+            refs = self.names.fresh(f"{name}.int8"), self.names.fresh(f"{name}.scale")
+            self.weights |= dict(zip(refs, (codes, scale), strict=True))
+            self.made[name] = Ref(refs[0]), Ref(refs[1])
+        return self.made[name]
+
+    def finish(self) -> Program:
+        """The program; weights that nothing uses any more are gone."""
+        done = Applied(RULE, self.count, tuple(self.left))
+        program = replace(self.program, weights=self.weights, applied=(*self.program.applied, done))
+        return without_dead(program.with_nodes(tuple(self.nodes)))[0]
+
+
+# A layer's op -> its int8 op, and the arguments that it has besides.
+_LAYERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    linear.LINEAR: ("fusegen.linear_int8.default", ()),
+    "aten.conv2d.default": ("fusegen.conv2d_int8.default", ("stride", "padding", "dilation")),
+}
+
+
+def codes_of_weight(name: str, weight: Tensor, where: str = "") -> tuple[Tensor, Tensor]:
+    """A weight (O, ...) as int8 codes of its shape and a float32 scale (O,), by its rows' largest magnitudes.
+
+    A row of zeros has the scale 0.  Raises :class:`RequestError` naming the weight where it is not finite.
+    """
+    if not bool(weight.isfinite().all()):
+        raise RequestError(f"the weight {name!r} holds an infinity or NaN", where, "get a model that is whole")
+    codes, scale = quantize_int8(weight.detach().flatten(1))
+    return codes.view(weight.shape), scale

@@ -47,9 +47,8 @@ def allocate(
     """The uninitialised output (B, O, H, W), or (B, O, 2 H, 2 W) where there are ``taps`` (4, 4): channels-last where x
     is that and not also contiguous, else contiguous.
 
-    x (B, I, H, W), filters as :mod:`.winograd_conv2d`'s, squares (O, I), styles (B, I), noise (B or 1, 1, out H, out W),
-    bias (O,).
-    Raises ValueError where they do not fit, and as :func:`~.bias_act.finish` does.
+    x (B, I, H, W), filters as :mod:`.winograd_conv2d`'s, squares (O, I), styles (B, I), noise (B or 1, 1, out H, out
+    W), bias (O,).  Raises ValueError where they do not fit, and as :func:`~.bias_act.finish` does.
     """
     finish(NAME, act, alpha, gain, clamp)
     check_filters(NAME, x, filters, outputs)

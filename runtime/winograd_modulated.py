@@ -149,8 +149,8 @@ class _Edit:
         self.copies: dict[str, Ref] = {}  # values -> the same channels-last
 
     def replace(self, layer: _Layer, kind: str) -> None:
-        """Put the op, with filters of that kind, in the place of the layer's last node; the others are dead where nobody
-        else uses them."""
+        """Put the op, with filters of that kind, in the place of the layer's last node; the others are dead where
+        nobody else uses them."""
         args, weight = layer.first.args, layer.first.args["weight"]
         x = args["x"].name
         if x not in self.copies:

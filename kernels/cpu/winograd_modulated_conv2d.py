@@ -76,8 +76,8 @@ def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
     given = {"styles": styles, "taps": taps, "noise": noise, "bias": bias}
     struct = Args(
         out=outs[0].data_ptr(), dtype=DTYPES[x.dtype], batch=batch, inputs=inputs, outputs=outputs, height=height,
-        width=width, noise_batch=0 if noise is None or noise.shape[0] == 1 else noise[0].numel(), pairs=filters.dim() == 6,
-        act=found.act, alpha=found.alpha, gain=found.gain, clamp=found.clamp, eps=eps,
+        width=width, noise_batch=0 if noise is None or noise.shape[0] == 1 else noise[0].numel(),
+        pairs=filters.dim() == 6, act=found.act, alpha=found.alpha, gain=found.gain, clamp=found.clamp, eps=eps,
         **{f"{k}_dtype": 0 if t is None else DTYPES[t.dtype] for k, t in given.items()},
     )  # fmt: skip
     return CpuLaunch(NAME, struct, GIVEN, outs, args)

@@ -17,6 +17,13 @@ def sessions(module, inputs, **more):
     return api.compile(program, **more)
 
 
+class QuickGELU(nn.Module):
+    """CLIP's, as transformers writes it; ATen and oneDNN have no operator of it."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
 class Epilogues(nn.Module):
     """Every epilogue a product can have, alone and together."""
 
@@ -40,8 +47,8 @@ class Epilogues(nn.Module):
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize(
     "activation",
-    [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")],
-    ids=["relu", "silu", "gelu", "gelu_tanh"],
+    [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), QuickGELU()],
+    ids=["relu", "silu", "gelu", "gelu_tanh", "quick_gelu"],
 )
 def test_epilogues_compute_what_the_graph_says(activation, dtype, bound):
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
-from fusegen.runtime import few_rows, join, state, upsample, winograd, winograd_modulated
+from fusegen.runtime import few_rows, gated_norm, join, state, upsample, winograd, winograd_modulated
 from fusegen.runtime.backends.base import Backend, Binding
 from fusegen.runtime.cost import cost
 from fusegen.runtime.errors import GraphError
@@ -107,7 +107,7 @@ def plan(
     static = backend.lower(specialize(state.check(program), given))
     if backend.fuses:
         declined = partial(_declined, backend)
-        for rule in (upsample, winograd, winograd_modulated, join):
+        for rule in (upsample, winograd, winograd_modulated, join, gated_norm):
             static = rule.folded(static, declined)
         static = few_rows.folded(static, declined, deterministic) if backend.few_rows else static
     metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}

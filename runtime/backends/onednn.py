@@ -29,6 +29,9 @@ SMALL = 1 << 20
 # Up to so many bytes a product is copied to its planned place: that takes less time than to make its views again and
 # to tell the kernels that read it where it lies now.
 COPIED = 1 << 14
+# From so many bytes on glibc asks the system for memory at every allocation, and each page of it faults when it is
+# first written.  Such an output has its planned place: oneDNN adds to what lies there.
+MAPPED = 32 << 20
 _UNARY = {
     "none": ("none", ""),
     "relu": ("relu", ""),
@@ -47,6 +50,7 @@ _linear = torch.ops.mkldnn._linear_pointwise.default._op
 _linear_binary = torch.ops.mkldnn._linear_pointwise.binary._op
 _conv = torch.ops.mkldnn._convolution_pointwise.default._op
 _conv_binary = torch.ops.mkldnn._convolution_pointwise.binary._op
+_conv_onto = torch.ops.mkldnn._convolution_pointwise_.binary._op
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,7 +67,9 @@ def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | No
     if node.op in LINEAR and not extra and weight.dtype == torch.float32 and x.numel() * weight.shape[0] <= SMALL:
         return None
     name = "onednn " + " + ".join([node.op.split(".")[1], *extra])
-    return Binding("library", name, planned=node.op in LINEAR and out.nbytes <= COPIED)
+    if node.op in LINEAR:
+        return Binding("library", name, planned=out.nbytes <= COPIED)
+    return Binding("library", name, planned=out.nbytes >= MAPPED and extra in ([], ["residual"]))
 
 
 def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Call:
@@ -80,10 +86,9 @@ def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Ca
             function = functools.partial(_into, function)
         return Call(function, (args["input"], packed, args["bias"], *others), _NAMES)
     packed = _pack_conv(node, program, weights, shape)
-    where = [list(args[k]) for k in ("padding", "stride", "dilation")]
-    return Call(
-        _conv_call(activation, others, [*where, args["groups"]]), (args["input"], packed, args["bias"], *others), _NAMES
-    )
+    where: list[Any] = [*(list(args[k]) for k in ("padding", "stride", "dilation")), args["groups"]]
+    function = functools.partial(_conv_into, where) if binding.planned else _conv_call(activation, others, where)
+    return Call(function, (args["input"], packed, args["bias"], *others), _NAMES)
 
 
 _NAMES = ("input", "weight", "bias", "residual", "multiplier")
@@ -157,6 +162,12 @@ def _conv_call(activation: str, others: tuple[Any, Any], where: list[Any]) -> Ca
         return lambda x, w, b, r, m: _conv(x, w, b, *where, unary, [], algorithm)
     rest = None if activation in _UNARY else after
     return lambda x, w, b, r, m: _finish(_conv(x, w, b, *where, unary, [], algorithm), rest, m)
+
+
+def _conv_into(where: list[Any], x: Tensor, w: Tensor, b: Any, r: Tensor | None, m: None, out: Tensor) -> None:
+    """The convolution, and its residual, written to ``out``."""
+    out.zero_() if r is None else out.copy_(r)
+    _conv_onto(out, x, w, b, *where, "add", None, None, [], None)
 
 
 def _finish(out: Tensor, after: Callable[[Tensor], Tensor] | None, multiplier: Tensor | None) -> Tensor:

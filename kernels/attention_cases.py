@@ -69,6 +69,11 @@ def _mask(kind: str, shape: tuple[int, ...], g: Generator, dtype: torch.dtype) -
 CASES = [
     *(_case(f"head dim {d}", (1, 2, 33, d), 65, small=d == 40) for d in (1, 7, 40, 64, 72, 80, 96, 128, 160, 256)),
     *(_case(f"no {n}", q, keys) for n, q, keys in (("queries", (1, 2, 0, 40), 5), ("batch", (0, 2, 3, 40), 5))),
+    # Wider heads than a product's tiles were first made for: the mid block of Stable Diffusion's VAE has one of 512.
+    *(_case(f"head dim {d}", (1, 2, 37, d), 143) for d in (257, 320, 512, 1021, 1024)),
+    _case("head dim 512, few queries", (2, 2, 3, 512), 150, mask="closed"),
+    _case("head dim 512, grouped and causal", (1, 4, 70, 512), kv_heads=2, causal=True, lengths=(61,)),
+    _case("head dim 320, mask", (2, 2, 35, 320), 45, mask="closed"),
     _case("no keys", (1, 2, 3, 40), 0),
     _case("one query", (2, 3, 1, 64), 131, small=True),
     _case("one key", (2, 3, 5, 64), 1),
@@ -82,6 +87,7 @@ CASES = [
     _case("causal, more queries", (1, 2, 90, 40), 5, causal=True),
     _case("bool mask", (2, 2, 19, 40), 45, mask="bool", small=True),
     _case("float mask", (2, 2, 19, 40), 45, mask="float", small=True),
+    _case("float mask, odd", (1, 2, 83, 40), 151, mask="float"),
     _case("mask of keys", (2, 4, 33, 64), 77, mask="row"),
     _case("mask of heads", (2, 4, 33, 64), 77, mask="head"),
     _case("closed rows", (2, 2, 35, 40), 45, mask="closed", small=True),
@@ -105,6 +111,7 @@ CASES = [
     _case("2x8x1024x80", (2, 8, 1024, 80), bench=True),
     _case("2x8x256x160", (2, 8, 256, 160), bench=True),
     _case("2x10x4096x64", (2, 10, 4096, 64), bench=True),
+    _case("1x1x4096x512", (1, 1, 4096, 512), bench=True),
     _case("1x12x77x64 causal", (1, 12, 77, 64), causal=True, bench=True),
     _case("1x32x512x128 causal", (1, 32, 512, 128), kv_heads=8, causal=True, bench=True),
     _case("1x32x1x128 on 2048", (1, 32, 1, 128), 2048, kv_heads=8, bench=True),

@@ -44,6 +44,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "selu": Activation(lambda x, _: F.selu(x)),
     "softplus": Activation(lambda x, _: F.softplus(x)),
     "swish": Activation(lambda x, _: F.silu(x), gain=math.sqrt(2)),
+    "quick_gelu": Activation(lambda x, _: x * torch.sigmoid(1.702 * x)),  # CLIP's, not StyleGAN's
 }
 
 
@@ -229,6 +230,10 @@ def _swish_gain(x: Tensor, bias: Tensor, *, gain: float = 1.3) -> Tensor:
     return F.silu(x + _per_channel(bias)) * gain
 
 
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
 def _both() -> tuple[Tensor, ...]:
     return torch.zeros(_X), torch.zeros(_B)
 
@@ -246,6 +251,7 @@ SPELLINGS = [
     Spelling("clamp(x + bias)", _bias_clamp, _both, _call("linear")),
     Spelling("clamp(gain lrelu(x))", _lrelu_gain_clamp, _alone, _call("lrelu")),
     Spelling("gain lrelu(x)", _lrelu_gain, _alone, _call("lrelu")),
+    Spelling("x*sigmoid(1.702x)", _quick_gelu, _alone, _call("quick_gelu")),
 ]
 
 
@@ -266,7 +272,7 @@ def _sample(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
 OP = register(
     Op(
         name="bias_act",
-        formula="clamp(gain act(x + bias)), one of nine activations",
+        formula="clamp(gain act(x + bias)), one of ten activations",
         source="Karras et al. 2020, arXiv:2006.06676 (the official code's bias_act)",
         schema=SCHEMA,
         reference=reference,

@@ -10,7 +10,7 @@ from torch import Generator
 from fusegen.kernels.draw import Draw
 from fusegen.kernels.op import Case
 
-NAMES = ("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish")
+NAMES = ("linear", "relu", "lrelu", "tanh", "sigmoid", "elu", "selu", "softplus", "swish", "quick_gelu")
 
 
 def _case(

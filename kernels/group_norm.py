@@ -52,8 +52,17 @@ def check(op: str, x: Tensor, channels: int, num_groups: int, activation: str, *
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, there are {channels} channels")
 
 
+def is_last(x: Tensor) -> bool:
+    """Whether x (B, C, H, W) or (B, C, L) is dense with channels innermost; what is also contiguous counts as that."""
+    if x.dim() == 3:
+        return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    return is_channels_last(x)
+
+
 def like(x: Tensor, channels: int) -> Tensor:
-    """An uninitialised tensor like x of that many channels: channels-last where x is, else contiguous."""
+    """An uninitialised tensor like x of that many channels: channels innermost where x's are, else contiguous."""
+    if x.dim() == 3 and is_last(x):
+        return torch.empty((x.shape[0], x.shape[2], channels), dtype=x.dtype, device=x.device).transpose(1, 2)
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     shape = (x.shape[0], channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -70,7 +79,7 @@ def allocate(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The uninitialised output: of x's shape and dtype, channels-last where x is, else contiguous.
+    """The uninitialised output: of x's shape and dtype, channels innermost where x's are, else contiguous.
 
     Raises ValueError where the channels do not divide into the groups, the activation is not known or a shape is wrong.
     """

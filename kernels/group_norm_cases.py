@@ -15,7 +15,8 @@ from fusegen.kernels.op import Case
 class Inputs:
     """What a case is made of.
 
-    ``layout``: contiguous, channels_last, strided (every other pixel) or unaligned (one element into a buffer).
+    ``layout``: contiguous, channels_last, rows ((B, C, L) that lies as (B, L, C)), strided (every other pixel) or
+    unaligned (one element into a buffer).
     ``parameters``: the dtype of weight and bias, "same" as x or "fp32", "bias" for a bias alone, or "no".
     ``add``, ``modulation``: "no", "sample" (B, C), "axes" (B, C, 1, ...), "fp32" (B, C), "one" (1, C); the modulation
     also "chunk" (B, C, 1, ...) cut out of (B, 2 C, 1, ...).
@@ -41,6 +42,8 @@ class Inputs:
         x = (torch.randn(shape, generator=g) + self.mean).to(dtype)
         if self.layout == "channels_last":
             x = x.contiguous(memory_format=torch.channels_last)
+        if self.layout == "rows":
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
         if self.layout == "unaligned":
             x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(shape)
         return x
@@ -106,6 +109,10 @@ _INPUTS = [
     Inputs("unaligned", (2, 12, 7, 9), 4, "unaligned"),
     Inputs("two dimensions", (5, 24), 6),
     Inputs("three dimensions", (2, 24, 37), 6),
+    Inputs("rows", (2, 24, 37), 6, "rows"),
+    Inputs("rows of a prime width", (3, 34, 19), 2, "rows", add="axes"),
+    Inputs("rows of one channel", (2, 1, 9), 1, "rows"),
+    Inputs("one row", (2, 24, 1), 6, "rows"),
     Inputs("five dimensions", (2, 16, 3, 5, 7), 4),
     Inputs("large, one sample", (1, 64, 96, 80), 32, small=False),
     Inputs("large, one sample channels-last", (1, 64, 96, 80), 32, "channels_last", small=False),

@@ -115,6 +115,8 @@ CASES = [
     _case(Inputs("concat channels-last", (2, 20, 9, 7), 4, "channels_last"), 12),
     _case(Inputs("groups across the seam", (2, 10, 5, 7), 3), 11),
     _case(Inputs("groups across the seam, channels-last", (2, 10, 5, 7), 3, "channels_last"), 11),
+    _case(Inputs("add rows", (2, 24, 37), 6, "rows")),
+    _case(Inputs("concat rows", (2, 24, 37), 3, "rows"), 12),
     _case(Inputs("no batch", (0, 8, 4, 4), 2), 4),
     _case(Inputs("no pixels", (2, 8, 0, 4), 2)),
     _case(Inputs("one element", (1, 1, 1, 1), 1)),

@@ -104,6 +104,7 @@ CASES = [
     _case("many rows", (2, 67), 83, 201, activation="silu", bias="same", residual=True, small=False),
     _case("gelu", (2, 9), 33, 80, activation="gelu", bias="same"),
     _case("gelu_tanh", (2, 9), 33, 80, activation="gelu_tanh", residual=True),
+    _case("quick_gelu", (2, 9), 33, 80, activation="quick_gelu", bias="same"),
     _case("relu", (2, 3), 17, 33, activation="relu", bias="same", residual=True),
     _case("gated", (4, 1), 48, 64, multiplier=True),
     _case("all at once", (2, 3), 24, 65, bias="same", residual=True, activation="silu", multiplier=True),

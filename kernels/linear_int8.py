@@ -29,6 +29,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),  # CLIP's
 }
 LARGEST = 127  # the largest code's magnitude
 TINY = 2.0**-100  # rows below it count as zero: 127 / absmax stays finite
@@ -172,6 +173,7 @@ CASES = [
     _case("many long rows", (1, 71), 70, 1100, residual=True, small=False),
     _case("gelu", (2, 9), 33, 80, activation="gelu"),
     _case("gelu_tanh", (2, 9), 33, 80, activation="gelu_tanh", bias="fp32"),
+    _case("quick_gelu", (2, 9), 33, 80, activation="quick_gelu", bias="fp32"),
     _case("silu", (2, 9), 33, 80, activation="silu", residual=True),
     _case("extremes", (2, 3), 24, 64, kind="extremes", bias="no"),
     _case("padded rows", (2, 5), 24, 64, kind="padded"),

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
-from fusegen.runtime import few_rows, join, many_rows, state, upsample, winograd, winograd_modulated
+from fusegen.runtime import (
+    few_rows,
+    gated_norm,
+    join,
+    many_rows,
+    state,
+    upsample,
+    winograd,
+    winograd_modulated,
+)
 from fusegen.runtime.backends.base import Backend, Binding
 from fusegen.runtime.cost import cost
 from fusegen.runtime.errors import GraphError
@@ -107,7 +116,7 @@ def plan(
     static = backend.lower(specialize(state.check(program), given))
     if backend.fuses:
         declined = partial(_declined, backend)
-        for rule in (upsample, winograd, winograd_modulated, join):
+        for rule in (upsample, winograd, winograd_modulated, join, gated_norm):
             static = rule.folded(static, declined)
         if backend.few_rows:
             static = few_rows.folded(static, declined, deterministic)

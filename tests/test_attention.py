@@ -185,7 +185,7 @@ def test_a_moved_tensor_is_read_where_it_is_now() -> None:
     ("make", "reason"),
     [
         (lambda: [x.double() for x in tensors(1, 1, 4, 8)], "float64"),
-        (lambda: tensors(1, 1, 4, 257), "over 256"),
+        (lambda: tensors(1, 1, 4, 1025), "over 1024"),
         (lambda: [x.transpose(2, 3).contiguous().transpose(2, 3) for x in tensors(1, 1, 4, 8)], "stride"),
     ],
 )

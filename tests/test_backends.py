@@ -9,12 +9,20 @@ from networks import plainly, relative
 from torch import nn
 
 from fusegen.runtime import api, backends
+from fusegen.runtime.backends import onednn
 from fusegen.runtime.errors import RequestError
 
 
 def sessions(module, inputs, **more):
     program = api.capture(module.eval(), inputs)
     return api.compile(program, **more)
+
+
+class QuickGELU(nn.Module):
+    """CLIP's, as transformers writes it; ATen and oneDNN have no operator of it."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
 
 
 class Epilogues(nn.Module):
@@ -40,8 +48,8 @@ class Epilogues(nn.Module):
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize(
     "activation",
-    [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")],
-    ids=["relu", "silu", "gelu", "gelu_tanh"],
+    [nn.ReLU(), nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), QuickGELU()],
+    ids=["relu", "silu", "gelu", "gelu_tanh", "quick_gelu"],
 )
 def test_epilogues_compute_what_the_graph_says(activation, dtype, bound):
     torch.manual_seed(0)
@@ -63,6 +71,41 @@ def test_linear_takes_every_rank_and_no_rows(shape):
         got, want = sessions(module, (x,), dtype=dtype)(x), plainly(module, x)
         assert got.shape == want.shape
         assert not x.numel() or relative(got, want) <= bound
+
+
+class Convolutions(nn.Module):
+    """Convolutions of every kind, plain, with a residual, and one whose output is the network's."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.wide = nn.Conv2d(4, channels, 3, padding=1)
+        self.rows = nn.Conv2d(channels, channels, (1, 5), padding=(0, 4), dilation=(1, 2), bias=False)
+        self.groups = nn.Conv2d(channels, channels, 3, stride=2, groups=channels)
+        self.point = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        h = torch.tanh(self.wide(x))
+        h = self.rows(h) + h
+        return self.point(torch.sin(h)), torch.cos(h + self.point(h)), self.groups(h)
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("channels, batch", [(8, 2), (3, 1), (1, 2)])
+def test_convolutions_written_to_their_planned_place(channels, batch, dtype, bound, monkeypatch):
+    torch.manual_seed(0)
+    module, x = Convolutions(channels), torch.randn(batch, 4, 9, 11)
+    fresh = sessions(module, (x,), dtype=dtype)
+    want = fresh(x)
+    monkeypatch.setattr(onednn, "MAPPED", 0)
+    session = sessions(module, (x,), dtype=dtype)
+    session(torch.full_like(x, torch.nan))  # what lay there before must not be added to
+    for _ in range(2):
+        got = session(x)
+        assert all(relative(g, w) <= bound for g, w in zip(got, plainly(module, x), strict=True))
+        assert all(relative(g, w) <= bound / 4 for g, w in zip(got, want, strict=True))
+    planned = [s.binding.planned for s in session.plan.steps if "conv2d" in s.binding.name]
+    assert len(planned) >= 4 and all(planned)
+    assert not any(s.binding.planned for s in fresh.plan.steps if "onednn conv2d" in s.binding.name)
 
 
 class Aliases(nn.Module):

@@ -99,7 +99,7 @@ def test_a_deterministic_plan_chooses_by_the_sample() -> None:
         ({"bias": torch.ones(5)}, "bias has shape (5,)"),
         ({"residual": torch.ones(2, 4)}, "the output has (3, 4)"),
         ({"multiplier": torch.ones(3, 5)}, "the output has (3, 4)"),
-        ({"activation": "swish"}, "none, relu, gelu, gelu_tanh, silu"),
+        ({"activation": "swish"}, "none, relu, gelu, gelu_tanh, silu, quick_gelu"),
         ({"x": torch.tensor(1.0)}, "not (*, K)"),
     ],
 )

@@ -92,7 +92,7 @@ def test_a_row_that_is_not_finite_gives_nan_and_harms_no_other(level: str, m: in
         ({"scale": torch.ones(5)}, "scale has shape (5,)"),
         ({"bias": torch.ones(5)}, "bias has shape (5,)"),
         ({"residual": torch.ones(2, 4)}, "the output has (3, 4)"),
-        ({"activation": "swish"}, "none, relu, gelu, gelu_tanh, silu"),
+        ({"activation": "swish"}, "none, relu, gelu, gelu_tanh, silu, quick_gelu"),
         ({"x": torch.tensor(1.0)}, "no dimension"),
         ({"x": torch.zeros(1, LONGEST + 1)}, "longer than"),
     ],

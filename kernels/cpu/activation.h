@@ -1,10 +1,10 @@
 // The activations of bias_act, then its gain and clamp: for every kernel that ends in them.
 #pragma once
-#include "silu.h"
+#include "gelu.h"
 
 namespace {
 
-enum Activation { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish };
+enum Activation { kLinear, kRelu, kLrelu, kTanh, kSigmoid, kElu, kSelu, kSoftplus, kSwish, kQuickGelu };
 
 // e^x - 1 for x <= 0, without the loss of digits near 0: 2^n (e^r - 1) + (2^n - 1), e^r - 1 by its Taylor polynomial.
 FG_INLINE vf expm1_negative(vf x) {
@@ -54,6 +54,7 @@ FG_INLINE vf activated(vf x, vf alpha) {
   }
   if (kAct == kSoftplus) return add(max(zero, x), log1p_unit(exp(min(x, sub(zero, x)))));
   if (kAct == kSwish) return silu<T>(x);
+  if (kAct == kQuickGelu) return quick_gelu<T>(x);
   return x;
 }
 
@@ -95,6 +96,8 @@ inline int with_activation(int64_t act, const F &f) {
       return f(Chosen<kSoftplus>());
     case kSwish:
       return f(Chosen<kSwish>());
+    case kQuickGelu:
+      return f(Chosen<kQuickGelu>());
     default:
       return FG_BAD_ARGUMENT;
   }

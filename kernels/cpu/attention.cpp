@@ -32,7 +32,7 @@ Head head_at(const fg_attention_args *a, int64_t batch, int64_t head) {
 
 template <class E, class T>
 int attention(const fg_attention_args *a) {
-  if (a->queries <= FEW)
+  if (a->queries <= FEW && a->dim <= FEW_DIM)
     return few<T>(a, [a](int64_t batch, int64_t head) { return head_at<T>(a, batch, head); });
   int64_t size = chunk_size(a->queries, a->batch * a->heads, a->dim), chunks = round_up(a->queries, size) / size;
   Layout<E> at(size / TQ, a->dim);
@@ -49,7 +49,7 @@ int attention(const fg_attention_args *a) {
 extern "C" int FG_EXPORT(attention)(const fg_attention_args *a) {
   if (a->batch < 0 || a->heads < 0 || a->queries < 0 || a->keys < 0 || a->dim < 0) return FG_BAD_ARGUMENT;
   if (!a->batch || !a->heads || !a->queries || !a->dim) return FG_OK;
-  if (a->dim > 256 || a->kv_heads < 1 || a->heads % a->kv_heads) return FG_BAD_ARGUMENT;
+  if (a->dim > MOST_DIM || a->kv_heads < 1 || a->heads % a->kv_heads) return FG_BAD_ARGUMENT;
   switch (a->dtype) {
     case FG_FLOAT32: return attention<FloatEngine, float>(a);
     case FG_FLOAT16: return attention<FloatEngine, fp16>(a);

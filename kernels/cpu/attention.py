@@ -12,6 +12,7 @@ from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.op import FLOATS, Kernel, Launch
 
+MOST_DIM = 1024  # as in attention_chunk.h
 _POINTERS = ("q", "k", "v", "mask", "key_lengths", "out")
 _INTEGERS = (
     "dtype", "mask_dtype", "lengths_dtype", "batch", "heads", "kv_heads", "queries", "keys", "dim",
@@ -37,8 +38,8 @@ def decline(
     """The reason this kernel cannot serve these arguments, or None."""
     if q.dtype not in FLOATS:
         return f"dtype {q.dtype}"
-    if q.shape[-1] > 256:
-        return f"head dimension {q.shape[-1]}: over 256"
+    if q.shape[-1] > MOST_DIM:
+        return f"head dimension {q.shape[-1]}: over {MOST_DIM}"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             return f"{name} has stride {x.stride(-1)} along the head dimension: it must be 1"

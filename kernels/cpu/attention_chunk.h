@@ -14,6 +14,8 @@ using BestBf16Engine = Bf16Engine;
 using BestBf16Engine = FloatEngine;
 #endif
 
+constexpr int64_t MOST_DIM = 1024;  // the head dimension up to which a chunk's tiles were tried
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A chunk's scratch memory, in this order.

@@ -17,7 +17,8 @@ constexpr int64_t FEW = 4;   // queries up to which this is the faster way
 constexpr int PIECE = 512;   // keys of a piece
 constexpr int ROWS = 8;      // queries of an item over one head of the keys
 constexpr int MOST_ROWS = 32;  // and over all of its heads
-constexpr int WIDE = 256 + 32;  // room for a row along the head dimension, and so that rows fall in other cache sets
+constexpr int64_t FEW_DIM = 256;  // the largest head dimension
+constexpr int WIDE = FEW_DIM + 32;  // room for a row along the head dimension, and so that rows fall in other cache sets
 constexpr int AHEAD = 16;    // keys between the one in use and the one prefetched
 
 // Where key j's row begins, in elements from the first block's first.

@@ -134,9 +134,79 @@ FG_INLINE float mask_at(const fg_attention_args *a, int64_t offset) {
   return added < -1e38f && added > -infinity() ? -1e38f : added;
 }
 
+// to[j][i] = from[i][j] for W x W floats; strides count elements.
+FG_INLINE void transpose(const float *from, int from_stride, float *to, int to_stride) {
+#if defined(FG_HAS_AVX512)
+  __m512i x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + i * from_stride);
+  transpose(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, x[i]);
+#else
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+#endif
+}
+
+// W keys of W rows of the mask as turned[key][query]: what is added to their scores, 0 past the ends.
+template <class T>
+FG_INLINE void turn_mask(const T *from, int64_t row_stride, int rows, int keys, float *turned) {
+  const vf lowest = set1(-1e38f), closed = set1(-infinity());  // as in mask_at
+  alignas(64) float block[W * W];
+  for (int i = 0; i < W; ++i) {
+    vf x = set1(0.0f);
+    if (i < rows) x = keys == W ? load(from + i * row_stride) : load_n(from + i * row_stride, keys);
+    store(block + i * W, select_gt(x, closed, max(lowest, x), x));
+  }
+  transpose(block, W, turned, W);
+}
+FG_INLINE void turn_mask(const char *from, int64_t row_stride, int rows, int keys, float *turned) {
+  alignas(64) float block[W * W];
+  for (int i = 0; i < W; ++i) {
+    const char *row = from + i * row_stride;
+#if defined(FG_HAS_AVX512)
+    const __mmask16 there = lanes_below(i < rows ? keys : 0);
+    const __m128i x = _mm_maskz_loadu_epi8(there, row);
+    store(block + i * W, _mm512_maskz_mov_ps(_mm_mask_testn_epi8_mask(there, x, x), set1(-infinity())));
+#else
+    for (int j = 0; j < W; ++j) block[i * W + j] = i < rows && j < keys && !row[j] ? -infinity() : 0.0f;
+#endif
+  }
+  transpose(block, W, turned, W);
+}
+
+// add_mask where keys lie side by side and every query has its own.
+template <class T>
+inline void add_mask_rows(const Head &h, const T *mask, float *scores, int64_t q0, int64_t k0, int n, float rate) {
+  const fg_attention_args *a = h.a;
+  mask += h.batch * a->mask_batch + h.head * a->mask_head + q0 * a->mask_row + k0;
+  alignas(64) float turned[W * W];
+  for (int i = 0; i < TQ; i += W) {
+    int64_t left = a->queries - q0 - i;
+    int rows = static_cast<int>(left < 0 ? 0 : left < W ? left : W);
+    for (int r = 0; r < n; r += W) {
+      int keys = n - r < W ? n - r : W;
+      turn_mask(mask + i * a->mask_row + r, a->mask_row, rows, keys, turned);
+      for (int j = 0; j < keys; ++j) {
+        float *at = scores + (r + j) * TQ + i;
+        store(at, fma(load(at), set1(rate), mul(set1(LOG2E), load(turned + j * W))));
+      }
+    }
+  }
+}
+
 // S = rate S + mask, in units of log 2, for keys [k0, k0 + n) and queries [q0, q0 + TQ).
 inline void add_mask(const Head &h, float *scores, int64_t q0, int64_t k0, int n, float rate) {
   const fg_attention_args *a = h.a;
+  if (a->mask_key == 1 && a->mask_row != 0) {
+    switch (a->mask_dtype) {
+      case FG_BOOL: return add_mask_rows(h, static_cast<const char *>(a->mask), scores, q0, k0, n, rate);
+      case FG_FLOAT32: return add_mask_rows(h, static_cast<const float *>(a->mask), scores, q0, k0, n, rate);
+      case FG_BFLOAT16: return add_mask_rows(h, static_cast<const bf16 *>(a->mask), scores, q0, k0, n, rate);
+      default: return add_mask_rows(h, static_cast<const fp16 *>(a->mask), scores, q0, k0, n, rate);
+    }
+  }
   int64_t base = h.batch * a->mask_batch + h.head * a->mask_head;
   int rows = static_cast<int>(a->queries - q0 < TQ ? a->queries - q0 : TQ);
   alignas(64) float added[TQ] = {};
@@ -202,21 +272,6 @@ inline void take_sink(State *state, float sink) {
     vf weight = div(exp2_falling<5>(sub(set1(sink * LOG2E), top)), exp2_falling<5>(sub(most, top)));
     store(state->sum + i, add(load(state->sum + i), weight));
   }
-}
-
-// to[j][i] = from[i][j] for W x W floats; strides count elements.
-FG_INLINE void transpose(const float *from, int from_stride, float *to, int to_stride) {
-#if defined(FG_HAS_AVX512)
-  __m512i x[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + i * from_stride);
-  transpose(x);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * to_stride, x[i]);
-#else
-  for (int i = 0; i < W; ++i)
-    for (int j = 0; j < W; ++j) to[j * to_stride + i] = from[i * from_stride + j];
-#endif
 }
 
 // The tile's rows of the output: O[dim][TQ], divided by the sums; zeros where a query attended nothing.

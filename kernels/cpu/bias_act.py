@@ -59,4 +59,21 @@ def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
     return CpuLaunch("bias_act", struct, {0: "x", 1: "bias"}, outs, args)
 
 
+class InPlace:
+    """The activation ``act`` alone, written over dense tensors of one shape, layout and dtype."""
+
+    def __init__(self, act: str):
+        self.act = act
+        self.launch: CpuLaunch | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x, overwritten; the first call binds the kernel."""
+        if self.launch is None:
+            self.launch = bind((x,), (x, None, 1, self.act, None, None, None))
+            self.launch.outs, self.launch.args = (), []  # it keeps no tensor alive
+        self.launch.struct.x = self.launch.struct.out = x.data_ptr()
+        self.launch.run()
+        return x
+
+
 KERNELS = [Kernel("bias_act C++", "cpu", decline, bind)]

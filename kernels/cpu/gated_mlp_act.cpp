@@ -19,14 +19,11 @@ FG_INLINE void activate(vf (&g)[N]) {
   if constexpr (kActivation == kGeluTanh) gelu_tanh<T>(g);
   if constexpr (kActivation == kRelu)
     for (vf &v : g) v = max(set1(0.0f), v);
-  constexpr bool kQuick = kActivation == kQuickGelu;
-  if constexpr (kActivation == kSigmoid || kQuick) {
-    vf y[N];
+  if constexpr (kActivation == kQuickGelu) quick_gelu<T>(g);
+  if constexpr (kActivation == kSigmoid) {
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) y[v] = g[v], g[v] = mul(g[v], set1(kQuick ? -2.4554669f : -1.44269504f));  // 1.702 log2(e)
+    for (int v = 0; v < N; ++v) g[v] = mul(g[v], set1(-1.44269504f));
     logistic2<T>(g);
-#pragma GCC unroll 8
-    for (int v = 0; kQuick && v < N; ++v) g[v] = mul(y[v], g[v]);
   }
 }
 

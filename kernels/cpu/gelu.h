@@ -1,4 +1,4 @@
-// Gaussian error linear units, exact and by tanh, beside SiLU and its kin of silu.h.
+// Gaussian error linear units, exact, by tanh and by the logistic function, beside SiLU and its kin of silu.h.
 #pragma once
 #include "silu.h"
 
@@ -46,6 +46,17 @@ FG_INLINE void gelu_tanh(vf (&y)[N]) {
   for (int v = 0; v < N; ++v) y[v] = mul(y[v], t[v]);
 }
 
+// y = y / (1 + e^(-1.702 y)), as CLIP has it.
+template <class T, int N>
+FG_INLINE void quick_gelu(vf (&y)[N]) {
+  vf t[N];
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) t[v] = mul(y[v], set1(-2.4554669f));  // 1.702 log2(e)
+  logistic2<T>(t);
+#pragma GCC unroll 8
+  for (int v = 0; v < N; ++v) y[v] = mul(y[v], t[v]);
+}
+
 template <class T>
 FG_INLINE vf gelu(vf y) {
   vf one[] = {y};
@@ -56,6 +67,12 @@ template <class T>
 FG_INLINE vf gelu_tanh(vf y) {
   vf one[] = {y};
   gelu_tanh<T>(one);
+  return one[0];
+}
+template <class T>
+FG_INLINE vf quick_gelu(vf y) {
+  vf one[] = {y};
+  quick_gelu<T>(one);
   return one[0];
 }
 

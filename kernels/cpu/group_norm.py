@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
-from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
+from fusegen.kernels.group_norm import is_last
+from fusegen.kernels.op import FLOATS, Kernel
 
 _PARAMETERS = ("weight", "bias")
 _PER_SAMPLE = ("add", "scale", "shift")
@@ -40,7 +41,7 @@ def unfit(x: Tensor, roles: Mapping[str, int], args: tuple[Any, ...]) -> str | N
     """Why the struct cannot hold x or the tensors beside it."""
     if x.dtype not in FLOATS:
         return f"x is {x.dtype}"
-    if not is_channels_last(x) and not dense_samples(x):
+    if not is_last(x) and not dense_samples(x):
         return "x's samples are neither contiguous nor channels-last"
     for name, tensor in ((n, args[i]) for n, i in roles.items() if n in (*_PARAMETERS, *_PER_SAMPLE)):
         if tensor is None:
@@ -57,7 +58,7 @@ def fill(out: Tensor, roles: Mapping[str, int], args: tuple[Any, ...], groups: i
     x = args[roles["x"]]
     struct = Args(out=out.data_ptr(), dtype=DTYPES[x.dtype], groups=groups, eps=eps, silu=silu)
     struct.batch, struct.channels, struct.pixels = out.shape[0], out.shape[1], math.prod(out.shape[2:])
-    struct.x_batch, struct.split, struct.channels_last = x.stride(0), x.shape[1], is_channels_last(out)
+    struct.x_batch, struct.split, struct.channels_last = x.stride(0), x.shape[1], is_last(out)
     for name in (n for n in (*_PARAMETERS, *_PER_SAMPLE) if n in roles and args[roles[n]] is not None):
         tensor = args[roles[name]]
         setattr(struct, f"{name}_dtype", DTYPES[tensor.dtype])

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fusegen.kernels.cpu.group_norm import Args as Args
 from fusegen.kernels.cpu.group_norm import dense_samples, fill, unfit
 from fusegen.kernels.cpu.library import CpuLaunch
-from fusegen.kernels.op import Kernel, is_channels_last
+from fusegen.kernels.group_norm import is_last
+from fusegen.kernels.op import Kernel
 
 ROLES = {"x": 0, "other": 1, "weight": 3, "bias": 4}
 
 
 def decline(*args: Any) -> str | None:
     x, other = args[:2]
-    if is_channels_last(x):
-        alike = other.is_contiguous(memory_format=torch.channels_last)
-    else:
-        alike = dense_samples(other)
+    alike = other.movedim(1, -1).is_contiguous() if is_last(x) else dense_samples(other)
     return unfit(x, ROLES, args) or (None if alike else "other is not laid out as x is")
 
 

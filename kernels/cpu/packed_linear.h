@@ -111,6 +111,8 @@ FG_INLINE void activate_all(vf (&sums)[N], int64_t kind) {
       gelu_tanh<bf16>(y);
     else if (kind == SILU)
       silu<bf16>(y);
+    else if (kind == QUICK_GELU)
+      quick_gelu<bf16>(y);
     else
       for (vf &one : y) one = activate<bf16>(one, kind);
 #pragma GCC unroll 4

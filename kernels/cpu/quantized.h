@@ -48,7 +48,7 @@ inline Scaled quantize(const T *x, int64_t n, int64_t padded, int8_t *codes) {
   return {absmax * (1.0f / 127.0f), hsum(add(add(sum[0], sum[1]), add(sum[2], sum[3])))};
 }
 
-enum : int64_t { NONE, RELU, GELU, GELU_TANH, SILU };
+enum : int64_t { NONE, RELU, GELU, GELU_TANH, SILU, QUICK_GELU };
 
 template <class T>
 FG_INLINE vf activate(vf y, int64_t kind) {
@@ -57,6 +57,7 @@ FG_INLINE vf activate(vf y, int64_t kind) {
     case GELU: return gelu<T>(y);
     case GELU_TANH: return gelu_tanh<T>(y);
     case SILU: return silu<T>(y);
+    case QUICK_GELU: return quick_gelu<T>(y);
     default: return y;
   }
 }

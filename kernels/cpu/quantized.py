@@ -11,7 +11,8 @@ from fusegen.kernels.cpu.library import DTYPES
 from fusegen.kernels.op import FLOATS
 from fusegen.kernels.rows import rows_of
 
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # as in quantized.h
+# As in quantized.h.
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "quick_gelu": 5}
 
 
 def unserved(x: Tensor, bias: Any, residual: Any, **dense: Any) -> str | None:

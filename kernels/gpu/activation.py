@@ -55,4 +55,6 @@ def activated(x, alpha, ACT: tl.constexpr):
         x = tl.where(x < 0.0, 0.0, x) + _log1p(tl.exp(-tl.abs(x)))
     elif ACT == 8:
         x = x / (1.0 + tl.exp(-x))
+    elif ACT == 9:
+        x = x / (1.0 + tl.exp(-1.702 * x))
     return x

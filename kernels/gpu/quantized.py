@@ -17,8 +17,8 @@ WIDEST = 32768  # the longest group held in the registers of 32 warps
 _TINY = tl.constexpr(2.0**-100)
 _STEP = tl.constexpr(1 / 127)
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and taking it away rounds to the nearest, ties to even
-_NONE, _RELU, _GELU, _GELU_TANH, _SILU = (tl.constexpr(i) for i in range(5))
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+_NONE, _RELU, _GELU, _GELU_TANH, _SILU, _QUICK_GELU = (tl.constexpr(i) for i in range(6))
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "quick_gelu": 5}
 
 
 @triton.jit
@@ -60,6 +60,8 @@ def finished(y, bias, residual, at, column, keep, BIAS: tl.constexpr, RESIDUAL: 
         y = y / (1.0 + tl.exp(-1.5957691216057308 * (y + 0.044715 * y * y * y)))
     elif ACTIVATION == _SILU:
         y = y / (1.0 + tl.exp(-y))
+    elif ACTIVATION == _QUICK_GELU:
+        y = y / (1.0 + tl.exp(-1.702 * y))
     if RESIDUAL:
         y = y + tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
     return y

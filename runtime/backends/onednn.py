@@ -1,7 +1,8 @@
 """Linear layers and convolutions through oneDNN as PyTorch ships it: weights prepacked, epilogues in the kernel.
 
 ``runtime.linear`` and ``runtime.conv2d`` mean ``activation(product + bias + residual) * multiplier``; oneDNN takes one
-of the three with the product, and what is left is done in place on its output.  Convolutions give channels-last.
+of the three with the product, and what is left, or what it does not know, is done in place on its output.
+Convolutions give channels-last.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusegen.kernels.cpu import bias_act, library
 from fusegen.runtime import specialize
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.program import Node, Program, Ref
@@ -27,6 +29,9 @@ SMALL = 1 << 20
 # Up to so many bytes a product is copied to its planned place: that takes less time than to make its views again and
 # to tell the kernels that read it where it lies now.
 COPIED = 1 << 14
+# From so many bytes on glibc asks the system for memory at every allocation, and each page of it faults when it is
+# first written.  Such an output has its planned place: oneDNN adds to what lies there.
+MAPPED = 32 << 20
 _UNARY = {
     "none": ("none", ""),
     "relu": ("relu", ""),
@@ -39,11 +44,13 @@ _IN_PLACE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: torch.ops.aten.silu_(x),
     "gelu": lambda x: torch.ops.aten.gelu_(x),
     "gelu_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
+    "quick_gelu": lambda x: x.mul_(torch.sigmoid(1.702 * x)),  # where our kernel is missing
 }
 _linear = torch.ops.mkldnn._linear_pointwise.default._op
 _linear_binary = torch.ops.mkldnn._linear_pointwise.binary._op
 _conv = torch.ops.mkldnn._convolution_pointwise.default._op
 _conv_binary = torch.ops.mkldnn._convolution_pointwise.binary._op
+_conv_onto = torch.ops.mkldnn._convolution_pointwise_.binary._op
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,7 +67,9 @@ def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | No
     if node.op in LINEAR and not extra and weight.dtype == torch.float32 and x.numel() * weight.shape[0] <= SMALL:
         return None
     name = "onednn " + " + ".join([node.op.split(".")[1], *extra])
-    return Binding("library", name, planned=node.op in LINEAR and out.nbytes <= COPIED)
+    if node.op in LINEAR:
+        return Binding("library", name, planned=out.nbytes <= COPIED)
+    return Binding("library", name, planned=out.nbytes >= MAPPED and extra in ([], ["residual"]))
 
 
 def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Call:
@@ -77,10 +86,9 @@ def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Ca
             function = functools.partial(_into, function)
         return Call(function, (args["input"], packed, args["bias"], *others), _NAMES)
     packed = _pack_conv(node, program, weights, shape)
-    where = [list(args[k]) for k in ("padding", "stride", "dilation")]
-    return Call(
-        _conv_call(activation, others, [*where, args["groups"]]), (args["input"], packed, args["bias"], *others), _NAMES
-    )
+    where: list[Any] = [*(list(args[k]) for k in ("padding", "stride", "dilation")), args["groups"]]
+    function = functools.partial(_conv_into, where) if binding.planned else _conv_call(activation, others, where)
+    return Call(function, (args["input"], packed, args["bias"], *others), _NAMES)
 
 
 _NAMES = ("input", "weight", "bias", "residual", "multiplier")
@@ -116,17 +124,25 @@ def _layout(packed: Tensor) -> bytes:
 
 def _linear_call(activation: str, others: tuple[Any, Any]) -> Callable[..., Tensor]:
     residual, multiplier = (o is not None for o in others)
-    unary, algorithm = _UNARY[activation]
-    after = _IN_PLACE.get(activation)
-    if not residual and not multiplier:
-        return lambda x, w, b, r, m: _linear(x, w, b, unary, [], algorithm)
+    unary, algorithm = _UNARY.get(activation, _UNARY["none"])
+    after = _after(activation)
     if residual and not multiplier and after is None:
         return lambda x, w, b, r, m: _linear_binary(x, r, w, b, "add")
     if multiplier and not residual and after is None:
         return lambda x, w, b, r, m: _linear_binary(x, m, w, b, "mul")
-    if not residual:
-        return lambda x, w, b, r, m: _linear(x, w, b, unary, [], algorithm).mul_(m)
-    return lambda x, w, b, r, m: _finish(_linear_binary(x, r, w, b, "add"), after, m)
+    if residual:
+        return lambda x, w, b, r, m: _finish(_linear_binary(x, r, w, b, "add"), after, m)
+    if activation in _UNARY and not multiplier:
+        return lambda x, w, b, r, m: _linear(x, w, b, unary, [], algorithm)
+    rest = None if activation in _UNARY else after
+    return lambda x, w, b, r, m: _finish(_linear(x, w, b, unary, [], algorithm), rest, m)
+
+
+def _after(activation: str) -> Callable[[Tensor], Tensor] | None:
+    """The activation in place on a product's output; its kernel is bound anew for every product."""
+    if activation == "quick_gelu" and library.available():
+        return bias_act.InPlace(activation)
+    return _IN_PLACE.get(activation)
 
 
 def _into(function: Callable[..., Tensor], *args: Any, out: Tensor) -> None:
@@ -136,15 +152,22 @@ def _into(function: Callable[..., Tensor], *args: Any, out: Tensor) -> None:
 
 def _conv_call(activation: str, others: tuple[Any, Any], where: list[Any]) -> Callable[..., Tensor]:
     residual, multiplier = (o is not None for o in others)
-    unary, algorithm = _UNARY[activation]
-    after = _IN_PLACE.get(activation)
-    if not residual and not multiplier:
-        return lambda x, w, b, r, m: _conv(x, w, b, *where, unary, [], algorithm)
-    if not residual:
-        return lambda x, w, b, r, m: _conv(x, w, b, *where, unary, [], algorithm).mul_(m)
-    if after is None and not multiplier:
+    unary, algorithm = _UNARY.get(activation, _UNARY["none"])
+    after = _after(activation)
+    if residual and not multiplier and after is None:
         return lambda x, w, b, r, m: _conv_binary(x, r, w, b, *where, "add", None, None, [], None)
-    return lambda x, w, b, r, m: _finish(_conv_binary(x, r, w, b, *where, "add", None, None, [], None), after, m)
+    if residual:
+        return lambda x, w, b, r, m: _finish(_conv_binary(x, r, w, b, *where, "add", None, None, [], None), after, m)
+    if activation in _UNARY and not multiplier:
+        return lambda x, w, b, r, m: _conv(x, w, b, *where, unary, [], algorithm)
+    rest = None if activation in _UNARY else after
+    return lambda x, w, b, r, m: _finish(_conv(x, w, b, *where, unary, [], algorithm), rest, m)
+
+
+def _conv_into(where: list[Any], x: Tensor, w: Tensor, b: Any, r: Tensor | None, m: None, out: Tensor) -> None:
+    """The convolution, and its residual, written to ``out``."""
+    out.zero_() if r is None else out.copy_(r)
+    _conv_onto(out, x, w, b, *where, "add", None, None, [], None)
 
 
 def _finish(out: Tensor, after: Callable[[Tensor], Tensor] | None, multiplier: Tensor | None) -> Tensor:

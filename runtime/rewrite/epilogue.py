@@ -38,6 +38,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 _FUSED = {"aten.linear.default": "runtime.linear", "aten.conv2d.default": "runtime.conv2d"}
 # Ops that fuse the same themselves, as act(product + bias) + residual.
@@ -127,7 +128,7 @@ class _Fuser:
     def _fused(self, node: Node) -> Node | None:
         activation = _activation(node)
         if activation is not None:
-            source = self._growing(node, node.args["self"], "activation")
+            source = self._growing(node, node.args.get("self", node.args.get("x")), "activation")
             return source and self._with(node, source, "activation in the product", activation=activation)
         if node.op == "aten.add.Tensor" and node.args["alpha"] == 1:
             return self._binary(node, "residual")
@@ -176,6 +177,9 @@ def _activation(node: Node) -> str | None:
         return node.op.split(".")[1]
     if node.op == "aten.gelu.default":
         return "gelu" if node.args["approximate"] == "none" else "gelu_tanh"
+    if node.op == "fusegen.bias_act.default" and node.args["act"] == "quick_gelu":
+        alone = node.args["bias"] is None and node.args["clamp"] is None and node.args["gain"] in (None, 1.0)
+        return "quick_gelu" if alone else None
     return None
 
 

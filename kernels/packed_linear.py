@@ -147,16 +147,16 @@ def plain_weights(x: Tensor, panels: Tensor, outputs: int, gated: bool) -> tuple
 def plain(x: Tensor, weight: Tensor, bias: Any, activation: str, other: Any = None, how: str = "add") -> Tensor:
     """A layer in eager PyTorch, ``other`` added or multiplied ("mul"): oneDNN takes one epilogue into the product."""
     bias = None if bias is None else bias.to(x.dtype)
+    pointwise = torch.ops.mkldnn._linear_pointwise
     if not weight.is_mkldnn:
         y = F.linear(x, weight, bias)
         y = y if other is None else y * other if how == "mul" else y + other
-        return ACTIVATIONS[activation](y)
-    pointwise = torch.ops.mkldnn._linear_pointwise
-    if other is not None:
-        return ACTIVATIONS[activation](pointwise.binary(x, other, weight, bias, how))
-    unary = "swish" if activation == "silu" else activation.removesuffix("_tanh")
-    made: Tensor = pointwise(x, weight, bias, unary, [], _UNARY[activation])
-    return made
+    elif other is not None:
+        y = pointwise.binary(x, other, weight, bias, how)
+    else:
+        unary = "swish" if activation == "silu" else activation.removesuffix("_tanh")
+        y, activation = pointwise(x, weight, bias, unary, [], _UNARY[activation]), "none"
+    return ACTIVATIONS[activation](y)
 
 
 def _eager(x: Tensor, panels: Tensor, outputs: int, bias: Any, residual: Any, activation: str) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fusegen.kernels.draw import Draw
 from fusegen.kernels.group_norm_cases import CASES
-from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, is_channels_last, register
+from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, is_channels_last, is_last, register
 from fusegen.kernels.rows import alone, size_of
 
 ACTIVATIONS = ("none", "silu")
@@ -50,13 +50,6 @@ def check(op: str, x: Tensor, channels: int, num_groups: int, activation: str, *
     for name, tensor in parameters.items():
         if tensor is not None and tuple(tensor.shape) != (channels,):
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, there are {channels} channels")
-
-
-def is_last(x: Tensor) -> bool:
-    """Whether x (B, C, H, W) or (B, C, L) is dense with channels innermost; what is also contiguous counts as that."""
-    if x.dim() == 3:
-        return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
-    return is_channels_last(x)
 
 
 def like(x: Tensor, channels: int) -> Tensor:

@@ -146,6 +146,13 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
+def is_last(x: Tensor) -> bool:
+    """Whether x (B, C, H, W) or (B, C, L) is dense with channels innermost; what is also contiguous counts as that."""
+    if x.dim() == 3:
+        return not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    return is_channels_last(x)
+
+
 @dataclass(frozen=True)
 class Op:
     """A fused operation; see the module's text and ``docs/map.md`` for how to add one.

@@ -26,6 +26,7 @@ from fusegen.runtime.read.folder import Folder
 from fusegen.runtime.rewrite.cast import tables
 
 MAX_FILE = 256 << 20  # bytes of a member that is read whole
+PART = 64 << 20  # bytes of a mapped member that are hashed at once
 _CODE = (
     ".pkl",
     ".pickle",
@@ -99,8 +100,7 @@ class Bundle:
         member = f"components/{name}/weights.safetensors"
         data, start, size = self._source.span(member)
         if self._verify:
-            with memoryview(data) as view, view[start : start + size] as part:
-                self._check(member, part)
+            self._check_pages(member, data, start, size)
         found: dict[str, Weight] = dict(safetensors.read(data, start, size, f"{self.path}: {member}"))
         if component.storage_dtype:
             stored = STORAGE[component.storage_dtype]
@@ -110,8 +110,22 @@ class Bundle:
                     found[key] = converted(tensor, torch.float32)
         return found
 
-    def _check(self, name: str, data: Any) -> None:
-        if hashlib.sha256(data).hexdigest() != self.manifest.members[name].sha256:
+    def _check_pages(self, name: str, data: Any, start: int, size: int) -> None:
+        """Check a mapped member, whose pages need not be in memory all at once."""
+        digest = hashlib.sha256()
+        with memoryview(data) as view:
+            for at in range(start, start + size, PART):
+                end = min(at + PART, start + size)
+                with view[at:end] as part:
+                    digest.update(part)
+                archive.release(archive.pages(data, at, end - at, 1))
+        self._compare(name, digest.hexdigest())
+
+    def _check(self, name: str, data: bytes) -> None:
+        self._compare(name, hashlib.sha256(data).hexdigest())
+
+    def _compare(self, name: str, digest: str) -> None:
+        if digest != self.manifest.members[name].sha256:
             raise FileError(
                 "the member is not what the manifest says: its SHA-256 differs", f"{self.path}: {name}", _AGAIN
             )

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
-from fusegen.kernels.group_norm import is_last
-from fusegen.kernels.op import FLOATS, Kernel
+from fusegen.kernels.op import FLOATS, Kernel, is_last
 
 _PARAMETERS = ("weight", "bias")
 _PER_SAMPLE = ("add", "scale", "shift")

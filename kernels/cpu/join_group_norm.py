@@ -9,8 +9,7 @@ from torch import Tensor
 from fusegen.kernels.cpu.group_norm import Args as Args
 from fusegen.kernels.cpu.group_norm import dense_samples, fill, unfit
 from fusegen.kernels.cpu.library import CpuLaunch
-from fusegen.kernels.group_norm import is_last
-from fusegen.kernels.op import Kernel
+from fusegen.kernels.op import Kernel, is_last
 
 ROLES = {"x": 0, "other": 1, "weight": 3, "bias": 4}
 

@@ -1,0 +1,120 @@
+"""The benchmarks of published networks, on a small one: the files, the peers, a worker's parent, the picture's loop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fusegen.bench import cli
+from fusegen.bench.published import files, networks, peers, picture, suites, worker
+from fusegen.kernels import op as registry
+from fusegen.runtime.loop.denoise import denoise
+
+SMALL = "small"
+
+
+def _small() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.SiLU(), nn.Conv2d(32, 3, 3, padding=1))
+    return networks.Call(net, lambda net, x, scale: net(x) * scale)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    made = networks.Network(_small, lambda g: [torch.randn(2, 3, 16, 16, generator=g), torch.rand(2, 1, 1, 1)])
+    monkeypatch.setattr(networks, "NETWORKS", {SMALL: made})
+    (tmp_path / SMALL).mkdir()
+    files.main(SMALL, str(tmp_path / SMALL), files.EXPECTED, files.WEIGHTS, files.BUNDLE)
+    return tmp_path / SMALL
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["eager", "fusegen"])
+def test_peers_load_the_same_network_from_their_files(folder: Path, name: str, dtype: str) -> None:
+    inputs, want, facts = files.expected(folder)
+    got = peers.PEERS[name].load(SMALL, folder, dtype, inputs)(inputs)
+    bound = suites.BOUNDS[dtype]
+    assert float((got.float() - want).norm() / want.norm()) <= bound.rms
+    assert facts["flops"] == 2 * (2 * 256 * 9 * 3 * 32) * 2  # two convolutions of two pictures
+
+
+@pytest.mark.parametrize(("name", "package"), [("onnxruntime", "onnxscript"), ("openvino", "openvino")])
+def test_other_runtimes_do_too_where_they_are_installed(folder: Path, name: str, package: str) -> None:
+    pytest.importorskip(package)
+    files.main(SMALL, str(folder), peers.PEERS[name].kind)
+    inputs, want, _ = files.expected(folder)
+    torch.testing.assert_close(peers.PEERS[name].load(SMALL, folder, "float32", inputs)(inputs), want)
+
+
+def test_a_stored_dtype_is_everybody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = networks.Network(
+        _small, lambda g: [torch.randn(1, 3, 8, 8, generator=g), torch.ones(1, 1, 1, 1)], "bfloat16"
+    )
+    monkeypatch.setattr(networks, "NETWORKS", {SMALL: made})
+    assert all(torch.equal(p, p.bfloat16().float()) for p in networks.made(SMALL).parameters())
+
+
+STUB = """#!{python}
+import json, sys
+if {fails}:
+    sys.exit("no memory left")
+from safetensors.torch import save_file
+import torch
+save_file({{"output": torch.arange(3.0)}}, sys.argv[-1])
+calls = 0
+while True:
+    print(json.dumps({{"load_s": 1.0, "peak_mib": 100.0 + calls}}), flush=True)
+    if sys.stdin.readline() != "run\\n":
+        break
+    calls += 1
+"""
+
+
+def _stub(folder: Path, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    path = folder / "python"
+    path.write_text(STUB.format(python=sys.executable, fails=fails))
+    path.chmod(0o755)
+    monkeypatch.setattr(worker.sys, "executable", str(path))
+
+
+def test_a_worker_answers_and_tells_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _stub(tmp_path, monkeypatch, False)
+    running = worker.Worker("eager", SMALL, tmp_path, "float32")
+    assert running.facts == {"load_s": 1.0, "peak_mib": 100.0}
+    assert torch.equal(running.output, torch.arange(3.0))
+    running(), running()
+    running.close()
+    assert running.facts["peak_mib"] == 102.0 and running.process.returncode == 0
+
+
+def test_a_worker_that_dies_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _stub(tmp_path, monkeypatch, True)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        worker.Worker("eager", SMALL, tmp_path, "float32")
+
+
+def test_the_eager_steps_are_those_of_our_loop() -> None:
+    registry.ops()
+    sampled, context = picture.plan(), torch.zeros(2, 1, 1)
+
+    def unet(given: Sequence[Tensor]) -> Tensor:
+        x, t, _ = given
+        return torch.tanh(x) * (1 + t[:, None, None, None] / 1000)
+
+    def ours(step: int, x: Tensor) -> Tensor:
+        return unet([x, torch.full((2,), float(sampled.times[step])), context])
+
+    eager = picture._sampled(unet, sampled, context)
+    loop = denoise(ours, sampled, [picture.SEED], picture.SHAPE, picture.GUIDANCE)
+    assert len(sampled) == picture.STEPS
+    torch.testing.assert_close(eager, loop, rtol=1e-3, atol=1e-3 * float(loop.abs().max()))
+
+
+def test_a_contender_that_a_suite_lacks_is_left_out_of_it() -> None:
+    assert set(suites.SUITES["clip-l"].who) == set(peers.PEERS)
+    assert cli.chosen(["openvino"], peers.PEERS, "contender") == ["openvino"]
+    assert suites._pairs(suites.HALF, ["openvino", "onnxruntime"], ["bfloat16"]) == [("openvino", "bfloat16")]

@@ -17,6 +17,7 @@ import torch
 from interpret import interpret
 from torch import Tensor, nn
 
+from fusegen.runtime import bundle
 from fusegen.runtime.api import capture, read
 from fusegen.runtime.bundle import Bundle, Manifest
 from fusegen.runtime.derived import value
@@ -236,6 +237,23 @@ def test_every_flipped_byte_is_found_or_harmless(path: Path, program: Program) -
             continue
         assert dataclasses.replace(got, weights={}) == dataclasses.replace(program, weights={})
         assert all(torch.equal(v, program.weights[k]) for k, v in got.weights.items())
+
+
+@pytest.mark.parametrize("part", [1, 4096, 5000])
+def test_weights_are_hashed_in_parts(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    monkeypatch.setattr(bundle, "PART", part)
+    Bundle.write(tmp_path / "x.fg", ABOUT, {"net": program})
+    got = read(tmp_path / "x.fg")
+    assert all(torch.equal(value(v), program.weights[k]) for k, v in got.weights.items())
+    path = tmp_path / "x.fg"
+    raw = bytearray(path.read_bytes())
+    at = raw.index(program.weights["linear.weight"].numpy().tobytes())
+    raw[at + 5] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(FileError, match="SHA-256 differs"):
+        read(path)
 
 
 def test_missing_folder(tmp_path: Path, program: Program) -> None:

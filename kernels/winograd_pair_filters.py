@@ -48,11 +48,13 @@ def cost(weight: Tensor) -> Cost:
     return Cost(flops=35 * pairs, bytes=25 * pairs * weight.element_size())
 
 
-def _case(name: str, outputs: int, inputs: int) -> Case:
+def _case(name: str, outputs: int, inputs: int, bench: bool = False) -> Case:
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         return (torch.randn(outputs, inputs, 3, 3, generator=g).to(dtype),)
 
-    return Case(name, build, dtypes=(torch.bfloat16, torch.float32, torch.float16))
+    return Case(
+        name, build, dtypes=(torch.bfloat16,) if bench else (torch.bfloat16, torch.float32, torch.float16), bench=bench
+    )
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -78,6 +80,7 @@ OP = register(
             _case("no inputs", 4, 0),
             _case("wide", 70, 33),
             _case("whole groups", 64, 48),
+            _case("640x640", 640, 640, bench=True),
         ],
         alone=None,
         draw=_draw,

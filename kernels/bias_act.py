@@ -44,7 +44,7 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "selu": Activation(lambda x, _: F.selu(x)),
     "softplus": Activation(lambda x, _: F.softplus(x)),
     "swish": Activation(lambda x, _: F.silu(x), gain=math.sqrt(2)),
-    "quick_gelu": Activation(lambda x, _: x * torch.sigmoid(1.702 * x)),  # CLIP's, not StyleGAN's
+    "quick_gelu": Activation(lambda x, _: _quick_gelu(x)),  # CLIP's, not StyleGAN's
 }
 
 

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from fusegen.kernels import quantize_uint8
+from fusegen.kernels import linear_int8, quantize_uint8
 from fusegen.kernels.draw import Draw
 from fusegen.kernels.linear_int8 import ACTIVATIONS
-from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
+from fusegen.kernels.op import FLOATS, Case, Cost, Op, register
 
 SCHEMA = (
     "(Tensor x, Tensor weight, Tensor scale, Tensor? bias=None, Tensor? residual=None, str activation='none', "
@@ -175,11 +175,7 @@ OP = register(
         reference=reference,
         allocate=allocate,
         cost=cost,
-        tolerance={  # as of linear_int8
-            torch.float32: Tolerance(rms=1e-6, peak=2e-6),
-            torch.bfloat16: Tolerance(rms=3.91e-3, peak=3.91e-3),
-            torch.float16: Tolerance(rms=4.9e-4, peak=4.9e-4),
-        },
+        tolerance=linear_int8.OP.tolerance,
         cases=CASES,
         eager=_eager,
         alone=_alone,

@@ -84,9 +84,9 @@ class Launch:
     """One kernel bound to its arguments, ready to run any number of times.
 
     ``run()`` reads the tensors it was bound to, at the addresses they had.  Where a tensor has moved since (same shape,
-    strides and dtype), ``move(index, tensor)`` re-points positional argument ``index``; the caller keeps the
-    tensor alive while it is read.  ``keep(index)`` says that what
-    that argument holds will not change: what a run makes of it alone may be kept for the next.  A subclass a device.
+    strides and dtype), ``move(index, tensor)`` re-points positional argument ``index``; the caller keeps the tensor
+    alive while it is read.  ``keep(index)`` says that what that argument holds will not change: what a run makes of it
+    alone may be kept for the next.  A subclass a device.
     """
 
     def run(self) -> None:

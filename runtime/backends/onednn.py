@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels.cpu import bias_act, library
+from fusegen.kernels.linear_int8 import ACTIVATIONS
 from fusegen.runtime import specialize
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.program import Node, Program, Ref
@@ -44,7 +45,7 @@ _IN_PLACE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda x: torch.ops.aten.silu_(x),
     "gelu": lambda x: torch.ops.aten.gelu_(x),
     "gelu_tanh": lambda x: torch.ops.aten.gelu_(x, approximate="tanh"),
-    "quick_gelu": lambda x: x.mul_(torch.sigmoid(1.702 * x)),  # where our kernel is missing
+    "quick_gelu": lambda x: x.copy_(ACTIVATIONS["quick_gelu"](x)),  # where our kernel is missing
 }
 _linear = torch.ops.mkldnn._linear_pointwise.default._op
 _linear_binary = torch.ops.mkldnn._linear_pointwise.binary._op

@@ -8,16 +8,15 @@ The node vocabulary, for backends:
     activation(product(input, weight) + bias + residual) * multiplier
 
 ``bias``, ``residual`` and ``multiplier`` may be None; ``residual`` and ``multiplier`` have the output's shape and
-dtype.  ``activation`` is one of :data:`ACTIVATIONS`.  Where there is a ``multiplier``, there is no residual and no
-activation, so that no node asks for more than a library's post-operators.  A fused node rounds once where the graph
-rounded after each operator.
+dtype.  ``activation`` is one of the ``ACTIVATIONS`` of the op ``linear_int8``.  Where there is a ``multiplier``, there
+is no residual and no activation, so that no node asks for more than a library's post-operators.  A fused node rounds
+once where the graph rounded after each operator.
 
 :data:`EAGER` holds what they mean in eager PyTorch; called on meta tensors, it gives their shapes.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,20 +25,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusegen.kernels.linear_int8 import ACTIVATIONS
 from fusegen.runtime.derived import Derived, Weight
 from fusegen.runtime.program import Applied, Node, Program, Ref, TensorSpec
 from fusegen.runtime.read.operators import complete
 from fusegen.runtime.rewrite import gates as gates_of
 from fusegen.runtime.rewrite.graph import Names, overload, spec_of, without_dead
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
 _FUSED = {"aten.linear.default": "runtime.linear", "aten.conv2d.default": "runtime.conv2d"}
 # Ops that fuse the same themselves, as act(product + bias) + residual.
 _OWN = ("fusegen.linear_int8.default", "fusegen.conv2d_int8.default")

@@ -78,16 +78,15 @@ class Capture:
             self.build(phase)
 
     def build(self, phase: str) -> None:
-        """Bind the nodes of a phase, running each once."""
+        """Bind the nodes of a phase, running each once; the constant ones, which never run again, are let go."""
         for step in self.plan.steps:
             if step.phase == phase and not self._known(step):
                 run = self._bind(step)
-                if run is not None:
+                if run is not None and phase != "constant":
                     self.runs[phase].append((step, run))
                 self._keep(step)
         if phase == "constant":
             self.stable.update(o for s in self.plan.steps if s.phase == phase for o in s.node.outputs)
-            self.runs[phase].clear()
         loop = closures.loop([run for _, run in self.runs[phase]])
         self.loops[phase] = self.backend.record(loop) if self.backend.graph and phase == "step" else loop
 
@@ -196,7 +195,7 @@ class Capture:
         kernel = next(k for k in op.kernels if k.name == step.binding.name and k.device == self.backend.device)
         args = tuple(substitute(v, _Registers(self)) for v in step.node.args.values())
         made = step.made()
-        outs = tuple(self._planned(n, s) if step.binding.planned else self._own(s) for n, s in made)
+        outs = tuple(self._planned(n, s) if step.binding.planned else self._own(s, step.phase) for n, s in made)
         launch = kernel.bind(outs, args)
         for at, v in enumerate(step.node.args.values()):
             if isinstance(v, Ref) and v.name in self.plan.program.weights:
@@ -222,8 +221,9 @@ class Capture:
         flat = self.arena[at : at + spec.nbytes].view(spec.dtype)
         return flat.as_strided(spec.sizes, spec.strides)
 
-    def _own(self, spec: Strided) -> Tensor:
-        self.nbytes += spec.nbytes
+    def _own(self, spec: Strided, phase: str) -> Tensor:
+        if phase != "constant":  # those are the session's, and outlive this capture
+            self.nbytes += spec.nbytes
         return spec.empty(self.backend.device)
 
     def _dying(self, step: Step) -> tuple[int, ...]:

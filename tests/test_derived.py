@@ -82,6 +82,20 @@ def test_a_session_holds_no_second_copy_of_a_packed_weight(tmp_path: Path) -> No
     assert not plain, "only packed forms may be there"
 
 
+def test_what_is_made_of_weights_alone_is_all_that_stays() -> None:
+    """Launches of the constant phase kept 550 MiB of weights alive until all of it was done."""
+    net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    session = compile_program(capture(net, (x,)), "cpu", "float32")
+    session(x)
+    (bound,) = session._captures.values()
+    if not any(s.phase == "constant" for s in bound.plan.steps):
+        pytest.skip("no kernel takes Winograd's filters here")
+    assert not bound.runs["constant"] and ("1.weight", net[1].weight.shape) not in session.weights._placed
+    assert bound.nbytes == bound.plan.layout.peak  # the filters are the session's
+    assert sum("winograd_filters" in request for request in session.weights.constants) == 1
+
+
 def test_a_bound_kernel_does_not_keep_what_it_was_moved_from() -> None:
     """Launches that kept their arguments kept 400 MiB of activations of Stable Diffusion's U-Net alive."""
     op = registry.get("layer_norm")

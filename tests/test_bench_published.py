@@ -23,6 +23,20 @@ def _small() -> nn.Module:
     return networks.Call(net, lambda net, x, scale: net(x) * scale)
 
 
+# Parameters in millions, as their papers and cards have them; diffusers' DiT embeds time and label in each of its 28
+# blocks, 675 million without.
+PUBLISHED = {"sd15-unet": 859.5, "sdxl-unet-512": 2567.5, "sd-vae-512": 49.5, "dit-xl-2": 749.8, "clip-l": 123.1}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_networks_are_those_that_were_published(name: str) -> None:
+    with torch.device("meta"):
+        net = networks.NETWORKS[name].build()
+    count = sum(p.numel() for p in net.parameters()) / 1e6
+    assert count == pytest.approx(PUBLISHED[name], rel=1e-3)
+    assert networks.example(name)[0].shape[0] in (1, 2)
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made = networks.Network(_small, lambda g: [torch.randn(2, 3, 16, 16, generator=g), torch.rand(2, 1, 1, 1)])

@@ -62,9 +62,8 @@ def _weights(path: Path, net: nn.Module, inputs: list[Tensor], stored: str) -> N
 
 def _bundle(path: Path, net: nn.Module, inputs: list[Tensor], stored: str) -> None:
     program = capture(net, inputs, name="network")
-    Bundle.write(
-        path, Manifest(name=path.parent.name), {"network": program}, storage_dtype=stored.replace("float32", "")
-    )
+    short = "" if stored == "float32" else stored
+    Bundle.write(path, Manifest(name=path.parent.name), {"network": program}, storage_dtype=short)
 
 
 def _openvino(path: Path, net: nn.Module, inputs: list[Tensor], stored: str) -> None:

@@ -5,6 +5,7 @@ None of this is in the runtime: it meets these networks as exported graphs alone
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ _ROOT = Path(__file__).resolve().parents[2]
 _SD_UP = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
 
 
-def _library(name: str) -> Any:
-    """diffusers or transformers.  Both ask for a package called ``kernels``: from a checkout's root, Python would show
-    them our folder, which refuses to be imported so."""
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
-    import importlib
+def library(name: str) -> Any:
+    """diffusers or transformers, imported.
 
+    Both ask whether a package called ``kernels`` is installed.  Run from the checkout's root, Python would show them
+    our folder of that name, which refuses to be imported so: the root is taken off the path (fusegen is imported
+    already, and finds its layers by its own ``__path__``).
+    """
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _ROOT]
     return importlib.import_module(name)
 
 
@@ -51,7 +54,7 @@ class Network:
 
 
 def _sd15() -> nn.Module:
-    net = _library("diffusers").UNet2DConditionModel(
+    net = library("diffusers").UNet2DConditionModel(
         sample_size=64, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=_SD_UP,
         cross_attention_dim=768, attention_head_dim=8,
@@ -64,7 +67,7 @@ def _sd15_inputs(g: torch.Generator) -> list[Tensor]:
 
 
 def _sdxl() -> nn.Module:
-    net = _library("diffusers").UNet2DConditionModel(
+    net = library("diffusers").UNet2DConditionModel(
         sample_size=128, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -92,7 +95,7 @@ def _sdxl_inputs(side: int) -> Callable[[torch.Generator], list[Tensor]]:
 
 
 def _vae() -> nn.Module:
-    net = _library("diffusers").AutoencoderKL(
+    net = library("diffusers").AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
     )  # fmt: skip
@@ -101,7 +104,7 @@ def _vae() -> nn.Module:
 
 
 def _dit() -> nn.Module:
-    net = _library("diffusers").DiTTransformer2DModel(
+    net = library("diffusers").DiTTransformer2DModel(
         num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32,
         patch_size=2, num_embeds_ada_norm=1000,
     )  # fmt: skip
@@ -113,12 +116,12 @@ def _dit_inputs(g: torch.Generator) -> list[Tensor]:
 
 
 def _clip() -> nn.Module:
-    library = _library("transformers")
-    cfg = library.CLIPTextConfig(
+    transformers = library("transformers")
+    cfg = transformers.CLIPTextConfig(
         vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
         max_position_embeddings=77, hidden_act="quick_gelu", attn_implementation="sdpa",
     )  # fmt: skip
-    return Call(library.CLIPTextModel(cfg), lambda net, ids: net(ids)[0])
+    return Call(transformers.CLIPTextModel(cfg), lambda net, ids: net(ids)[0])
 
 
 def _latents(side: int) -> Callable[[torch.Generator], list[Tensor]]:

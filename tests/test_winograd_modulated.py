@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_close
+from compare import assert_close, run_fenced, truth
 from torch import Tensor
 
 from fusegen.kernels import op as registry
@@ -62,6 +62,19 @@ def test_it_is_the_layer(level: str, up: bool, shape: tuple[int, ...], outputs: 
         last = a | {"x": a["x"].contiguous(memory_format=torch.channels_last)}
         assert_close("channels-last", at_once(last, up), want, OP.tolerance[torch.float32])
     assert_close("reference", at_once({k: v.double() for k, v in a.items()}, up), want, Tolerance(1e-6, 1e-6))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_filters_in_float32_round_what_comes_out_alone(level: str) -> None:
+    """The op's bound in bfloat16 is that of filters in pairs; the others keep the one of a single rounding."""
+    for case in (c for c in OP.cases if torch.bfloat16 in c.dtypes and not c.bench):
+        args = case.build(torch.Generator().manual_seed(2024), torch.bfloat16)
+        kernel = next((k for k in OP.kernels if k.device == "cpu"), None)
+        with library.forced(level):
+            if args[1].dtype != torch.float32 or kernel is None or kernel.decline(*args) is not None:
+                continue
+            (got,) = run_fenced(OP, kernel, args).values()
+        assert_close(f"{case.name} at {level}", got, truth(OP, args)["output 0"], Tolerance(rms=4e-3, peak=4.2e-3))
 
 
 def test_bits_do_not_depend_on_threads_or_batch() -> None:

@@ -20,7 +20,7 @@ from fusegen.kernels.op import Op
 from fusegen.runtime.derived import Weight
 from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, without_dead
-from fusegen.runtime.specialize import Strided, propagate, spec_of, strided
+from fusegen.runtime.specialize import Strided, propagate, spec_of
 
 # Measured on a Zen 5 against oneDNN with packed weights: 1.02 to 1.5 times as fast, but for fewer rows than MANY on a
 # weight of more than LARGE elements, whose reading is the time (0.74 to 1.0), and for few inputs or outputs (from 0.8).
@@ -171,8 +171,7 @@ class _Folding:
 
 def _channels_last(spec: Strided) -> bool:
     """Whether an image's pixels are rows of its channels, one after the other."""
-    image = torch.empty(spec.sizes, dtype=spec.dtype, device="meta", memory_format=torch.channels_last)
-    return spec.dense() == strided(image).dense()
+    return spec.meta().is_contiguous(memory_format=torch.channels_last)
 
 
 def _view(name: str, of: str, size: tuple[int, ...], stride: tuple[int, ...], outputs: tuple[str, ...]) -> Node:

@@ -11,18 +11,10 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
-from fusegen.runtime import (
-    few_rows,
-    gated_norm,
-    join,
-    many_rows,
-    state,
-    upsample,
-    winograd,
-    winograd_modulated,
-)
+from fusegen.runtime import few_rows, gated_norm, join, many_rows, state, upsample, winograd, winograd_modulated
 from fusegen.runtime.backends.base import Backend, Binding
 from fusegen.runtime.cost import cost
+from fusegen.runtime.derived import meta
 from fusegen.runtime.errors import GraphError
 from fusegen.runtime.memory import Interval, Layout, lay_out
 from fusegen.runtime.program import Applied, Node, Program, TensorSpec, substitute
@@ -122,9 +114,7 @@ def plan(
             static = few_rows.folded(static, declined, deterministic)
             static = many_rows.folded(static, declined, deterministic, backend.unpacked())
     metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}
-    metas |= {
-        k: torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device="meta") for k, w in static.weights.items()
-    }
+    metas |= {name: meta(weight) for name, weight in static.weights.items()}
     depends = _dependence(static)
     steps = []
     for node in static.nodes:

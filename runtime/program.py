@@ -76,10 +76,10 @@ class Program:
 
     ``inputs``: name -> spec, in call order.  ``outputs``: names of values, in return order.  ``weights``: name ->
     tensor (parameters, buffers and constants; possibly mapped from a file: never write to one), or how it is made of
-    others when it is needed.  ``symbols``: name of
-    a dynamic size -> (smallest, largest allowed).  ``specs``: what is known of every other value's shape.
-    ``applied``: the rewrites behind it, in order.  ``guards``: expressions of symbols that the exporter took to be
-    true (``"height % 8 == 0"``); for sizes that break one, the graph may mean something else.
+    others when it is needed.  ``symbols``: name of a dynamic size -> (smallest, largest allowed).  ``specs``: what is
+    known of every other value's shape.  ``applied``: the rewrites behind it, in order.  ``guards``: expressions of
+    symbols that the exporter took to be true (``"height % 8 == 0"``); for sizes that break one, the graph may mean
+    something else.
     """
 
     name: str

@@ -97,19 +97,6 @@ CASES = [
 ]
 
 
-def _eager(x: Tensor) -> tuple[Tensor, ...]:
-    """PyTorch's observer-style arithmetic: extremes, then ``quantize_per_tensor`` of each sample."""
-    made, scales, zeros = [], [], []
-    for sample in x.float().unbind():
-        low, high = (v.item() for v in torch.aminmax(sample))
-        scale = max((max(high, 0.0) - min(low, 0.0)) / LARGEST, 1e-30)
-        zero = round(-min(low, 0.0) / scale)
-        made.append(torch.quantize_per_tensor(sample, scale, zero, torch.quint8).int_repr())
-        scales.append(scale)
-        zeros.append(zero)
-    return torch.stack(made), torch.tensor(scales), torch.tensor(zeros)
-
-
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     dtype = dtype if dtype in FLOATS else torch.float32
     return (draw.tensor((*draw.shape(3, 40), *draw.shape(9, 9)), dtype, layouts=("channels_last", "contiguous")),)
@@ -128,7 +115,6 @@ OP = register(
             torch.int64: Tolerance(rms=0.0, peak=0.0),  # zero points
         },
         cases=CASES,
-        eager=_eager,
         draw=_draw,
         formula="codes = round(255 x / span) + zero, span = max(x, 0) - min(x, 0) of each sample",
         source="Jacob et al. 2018, arXiv:1712.05877",

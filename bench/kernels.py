@@ -78,9 +78,21 @@ def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.
     if not calls:
         return list(rows.values())
     baseline = "eager" if "eager" in calls else next(iter(calls))
-    timings = timing.interleave(calls, baseline, seconds=seconds, device=job.device)
-    timed = [_timed(job, row, timings[name]) if name in timings else row for name, row in rows.items()]
+    streams = _streams(job)
+    among = calls | {name: stream.call for name, stream in streams.items()}
+    timings = timing.interleave(among, baseline, seconds=seconds, device=job.device)
+    ceilings = roofline.measure(job.device)
+    ceilings = replace(ceilings, **{name: stream.bytes / timings[name].median for name, stream in streams.items()})
+    timed = [_timed(job, row, timings[name], ceilings) if name in calls else row for name, row in rows.items()]
     return [replace(row, ratio=None) for row in timed] if baseline != "eager" and "eager" in rows else timed
+
+
+def _streams(job: Job) -> dict[str, roofline.Stream]:
+    """Streams through memory, timed in turn with an op that goes beyond the caches: how fast memory is may change from
+    one minute to the next."""
+    if job.device != "cpu" or job.op.cost(*job.args()).bytes <= roofline.last_cache():
+        return {}
+    return {"copy": roofline.copying(), "read": roofline.reading()}
 
 
 def _gate(
@@ -106,8 +118,8 @@ def _gate(
     return row, call if verdict.ok else None
 
 
-def _timed(job: Job, row: Row, t: timing.Timing) -> Row:
+def _timed(job: Job, row: Row, t: timing.Timing, ceilings: roofline.Roofline) -> Row:
     cost = job.op.cost(*job.args())
-    share = roofline.measure(job.device).seconds(cost, job.dtype) / t.median
+    share = ceilings.seconds(cost, job.dtype) / t.median
     row = replace(row, gbps=cost.bytes / t.median / 1e9, gflops=cost.flops / t.median / 1e9, roofline_share=share)
     return replace(row, median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,19 +39,40 @@ def _best(call: Callable[[], object], repeats: int, device: str) -> float:
     return min(once(call, 1, device) for _ in range(repeats))
 
 
-def _copy(device: str) -> float:
+@dataclass(frozen=True)
+class Stream:
+    """A call that moves ``bytes`` through memory, far beyond the caches."""
+
+    call: Callable[[], object]
+    bytes: int
+
+
+def copying(device: str = "cpu") -> Stream:
+    """Reads as much as it writes."""
     count = 1 << (28 if device == "cuda" else 25)
     a = torch.empty(count, dtype=torch.float32, device=device).uniform_()
     b = torch.empty_like(a)
-    return 8 * count / _best(lambda: b.copy_(a), 9, device)
+    return Stream(lambda: b.copy_(a), 8 * count)
 
 
-def _read(device: str) -> float:
+def reading(device: str = "cpu") -> Stream:
     """By PyTorch's sum in float32: of its reductions, and beside a plain loop of 64-byte loads in C++ with and without
     prefetching, none was found to read faster."""
     count = 1 << (28 if device == "cuda" else 26)
-    a = torch.empty(count, dtype=torch.float32, device=device).uniform_()
-    return 4 * count / _best(a.sum, 9, device)
+    return Stream(torch.empty(count, dtype=torch.float32, device=device).uniform_().sum, 4 * count)
+
+
+def last_cache() -> int:
+    """Bytes of this CPU's last cache, 32 MiB where the system does not say."""
+    try:
+        found = os.sysconf("SC_LEVEL3_CACHE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        found = 0
+    return found if found > 0 else 32 << 20
+
+
+def _rate(stream: Stream, device: str) -> float:
+    return stream.bytes / _best(stream.call, 9, device)
 
 
 def _matmul(dtype: torch.dtype, size: int, device: str) -> float:
@@ -87,4 +109,4 @@ def measure(device: str = "cpu") -> Roofline:
         peak["float16"] = _matmul(torch.float16, size, device)
     else:
         peak["int8"] = _int8(size)
-    return Roofline(_copy(device), _read(device), peak)
+    return Roofline(_rate(copying(device), device), _rate(reading(device), device), peak)

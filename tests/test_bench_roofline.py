@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from fusegen.bench import contenders, kernels
+from fusegen.bench import contenders, kernels, roofline
 from fusegen.bench.roofline import Roofline
 from fusegen.kernels import op as registry
 from fusegen.kernels.op import Case, Cost
@@ -49,3 +51,21 @@ def test_onednn_is_gated_by_a_bound_of_its_own(case: str) -> None:
     assert [(r.contender, r.ok) for r in rows] == [("onednn", True)], rows
     bound = registry.get("linear_int8").tolerance[torch.float32]
     assert bound.rms * kernels.PEER_MARGIN < (rows[0].error_rms or 0.0) < contenders.BOUNDS["onednn"].rms
+
+
+def test_memory_is_timed_beside_what_goes_beyond_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+
+    def stream(name: str) -> roofline.Stream:
+        return roofline.Stream(lambda: moved.append(name), 10**9)
+
+    monkeypatch.setattr(roofline, "measure", lambda device: replace(ROOF, peak={"float32": 1e15}))
+    monkeypatch.setattr(roofline, "copying", lambda: stream("copy"))
+    monkeypatch.setattr(roofline, "reading", lambda: stream("read"))
+    monkeypatch.setattr(roofline, "last_cache", lambda: 1 << 30)
+    (inside,) = kernels.run(_job("rms_norm", "small"), ["fusegen"], seconds=0.001)
+    assert not moved and inside.roofline_share is not None
+    monkeypatch.setattr(roofline, "last_cache", lambda: 16)
+    (beyond,) = kernels.run(_job("rms_norm", "small"), ["fusegen"], seconds=0.001)
+    assert min(moved.count("copy"), moved.count("read")) >= 5  # at least the rounds
+    assert beyond.roofline_share is not None and beyond.roofline_share < inside.roofline_share

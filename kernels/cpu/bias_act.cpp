@@ -15,17 +15,16 @@ constexpr int64_t kPeriod = 4096;    // elements of a row of biases laid out bef
 
 template <int kAct, class T, class Bias>
 FG_INLINE void run_of(const T *x, T *out, int64_t n, const Bias &bias, const Finish &f, bool streaming) {
-  pieces(out, n, streaming, [&](int64_t first, int64_t count, T *to) {
-    const T *from = x + first;
+  leaving(out, streaming, [&](auto past) {
     int64_t i = 0;
-    for (; i + 2 * W <= count; i += 2 * W) {
-      vf a = add(load(from + i), bias(first + i)), b = add(load(from + i + W), bias(first + i + W));
-      store(to + i, finished<kAct, T>(a, f));
-      store(to + i + W, finished<kAct, T>(b, f));
+    for (; i + 2 * W <= n; i += 2 * W) {
+      vf a = add(load(x + i), bias(i)), b = add(load(x + i + W), bias(i + W));
+      leave(out + i, finished<kAct, T>(a, f), past);
+      leave(out + i + W, finished<kAct, T>(b, f), past);
     }
-    for (; i < count; i += W) {
-      int rest = count - i < W ? static_cast<int>(count - i) : W;
-      store_n(to + i, finished<kAct, T>(add(load_n(from + i, rest), bias(first + i)), f), rest);
+    for (; i < n; i += W) {
+      int rest = n - i < W ? static_cast<int>(n - i) : W;
+      store_n(out + i, finished<kAct, T>(add(load_n(x + i, rest), bias(i)), f), rest);
     }
   });
   if (streaming) streamed();

@@ -1,5 +1,5 @@
 // levels: scalar avx2 avx512 avx512_bf16 neon
-// up * act(gate): elementwise, in pieces that stay in the first-level cache.
+// up * act(gate), elementwise.
 #include "abi.h"
 #include "gelu.h"
 #include "stream.h"
@@ -27,8 +27,8 @@ FG_INLINE void activate(vf (&g)[N]) {
   }
 }
 
-template <class T, int64_t kActivation>
-FG_INLINE void run_of(const T *gate, const T *up, T *out, int64_t n, int64_t ahead) {
+template <class T, int64_t kActivation, class Past>
+FG_INLINE void run_of(const T *gate, const T *up, T *out, int64_t n, int64_t ahead, Past past) {
   int64_t i = 0;
   for (; i + kVectors * W <= n; i += kVectors * W) {
     for (int64_t line = 0; ahead && line < kVectors * W; line += 64 / static_cast<int64_t>(sizeof(T))) {
@@ -40,7 +40,7 @@ FG_INLINE void run_of(const T *gate, const T *up, T *out, int64_t n, int64_t ahe
     for (int v = 0; v < kVectors; ++v) y[v] = load(gate + i + v * W);
     activate<T, kActivation>(y);
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) store(out + i + v * W, mul(y[v], load(up + i + v * W)));
+    for (int v = 0; v < kVectors; ++v) leave(out + i + v * W, mul(y[v], load(up + i + v * W)), past);
   }
   for (; i < n; i += W) {
     const int some = n - i < W ? static_cast<int>(n - i) : W;
@@ -68,8 +68,8 @@ int gated(const fg_gated_mlp_act_args *a) {
       const int64_t i2 = r % a->n2, i1 = r / a->n2 % a->n1, i0 = r / a->n2 / a->n1;
       const T *gate = gates + i0 * a->gate_0 + i1 * a->gate_1 + i2 * a->gate_2 + from;
       const T *up = ups + i0 * a->up_0 + i1 * a->up_1 + i2 * a->up_2 + from;
-      pieces(out + r * width + from, n, streaming,
-             [&](int64_t i, int64_t m, T *to) { run_of<T, kActivation>(gate + i, up + i, to, m, ahead); });
+      T *to = out + r * width + from;
+      leaving(to, streaming, [&](auto past) { run_of<T, kActivation>(gate, up, to, n, ahead, past); });
     }
     if (streaming) streamed();
     return 0;

@@ -2,8 +2,8 @@
 //
 // A group's statistics are taken chunk by chunk and merged in the chunks' order; the chunks depend on the sizes of one
 // sample alone, so neither threads nor batch change a bit.  Where the groups of one work item fit the second-level
-// cache, the item takes the statistics and normalizes: memory is read once.  Else the two are separate sweeps, over as
-// much at a time as the last cache holds, so that the second finds there what the first has read.
+// cache or, one at a time, the last one, the item takes the statistics and normalizes: memory is read once.  Else the two
+// are separate sweeps, over as much at a time as the last cache holds, so that the second finds there what the first read.
 // What is added a channel goes into the statistics and the mean, so that it costs nothing an element; what is joined is
 // written chunk by chunk, just before the statistics of the chunk are taken from it.
 #pragma once
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kResident = 1 << 20;   // bytes of x that one work item may hold in cache
 constexpr int64_t kSmall = 1 << 15;      // bytes of x below which one thread is enough
-constexpr int64_t kRun = 8;              // work items, at most, that a thread takes together
+constexpr int64_t kRun = 64;             // work items, at most, that a thread takes together
 constexpr int64_t kTogether = 16;        // contiguous chunks, at most, of a sweep that a thread takes together
 
 // Groups contiguous in memory: a chunk is kChunk elements of the group's slab.
@@ -49,16 +49,16 @@ struct Contiguous {
       for (int64_t e = first; e < last;) {
         int64_t c = e / pixels, end = (c + 1) * pixels < last ? (c + 1) * pixels : last;
         const float *own = means + g * s.width + c;
-        row(input<T>(s.a, b) + g * slab + e, output<T>(s.a, b) + g * slab + e, end - e, own[0], own[channels],
-            own[2 * channels], s);
+        const T *x = input<T>(s.a, b) + g * slab + e;
+        T *out = output<T>(s.a, b) + g * slab + e;
+        leaving(out, s.streaming, [&](auto past) {
+          row(x, out, end - e, own[0], own[channels], own[2 * channels], s.ahead, past);
+        });
         e = end;
       }
   }
-  FG_INLINE void row(const T *x, T *out, int64_t n, float mean, float scale, float shift, const Shared &s) {
-    pieces(out, n, s.streaming,
-           [&](int64_t i, int64_t m, T *to) { piece(x + i, to, m, mean, scale, shift, s.ahead); });
-  }
-  FG_INLINE void piece(const T *x, T *out, int64_t n, float mean, float scale, float shift, int64_t ahead) {
+  template <class Past>
+  FG_INLINE void row(const T *x, T *out, int64_t n, float mean, float scale, float shift, int64_t ahead, Past past) {
     const vf m = set1(mean), a = set1(scale), b = set1(shift);
     int64_t i = 0;
     for (; i + kAtOnce * W <= n; i += kAtOnce * W) {
@@ -68,7 +68,7 @@ struct Contiguous {
       vf y[kAtOnce];
       normalized<T, kSilu>(x + i, W, m, a, b, y);
 #pragma GCC unroll 8
-      for (int v = 0; v < kAtOnce; ++v) store(out + i + v * W, y[v]);
+      for (int v = 0; v < kAtOnce; ++v) leave(out + i + v * W, y[v], past);
     }
     for (; i < n; i += W)
       normalized_part<T, kSilu>(x + i, n - i < W ? static_cast<int>(n - i) : W, m, a, b, out + i);
@@ -104,10 +104,12 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // How many groups of a sample one work item takes whole, or 0 where the sweeps are to be separate.
 template <bool kLast>
 int64_t groups_an_item(const fg_group_norm_args *a, int64_t group_bytes, int64_t element) {
+  const int64_t even = ceil_div(a->batch * a->groups, fg_threads());  // an equal share for every thread
+  // A thread goes through the groups one by one, and two at a time are to be found in the last cache.
+  if (!kLast && group_bytes > kResident && even > 1 && 4 * fg_threads() * group_bytes <= fg_cache_bytes()) return 1;
   int64_t most = kResident / (group_bytes > 0 ? group_bytes : 1);
   most = most < a->groups ? most : a->groups;
   if (!most) return 0;
-  int64_t even = ceil_div(a->batch * a->groups, fg_threads());  // an equal share for every thread
   int64_t groups = even < most ? even : most;
   if (!kLast && groups * group_bytes > kSmall) groups = kSmall / group_bytes > 1 ? kSmall / group_bytes : 1;
   // A run of channels shorter than a few cache lines would waste what memory delivers.
@@ -115,9 +117,76 @@ int64_t groups_an_item(const fg_group_norm_args *a, int64_t group_bytes, int64_t
   return narrow ? 0 : groups;
 }
 
+// Both sweeps over `step` groups at a time.  Where memory is read and written, a thread takes the statistics of the next
+// ones while it normalizes these: else it would be written only now, and read only then.
+template <class Sweep, bool kLast>
+int whole_groups(Shared s, int64_t step, int64_t grain, int64_t group_bytes) {
+  const fg_group_norm_args *a = s.a;
+  const int64_t items = ceil_div(a->groups, step), all = a->batch * items;
+  int64_t run = all / (group_bytes > kResident ? fg_threads() : 4 * fg_threads());  // what one thread does in a row
+  run = run < 1 ? 1 : run > kRun ? kRun : run;
+  const bool both = !kLast && s.streaming;
+  if (!kLast && !a->other && run > 1 && (both || 2 * step * group_bytes <= kResident)) s.ahead = step * s.width * a->pixels;
+  const auto each = [&](int64_t item, const auto &body) {
+    const int64_t g0 = item % items * step;
+    body(item / items, g0, g0 + step < a->groups ? g0 + step : a->groups);
+  };
+  const auto finished = [&](int64_t item) {
+    each(item, [&](int64_t b, int64_t g0, int64_t g1) { finish<kLast>(s, b, g0, g1); });
+  };
+  const auto sweep = [&](int64_t item, int64_t chunk, auto body) {
+    each(item, [&](int64_t b, int64_t g0, int64_t g1) { body(s, b, chunk, g0, g1); });
+  };
+  return parallel_for(ceil_div(all, run), grain, [&](int64_t turn) {
+    const int64_t first = turn * run, end = first + run < all ? first + run : all;
+    for (int64_t item = first; item < end; ++item) {
+      for (int64_t i = 0; (!both || item == first) && i < s.chunks; ++i) sweep(item, i, Sweep::statistics);
+      finished(item);
+      for (int64_t i = 0; i < s.chunks; ++i) {
+        sweep(item, i, Sweep::apply);
+        if (both && item + 1 < end) sweep(item + 1, i, Sweep::statistics);
+      }
+    }
+    if (s.streaming) streamed();
+    return 0;
+  });
+}
+
+// Each sweep over as much as the last cache holds; as above, the statistics of what comes next while this is normalized.
+template <class Sweep, bool kLast>
+int separate_sweeps(const Shared &s, int64_t grain, int64_t group_bytes) {
+  const fg_group_norm_args *a = s.a;
+  const int64_t blocks = kLast ? 1 : a->groups, width = a->groups / blocks, all = a->batch * blocks;
+  const int64_t fit = fg_cache_bytes() / (8 * width * group_bytes);
+  const int64_t together = fit < 1 ? 1 : fit < all ? fit : all, run = kLast ? 1 : kTogether;
+  const auto chunks = [&](int64_t first) { return (all - first < together ? all - first : together) * s.chunks; };
+  const auto sweep = [&](int64_t first, int64_t from, auto body) {
+    for (int64_t item = from; item < from + run && item < chunks(first); ++item) {
+      const int64_t block = (first + item / s.chunks) % blocks, b = (first + item / s.chunks) / blocks;
+      body(s, b, item % s.chunks, block * width, (block + 1) * width);
+    }
+  };
+  for (int64_t first = -together; first < all; first += together) {
+    const int64_t next = first + together, now = first < 0 ? 0 : ceil_div(chunks(first), run);
+    const int64_t then = next < all ? ceil_div(chunks(next), run) : 0;
+    const auto turn = [&](int64_t statistics, int64_t apply) {
+      parallel_for(statistics > apply ? statistics : apply, grain, [&](int64_t i) {
+        if (i < statistics) sweep(next, i * run, Sweep::statistics);
+        if (i < apply) sweep(first, (apply - 1 - i) * run, Sweep::apply);  // from the end, which was read last
+        if (s.streaming) streamed();
+        return 0;
+      });
+    };
+    turn(s.streaming ? then : 0, now);
+    if (!s.streaming) turn(then, 0);
+    for (int64_t i = next; i < next + together && i < all; ++i)
+      finish<kLast>(s, i / blocks, i % blocks * width, (i % blocks + 1) * width);
+  }
+  return FG_OK;
+}
+
 template <template <class, bool> class Layout, class T, bool kSilu, bool kLast>
 int normalize(const fg_group_norm_args *a) {
-  using Sweep = Layout<T, kSilu>;
   Shared s{a, a->channels / a->groups, 0, kLast ? kRows : kChunk, nullptr, nullptr, nullptr, 0, false};
   s.chunks = ceil_div(kLast ? a->pixels : a->pixels * s.width, s.chunk);
   const int64_t partials = a->batch * s.chunks * a->groups * static_cast<int64_t>(sizeof(Moments));
@@ -132,52 +201,12 @@ int normalize(const fg_group_norm_args *a) {
       s.added[i] = parameter(a->add, a->add_dtype, i / a->channels * a->add_batch + i % a->channels, 0.0f);
   }
   const int64_t element = static_cast<int64_t>(sizeof(T)), group_bytes = s.width * a->pixels * element;
-  s.streaming = streams((a->other ? 4 : 2) * a->batch * a->groups * group_bytes);
-  const int64_t grain = a->batch * a->groups * group_bytes < kSmall ? a->batch * a->groups * s.chunks + 1 : 1;
-  if (int64_t step = groups_an_item<kLast>(a, group_bytes, element)) {
-    const int64_t items = ceil_div(a->groups, step), all = a->batch * items;
-    int64_t run = all / (4 * fg_threads());  // what one thread does in a row
-    run = run < 1 ? 1 : run > kRun ? kRun : run;
-    if (!kLast && !a->other && run > 1 && 2 * step * group_bytes <= kResident) s.ahead = step * s.width * a->pixels;
-    return parallel_for(ceil_div(all, run), grain, [&](int64_t first) {
-      for (int64_t item = first * run; item < all && item < (first + 1) * run; ++item) {
-        int64_t b = item / items, g0 = item % items * step, g1 = g0 + step < a->groups ? g0 + step : a->groups;
-        for (int64_t i = 0; i < s.chunks; ++i) Sweep::statistics(s, b, i, g0, g1);
-        finish<kLast>(s, b, g0, g1);
-        for (int64_t i = 0; i < s.chunks; ++i) Sweep::apply(s, b, i, g0, g1);
-      }
-      if (s.streaming) streamed();
-      return 0;
-    });
-  }
-  const int64_t blocks = kLast ? 1 : a->groups, width = a->groups / blocks, all = a->batch * blocks;
-  const int64_t bytes = width * group_bytes, fit = fg_cache_bytes() / (8 * (bytes > 0 ? bytes : 1));
-  const int64_t together = fit < 1 ? 1 : fit < all ? fit : all;  // blocks that both sweeps take before the next
-  for (int64_t first = 0; first < all; first += together) {
-    const int64_t count = all - first < together ? all - first : together;
-    auto each = [&](void (*sweep)(const Shared &, int64_t, int64_t, int64_t, int64_t), bool back) {
-      const int64_t chunks = count * s.chunks, most = kLast ? 1 : kTogether, share = chunks / (4 * fg_threads());
-      const int64_t run = share < 1 ? 1 : share < most ? share : most, runs = ceil_div(chunks, run);
-      parallel_for(runs, grain, [&](int64_t i) {
-        const int64_t from = (back ? runs - 1 - i : i) * run, to = from + run < chunks ? from + run : chunks;
-        for (int64_t item = from; item < to; ++item) {
-          const int64_t block = (first + item / s.chunks) % blocks, b = (first + item / s.chunks) / blocks;
-          sweep(s, b, item % s.chunks, block * width, (block + 1) * width);
-        }
-        if (s.streaming) streamed();
-        return 0;
-      });
-    };
-    each(Sweep::statistics, false);
-    parallel_for(count, 16, [&](int64_t i) {
-      const int64_t block = (first + i) % blocks, b = (first + i) / blocks;
-      return finish<kLast>(s, b, block * width, (block + 1) * width), 0;
-    });
-    // While this is written, what comes next is read.
-    s.ahead = !kLast && s.streaming && first + together < all ? together * s.width * a->pixels : 0;
-    each(Sweep::apply, true);  // from the end, which was read last
-  }
-  return FG_OK;
+  const int64_t bytes = a->batch * a->groups * group_bytes;
+  s.streaming = streams((a->other ? 4 : 2) * bytes);
+  const int64_t grain = bytes < kSmall ? a->batch * a->groups * s.chunks + 1 : 1;
+  const int64_t step = groups_an_item<kLast>(a, group_bytes, element);
+  if (step) return whole_groups<Layout<T, kSilu>, kLast>(s, step, grain, group_bytes);
+  return separate_sweeps<Layout<T, kSilu>, kLast>(s, grain, group_bytes);
 }
 
 template <class T>

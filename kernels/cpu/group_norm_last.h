@@ -5,7 +5,6 @@
 namespace {
 
 constexpr int64_t kTile = 1024;          // channels of it handled together
-constexpr int64_t kColumns = 512;        // ... made in a buffer together
 constexpr int64_t kLines = kAtOnce;      // pixels that are normalized step by step
 constexpr int64_t kAhead = 1 << 13;      // bytes of those from what is computed to what is prefetched
 
@@ -125,22 +124,17 @@ struct ChannelsLast {
     const int64_t last = s.a->pixels - first < s.chunk ? s.a->pixels : first + s.chunk;
     const int64_t c0 = g0 * s.width, columns = (g1 - g0) * s.width;
     const float *mean = s.channel + b * 3 * channels + c0, *scale = mean + channels, *shift = scale + channels;
-    alignas(64) T buffer[kLines][kColumns];
-    for (int64_t r = first; r < last; r += kLines) {
-      const int64_t rows = last - r < kLines ? last - r : kLines, most = s.streaming ? kColumns : columns;
-      const T *x = input<T>(s.a, b) + r * channels + c0;
-      T *out = output<T>(s.a, b) + r * channels + c0;
-      for (int64_t c = 0; c < columns; c += most) {
-        const int64_t n = columns - c < most ? columns - c : most;
-        T *to = s.streaming ? buffer[0] : out + c;
-        block(x + c, to, rows, n, mean + c, scale + c, shift + c, channels, s.streaming ? kColumns : channels);
-        for (int64_t i = 0; s.streaming && i < rows; ++i) stream<T>(buffer[i], out + i * channels + c, n);
-      }
-    }
+    const bool whole = channels % (64 / static_cast<int64_t>(sizeof(T))) == 0;  // lines: all rows begin one
+    leaving(output<T>(s.a, b) + c0, s.streaming && whole, [&](auto past) {
+      for (int64_t r = first; r < last; r += kLines)
+        block(input<T>(s.a, b) + r * channels + c0, output<T>(s.a, b) + r * channels + c0,
+              last - r < kLines ? last - r : kLines, columns, mean, scale, shift, channels, past);
+    });
   }
   // Up to kLines rows of n columns.
+  template <class Past>
   FG_INLINE void block(const T *x, T *out, int64_t rows, int64_t columns, const float *mean, const float *scale,
-                       const float *shift, int64_t stride, int64_t out_stride) {
+                       const float *shift, int64_t stride, Past past) {
     const int64_t next = ahead(stride);
     for (int64_t c = 0; c < columns; c += W) {
       int n = columns - c < W ? static_cast<int>(columns - c) : W;
@@ -150,10 +144,10 @@ struct ChannelsLast {
         vf y[kLines];
         normalized<T, kSilu>(x + c, stride, m, k, h, y);
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < kLines; ++i) store(out + i * out_stride + c, y[i]);
+        for (int64_t i = 0; i < kLines; ++i) leave(out + i * stride + c, y[i], past);
       } else {
         for (int64_t i = 0; i < rows; ++i)
-          normalized_part<T, kSilu>(x + i * stride + c, n, m, k, h, out + i * out_stride + c);
+          normalized_part<T, kSilu>(x + i * stride + c, n, m, k, h, out + i * stride + c);
       }
     }
   }

@@ -9,6 +9,7 @@
 
 namespace {
 
+constexpr int64_t kBuffer = 1 << 13;  // bytes of a row that is turned before it goes past the caches
 constexpr int64_t kTable = 1 << 14;  // bytes of factors that a work item spreads, at least one row
 constexpr int64_t kTogether = 8;     // rows whose norms are worked out at once, at most
 constexpr int64_t kRows = 1 << 16;   // bytes of x that a work item takes, at least one row of each position

@@ -51,15 +51,17 @@ FG_INLINE void norm_row(const T *x, T *out, int64_t width, const float *weight, 
   const float deviation = 1.0f / __builtin_sqrtf(static_cast<float>(moments.m2 / static_cast<double>(width) + eps));
   const vf m = set1(mean), k = set1(deviation), one = set1(1.0f);
   const vf rest = set1(static_cast<float>(static_cast<double>(mean) - moments.mean) * deviation);
-  pieces(out, width, streaming, [&](int64_t from, int64_t count, T *to) {
-    vectors(count, [&](int64_t j, int n) {
-      const int64_t i = from + j;
+  leaving(out, streaming, [&](auto past) {
+    vectors(width, [&](int64_t i, int n) {
       __builtin_prefetch(next + i);
       if (more) __builtin_prefetch(more + i);
       vf y = kRms ? mul(part(x + i, n), k) : fma(sub(part(x + i, n), m), k, rest);
       y = fma(y, part(weight + i, n), part(bias + i, n));
       if (kModulated) y = fma(y, add(one, part(scale + i, n)), part(shift + i, n));
-      put(to + j, y, n);
+      if (n == W)
+        leave(out + i, y, past);
+      else
+        store_n(out + i, y, n);
     });
   });
 }

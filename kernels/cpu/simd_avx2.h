@@ -19,6 +19,7 @@ FG_INLINE __m128i to_bf16(__m256 x) {
   __m256i wide = _mm256_blendv_epi8(rounded, nan, is_nan);
   return _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
+FG_INLINE __m128i to_fp16(__m256 x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 FG_INLINE vf load(const float *p) { return _mm256_loadu_ps(p); }
 FG_INLINE vf load(const bf16 *p) {
@@ -28,9 +29,7 @@ FG_INLINE vf load(const bf16 *p) {
 FG_INLINE vf load(const fp16 *p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
 FG_INLINE void store(float *p, vf x) { _mm256_storeu_ps(p, x); }
 FG_INLINE void store(bf16 *p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i *>(p), to_bf16(x)); }
-FG_INLINE void store(fp16 *p, vf x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+FG_INLINE void store(fp16 *p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i *>(p), to_fp16(x)); }
 FG_INLINE vf load_n(const float *p, int n) { return _mm256_maskload_ps(p, lanes_below(n)); }
 FG_INLINE void store_n(float *p, vf x, int n) { _mm256_maskstore_ps(p, lanes_below(n), x); }
 // AVX2 has no masked moves of 16-bit elements: go through a buffer on the stack.

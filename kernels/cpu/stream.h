@@ -1,15 +1,15 @@
 // Outputs that no cache would keep.
 //
 // An ordinary store reads the line that it overwrites, and takes the place of something that was cached.  Where what an
-// op reads and writes is larger than the last cache, its output is made in a buffer that stays in the first-level cache,
-// and leaves that by stores that go past the caches.
+// op reads and writes is larger than the last cache, its output goes past the caches, vector by vector as it is made, so
+// that memory writes while the next is computed; or from a buffer, where it is made piecemeal.
 #pragma once
+#include <type_traits>
+
 #include "simd.h"
 #include "threads.h"
 
 namespace {
-
-constexpr int64_t kBuffer = 1 << 13;  // bytes of output made at a time
 
 #if defined(FG_HAS_AVX512) || defined(FG_LEVEL_AVX2)
 constexpr bool kStreams = true;
@@ -40,16 +40,38 @@ FG_INLINE void stream(const T *from, T *to, int64_t n) {
   std::memcpy(target + i, source + i, static_cast<size_t>(bytes - i));
 }
 
-// Makes `out` of n elements: body(i, m, to) writes elements [i, i + m) to `to`.
+#if defined(FG_HAS_AVX512)
+FG_INLINE void store_past(float *p, vf x) { _mm512_stream_ps(p, x); }
+FG_INLINE void store_past(bf16 *p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i *>(p), to_bf16(x)); }
+FG_INLINE void store_past(fp16 *p, vf x) { _mm256_stream_si256(reinterpret_cast<__m256i *>(p), to_fp16(x)); }
+#elif defined(FG_LEVEL_AVX2)
+FG_INLINE void store_past(float *p, vf x) { _mm256_stream_ps(p, x); }
+FG_INLINE void store_past(bf16 *p, vf x) { _mm_stream_si128(reinterpret_cast<__m128i *>(p), to_bf16(x)); }
+FG_INLINE void store_past(fp16 *p, vf x) { _mm_stream_si128(reinterpret_cast<__m128i *>(p), to_fp16(x)); }
+#else
+template <class T>
+FG_INLINE void store_past(T *p, vf x) {
+  store(p, x);
+}
+#endif
+
+// A whole vector to p, past the caches where Past is std::true_type.
+template <class Past, class T>
+FG_INLINE void leave(T *p, vf x, Past) {
+  if constexpr (Past::value)
+    store_past(p, x);
+  else
+    store(p, x);
+}
+
+// body(past) makes an output of vectors from `out` on with leave(..., past): only whole lines are worth sending past the
+// caches, and only from a vector's own boundary.
 template <class T, class F>
-FG_INLINE void pieces(T *out, int64_t n, bool streaming, const F &body) {
-  alignas(64) T buffer[kBuffer / sizeof(T)];
-  const int64_t most = streaming ? kBuffer / static_cast<int64_t>(sizeof(T)) : n;
-  for (int64_t i = 0; i < n; i += most) {
-    const int64_t m = n - i < most ? n - i : most;
-    body(i, m, streaming ? buffer : out + i);
-    if (streaming) stream(buffer, out + i, m);
-  }
+FG_INLINE void leaving(const T *out, bool streaming, const F &body) {
+  if (kStreams && streaming && !(reinterpret_cast<uintptr_t>(out) % (W * sizeof(T))))
+    body(std::true_type());
+  else
+    body(std::false_type());
 }
 
 // Ends a work item: what it streamed is in memory before another thread reads it.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fusegen.bench.gpu_stages import Setting
 
 # What a stage weighs beside the others in the time they share; 1 where nothing is said.
-WEIGHTS = {"tune:attention": 3.0, "race:attention": 2.0, "model:emoji": 6.0, "model:sd15": 9.0}
+WEIGHTS = {"tune:attention": 3.0, "race:attention": 2.0, "model:emoji": 6.0, "model:stylegan2": 6.0, "model:sd15": 9.0}
 COMPILING, CHECKING = 0.25, 0.4  # the shares of the time at whose end the cases are compiled, and checked
 ENDED = "stage ended"
 Timed = tuple[str, float]  # a stage, and when it should be through (time.time())
@@ -45,7 +45,8 @@ def stages() -> tuple[list[str], list[str]]:
     """(what only checks results: each in a process of its own, all together; what is timed: one after another)."""
     ops = catalogue.triton_names()
     tuned = [op for op in ops if "TUNABLE = " in (catalogue.GPU / f"{op}.py").read_text()]
-    timed = ["roofline", *(f"tune:{op}" for op in tuned), *(f"race:{op}" for op in ops), "model:emoji", "model:sd15"]
+    timed = ["roofline", *(f"tune:{op}" for op in tuned), *(f"race:{op}" for op in ops), "model:emoji"]
+    timed += ["model:stylegan2", "model:sd15"]
     return [*(f"correct:{op}" for op in ops), "noise", "batch", "graphs"], timed
 
 

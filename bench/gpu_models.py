@@ -1,4 +1,7 @@
-"""Whole denoisers on a GPU: eager PyTorch, ``torch.compile`` and fusegen, one evaluation with guidance (batch 2)."""
+"""Whole networks on a GPU: eager PyTorch, ``torch.compile`` and fusegen.
+
+A denoiser's evaluation with guidance (batch 2), a generator's picture.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ MARGIN = 2.0  # a contender may be this many times as far from float32 as eager 
 
 @dataclass(frozen=True)
 class Subject:
-    """A denoiser in float32 on the CPU and its arguments; ``case`` says what it is and that weights are random."""
+    """A network in float32 on the CPU and its arguments; ``case`` says what it is and that weights are random."""
 
     case: str
     module: nn.Module
@@ -54,11 +57,19 @@ def sd15() -> Subject:
     return Subject("SD1.5 U-Net, random weights, 2x4x64x64", module, inputs)
 
 
-SUBJECTS: dict[str, Callable[[], Subject]] = {"emoji": emoji, "sd15": sd15}
+def stylegan2() -> Subject:
+    """StyleGAN2's synthesis network at its published size for 256 pixels, one picture."""
+    from fusegen.bench import gan_models
+
+    net = gan_models.large_network()
+    return Subject("StyleGAN2 256, random weights, batch 1", net, tuple(gan_models.large_inputs(net.cfg, 1)))
+
+
+SUBJECTS: dict[str, Callable[[], Subject]] = {"emoji": emoji, "stylegan2": stylegan2, "sd15": sd15}
 
 
 def first(output: Any) -> Tensor:
-    """The tensor in what a denoiser returns."""
+    """The tensor in what a network returns."""
     return output if isinstance(output, Tensor) else output[0]
 
 

@@ -24,6 +24,7 @@ from fusegen.bench.gpu_stages import (
     name_of,
     reason,
     row,
+    served,
 )
 from fusegen.bench.kernels import results
 from fusegen.bench.row import Row
@@ -94,7 +95,7 @@ def noise(setting: Setting) -> Iterator[Row]:
 
 def batch(setting: Setting) -> Iterator[Row]:
     """A sample's result must be the same to the bit whatever batch it is in."""
-    for name, op in load(setting).items():
+    for name, op in served(setting).items():
         for case, dtype in [pair for pair in cases(op, setting, bench=True) if pair[1] == torch.bfloat16][:3]:
             args = arguments(op, case, dtype, setting)
             if setting.over() or op.alone is None or args[0].shape[0] < 2:
@@ -114,7 +115,7 @@ def batch(setting: Setting) -> Iterator[Row]:
 def graphs(setting: Setting) -> Iterator[Row]:
     """Each op captured in a CUDA graph and replayed: the same bits as the plain launch.  A sampler step reads its row
     at replay: the row is changed after capture."""
-    for name, op in load(setting).items():
+    for name, op in served(setting).items():
         for case, dtype in [pair for pair in cases(op, setting, bench=True) if pair[1] == torch.float32][:3]:
             base = row(setting, f"{name} graph", case.name, "fusegen", name_of(dtype))
             try:

@@ -124,7 +124,9 @@ def _heat(setting: Setting, op: Op, base: Row, args: tuple[Any, ...], dtype: tor
                 replays[who] = captured(calls)
                 replays[who]()
         except Exception as error:
-            rows[who] = replace(base, contender=who, note=reason(error))
+            # A rehearsal's cases are the smallest, not those that a peer's form is written for.
+            excused = setting.rehearse and who != "fusegen"
+            rows[who] = replace(base, contender=who, ok=excused, note=reason(error))
     if replays and not setting.rehearse:
         for who, found in timing.interleave(replays, next(iter(replays)), seconds=0.06, device="cuda").items():
             rows[who] = timed(rows[who], found, sets, roofline.measure("cuda").seconds(cost, dtype), cost)

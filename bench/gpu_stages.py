@@ -45,6 +45,12 @@ def load(setting: Setting) -> Mapping[str, Op]:
     return found
 
 
+def served(setting: Setting) -> Mapping[str, Op]:
+    """The ops that have a kernel for GPUs."""
+    found = load(setting)
+    return {name: found[name] for name in catalogue.triton_names()}
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -65,7 +65,9 @@ def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.
     """One row a contender that has a form of the op; a failed gate or a failed build is a row too.  Eager PyTorch is
     the baseline of the ratios, or the first contender where eager was not asked for; there is no ratio to a form that
     failed its gate."""
-    expected, calls, rows = reference(job), {}, {}
+    expected = reference(job)
+    calls: dict[str, Callable[[], Any]] = {}
+    rows: dict[str, Row] = {}
     bound = job.op.tolerance[job.dtype]
     for name in names:
         margin = 1.0 if name == "fusegen" else PEER_MARGIN
@@ -81,8 +83,8 @@ def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.
     streams = _streams(job)
     among = calls | {name: stream.call for name, stream in streams.items()}
     timings = timing.interleave(among, baseline, seconds=seconds, device=job.device)
-    ceilings = roofline.measure(job.device)
-    ceilings = replace(ceilings, **{name: stream.bytes / timings[name].median for name, stream in streams.items()})
+    ceilings, rates = roofline.measure(job.device), {k: s.bytes / timings[k].median for k, s in streams.items()}
+    ceilings = replace(ceilings, copy=rates.get("copy", ceilings.copy), read=rates.get("read", ceilings.read))
     timed = [_timed(job, row, timings[name], ceilings) if name in calls else row for name, row in rows.items()]
     return [replace(row, ratio=None) for row in timed] if baseline != "eager" and "eager" in rows else timed
 

@@ -97,4 +97,4 @@ def test_as_many_as_fit(file: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_decode_step_s_overhead_is_shown(file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", file, "--size", "n=1", "--profile", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"% +[\d.]+ ms +\d+ calls  outside kernels", out) and "kernel sample_token" in out
+    assert re.search(r"% +[\d.]+ ms +outside kernels", out) and "kernel sample_token" in out

@@ -10,6 +10,7 @@ from networks import plainly, relative, text_encoder, text_program, tokens, unet
 
 from fusegen.runtime import api, engine
 from fusegen.runtime.errors import Error, OutOfMemoryError, RequestError
+from fusegen.runtime.program import TensorSpec
 
 EXACT, FP32 = 0.0, 1e-5
 
@@ -221,3 +222,14 @@ def test_compile_refuses_what_it_does_not_know():
     if not torch.cuda.is_available():
         with pytest.raises(RequestError, match="no CUDA device"):
             api.compile(program, device="cuda")
+
+
+def test_a_profile_says_what_each_kernel_must_do():
+    session = api.compile(unet_program())
+    specs = [TensorSpec(tuple(x.shape), x.dtype) for x in unet_inputs(2)]
+    plan = session.planned(dict(zip(session.program.inputs, specs, strict=True)))
+    rows = session.profile(*unet_inputs(2))
+    steps = [s for s in plan.steps if s.phase == "step" and s.binding.how != "view"]
+    assert sum(r.flops for r in rows) == sum(s.flops for s in steps) > 0
+    assert sum(r.bytes for r in rows) == sum(s.bytes for s in steps) > 0
+    assert sum(len(r.calls) for r in rows) == len(steps)

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fusegen import components
@@ -21,6 +22,7 @@ DESCRIPTION = """Print the plan of a model: each node, the kernel bound to it, i
 kernel that declined, its reason. Nothing is run, except with --profile."""
 EXAMPLES = """  fusegen plan emoji
   fusegen plan emoji --component denoiser --batch 2 --profile
+  fusegen plan emoji --component denoiser --batch 2 --plot roofline.png
   fusegen plan emoji --component denoiser --fixed context --per-step t
   fusegen plan unet.pt2 --size height=64 --size width=64 --dtype bfloat16 --json
 """
@@ -46,6 +48,8 @@ def add(p: argparse.ArgumentParser) -> None:
                    help="plan a run of many steps for each of which this input is known ahead")  # fmt: skip
     p.add_argument("--deterministic", action="store_true", help="no result may depend on the batch it was made in")
     p.add_argument("--profile", action="store_true", help="run it on noise and print each kernel's share of the time")
+    p.add_argument("--plot", type=Path, metavar="FILE",
+                   help="profile it and draw every call against the ceilings of this machine, as PNG")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print a list of the components' plans as JSON")
     add_device(p)
 
@@ -54,9 +58,12 @@ def run(args: argparse.Namespace) -> int:
     set_threads(args.threads)
     from fusegen.runtime.specialize import concrete
 
+    if args.plot:
+        drawable(args.plot)
     options = {"device": args.device, "dtype": args.dtype, "deterministic": args.deterministic}
     sessions = components.open_sessions(args.model, args.component, **options)
     programs, wanted, documents = [s.program for s in sessions.values()], dict(args.size), []
+    measured: dict[str, list[Share]] = {}
     for program in programs:
         wanted |= {batch_of(program): args.batch} if args.batch else {}
     components.refuse_unknown(wanted, {s for p in programs for s in p.symbols}, "size")
@@ -64,14 +71,41 @@ def run(args: argparse.Namespace) -> int:
     for session in sessions.values():
         specs = concrete(session.program, wanted)
         plan = session.planned(specs, *([n for n in names if n in specs] for names in (args.fixed, args.per_step)))
-        shares = profile(session, specs) if args.profile else []
+        shares = profile(session, specs) if args.profile or args.plot else []
+        measured[f"{session.program.name}, {plan.device}"] = shares
         if args.json:
-            documents.append(plan.to_json() | {"profile": [vars(s) for s in shares]})
+            documents.append(plan.to_json() | {"profile": [s.to_json() for s in shares]})
         else:
             print(plan, *(_line(s) for s in shares), "", sep="\n")
     if args.json:
         print(json.dumps(documents))
+    if args.plot:
+        draw(measured, args.plot, args.device or "cpu")
     return 0
+
+
+def drawable(path: Path) -> None:
+    """Raises RequestError where a plot cannot be drawn, before anything is measured."""
+    import importlib.util
+
+    from fusegen.runtime.errors import RequestError
+
+    if path.suffix != ".png":
+        raise RequestError("a plot is a PNG", str(path), "give it a name that ends with .png")
+    if not path.absolute().parent.is_dir():
+        raise RequestError("there is no such folder", str(path.parent), "make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise RequestError("--plot needs matplotlib", mend="pip install matplotlib")
+
+
+def draw(measured: Mapping[str, list[Share]], path: Path, device: str) -> None:
+    """Every call of the profiles in one roofline plot, whose ceilings are measured now."""
+    from fusegen.bench import roofline, roofline_plot
+    from fusegen.runtime import write
+
+    ceilings = roofline.measure(device)
+    with write.atomic(path) as file:
+        roofline_plot.draw(measured, ceilings, file)
 
 
 def batch_of(program: Program) -> str:
@@ -99,4 +133,7 @@ def profile(session: Session, specs: Mapping[str, TensorSpec]) -> list[Share]:
 
 def _line(share: Share) -> str:
     bar = "#" * math.ceil(share.part * 30)
-    return f"{share.part:>6.1%} {share.seconds * 1e3:>9.3f} ms {share.calls:>4} calls  {share.name:<44} {bar}"
+    calls = f"{len(share.calls):>4} calls" if share.calls else ""
+    flops, moved = (n / max(share.seconds, 1e-9) / 1e9 for n in (share.flops, share.bytes))
+    rates = f"{flops:>7.1f} GFLOP/s {moved:>6.1f} GB/s" if share.calls else ""
+    return f"{share.part:>6.1%} {share.seconds * 1e3:>9.3f} ms {calls:<10} {rates:<27} {share.name:<44} {bar}"

@@ -86,6 +86,24 @@ def compiled(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Forwa
     return call
 
 
+def aotinductor(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Forward:
+    """What ``torch.compile`` makes, compiled ahead of time to a package and loaded from that."""
+    with torch.no_grad():
+        program = torch.export.export(_module(name, folder, dtype), tuple(_cast(inputs, dtype)))
+        options = {"freezing": True, "max_autotune": True}
+        package = str(folder / f"aotinductor-{dtype}.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=options)
+    del program
+    net = torch._inductor.aoti_load_package(package)
+
+    def call(given: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            out: Tensor = net(*_cast(given, dtype))
+        return out
+
+    return call
+
+
 def onnxruntime(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Forward:
     """ONNX Runtime on the CPU, all of its graph optimizations."""
     import onnxruntime as ort
@@ -131,6 +149,7 @@ def opened(folder: Path, dtype: str) -> Session:
 PEERS: Mapping[str, Peer] = {
     "eager": Peer(files.WEIGHTS, eager),
     "compile": Peer(files.WEIGHTS, compiled),
+    "aotinductor": Peer(files.WEIGHTS, aotinductor),
     "onnxruntime": Peer(files.ONNX, onnxruntime, ("float32",)),
     "openvino": Peer(files.OPENVINO, openvino),
     "fusegen": Peer(files.BUNDLE, fusegen),

@@ -29,7 +29,10 @@ WHO: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("eager", "float32"), ("onnxruntime", "float32"), ("openvino", "float32"), ("fusegen", "float32"),
         ("fusegen", "bfloat16"),
     ),
-    HALF: (("eager", "bfloat16"), ("compile", "bfloat16"), ("openvino", "bfloat16"), ("fusegen", "bfloat16")),
+    HALF: (
+        ("eager", "bfloat16"), ("compile", "bfloat16"), ("aotinductor", "bfloat16"), ("openvino", "bfloat16"),
+        ("fusegen", "bfloat16"),
+    ),
 }  # fmt: skip
 # Against eager float32, relative to its output: three times what eager itself, or fusegen, was measured at.
 BOUNDS = {"float32": Tolerance(5e-5, 5e-4), "bfloat16": Tolerance(3e-2, 6e-2)}

@@ -11,6 +11,7 @@ from compare import assert_close
 from torch import Tensor
 
 from fusegen.kernels import group_norm as op
+from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.group_norm import decline
 from fusegen.kernels.op import pick
 
@@ -50,6 +51,25 @@ def test_hard_statistics(kind: str, layout: torch.memory_format) -> None:
         x = x * 1e-3
     x = x.contiguous(memory_format=layout)
     _close(kind, torch.ops.fusegen.group_norm(x, 4), x, 4, False)
+
+
+@pytest.mark.skipif(not library.available(), reason=library.missing() or "")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_beyond_a_core_s_cache_by_whatever_sweeps(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    """A group of 1.2 MiB: a thread's own, one after another, where two for each thread fit the last cache, or swept by
+    all threads; written past the caches or not.  The bits are the same."""
+    x = torch.randn(3, 4, 401, 799 if dtype == torch.bfloat16 else 399, generator=torch.Generator().manual_seed(5))
+    x = x.to(dtype).contiguous(memory_format=layout)
+    other = x.flip(0).contiguous(memory_format=layout)
+    threads, group = torch.get_num_threads(), x[0, :2].nbytes
+    want = torch.ops.fusegen.group_norm(x, 2, activation="silu")
+    _close("group_norm", want, x, 2, True)
+    joined = torch.ops.fusegen.join_group_norm(x, other, 2)
+    for cache in (1, 2 * group, 4 * threads * group):
+        with library.cached(cache):
+            assert torch.equal(torch.ops.fusegen.group_norm(x, 2, activation="silu"), want), cache
+            assert all(map(torch.equal, torch.ops.fusegen.join_group_norm(x, other, 2), joined)), cache
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

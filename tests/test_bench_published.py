@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from fusegen.bench import cli
 from fusegen.bench.published import files, networks, peers, picture, suites, worker
 from fusegen.kernels import op as registry
 from fusegen.runtime.loop.denoise import denoise
+from fusegen.runtime.loop.tiles import starts
 
 SMALL = "small"
 
@@ -132,3 +134,9 @@ def test_a_contender_that_a_suite_lacks_is_left_out_of_it() -> None:
     assert set(suites.SUITES["clip-l"].who) == set(peers.PEERS)
     assert cli.chosen(["openvino"], peers.PEERS, "contender") == ["openvino"]
     assert suites._pairs(suites.HALF, ["openvino", "onnxruntime"], ["bfloat16"]) == [("openvino", "bfloat16")]
+
+
+def test_the_tiles_of_a_large_picture_are_as_many_as_are_counted() -> None:
+    (latents,), (part,) = networks.example(picture.LARGE), networks.example(picture.TILE)
+    many = [len(starts(n, side, picture.COMMON)) for n, side in zip(latents.shape[2:], part.shape[2:], strict=True)]
+    assert math.prod(many) == picture.EVALUATIONS[picture.TILED][picture.TILE]

@@ -19,7 +19,6 @@ from PIL import Image
 
 import fusegen
 from fusegen import pictures
-from fusegen.bench.roofline import Roofline
 from fusegen.cli import COMMANDS, main
 from fusegen.runtime.errors import Cancelled, FileError, RequestError
 
@@ -114,8 +113,6 @@ def test_the_version_is_printed() -> None:
         ("generate -m no-such-model -p cat", "no-such-model"),
         ("info no-such.fg", "no-such.fg"),
         ("plan no-such.pt2", "no-such.pt2"),
-        ("plan emoji --plot roofline.svg", "ends with .png"),
-        ("plan emoji --plot no-such-folder/roofline.png", "no such folder"),
         ("export no-such.pt2 -o x.fg", "no-such.pt2"),
     ],
 )
@@ -299,10 +296,5 @@ def test_a_bare_graph_from_the_command_line(
         (plan,) = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert list(plan["inputs"].values()) == ["float32[5, 4, 3, 3]"]
         assert sum(share["part"] for share in plan["profile"]) == pytest.approx(1)
-    monkeypatch.setattr("fusegen.bench.roofline.measure", lambda device: Roofline(4e10, 5e10, {"float32": 4e11}))
-    assert main("plan net.fg --batch 5 --plot roofline.png".split()) == 0
-    with Image.open("roofline.png") as image:
-        assert image.format == "PNG" and len(image.convert("RGB").getcolors(1 << 20)) > 10
-    assert "GFLOP/s" in capsys.readouterr().out
     assert main(["generate", "-m", "net.fg", "-p", "cat"]) == 2
     assert "no family" in capsys.readouterr().err

@@ -133,6 +133,7 @@ NETWORKS: Mapping[str, Network] = {
     "sdxl-unet-512": Network(_sdxl, _sdxl_inputs(64), "bfloat16"),
     "sdxl-unet-1024": Network(_sdxl, _sdxl_inputs(128), "bfloat16"),
     "sd-vae-512": Network(_vae, _latents(64)),
+    "sd-vae-576": Network(_vae, _latents(72)),  # a tile of 1024, with 16 latents in common with the next
     "sd-vae-1024": Network(_vae, _latents(128)),
     "dit-xl-2": Network(_dit, _dit_inputs),
     "clip-l": Network(_clip, lambda g: [torch.randint(0, 49408, (2, 77), generator=g)]),

@@ -1,7 +1,8 @@
-"""Stable Diffusion 1.5 from noise to pixels: 20 steps of DPM++ 2M with guidance, then the decoder, random weights.
+"""What several evaluations make, with random weights: Stable Diffusion 1.5's picture from noise to pixels, 20 steps of
+DPM++ 2M with guidance and the decoder; a picture of 1024 pixels decoded in four tiles.
 
-Every peer runs the U-Net and the decoder its own way; the steps between are ours as eager PyTorch for all but fusegen,
-which takes out of the loop what does not change in it.
+Every peer runs the networks its own way; the steps between are ours as eager PyTorch for all but fusegen, which takes
+out of the loop what does not change in it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from fusegen.bench.published.peers import opened as session_of
 from fusegen.kernels import sampler_step as row
 from fusegen.runtime import noise
 from fusegen.runtime.loop.denoise import denoise
+from fusegen.runtime.loop.tiles import tiled
 from fusegen.runtime.sampler import Coefficients, coefficients
 from fusegen.runtime.schedule import ScheduleConfig
 
 PICTURE, UNET, DECODER = "sd15-picture", "sd15-unet", "sd-vae-512"
 STEPS, GUIDANCE, SEED, SCALE = 20, 7.5, 0, 0.18215
 SHAPE = (4, 64, 64)
+TILED, LARGE, TILE, COMMON = "sd-vae-1024-tiled", "sd-vae-1024", "sd-vae-576", 16
+# What is made -> how often each network is evaluated for it.
+EVALUATIONS = {PICTURE: {UNET: STEPS, DECODER: 1}, TILED: {TILE: 4}}
 
 
 def plan() -> Coefficients:
@@ -34,6 +39,10 @@ def plan() -> Coefficients:
 
 def opened(name: str, what: str, folder: Path, dtype: str) -> Callable[[], Tensor]:
     """What a contender is timed on: one evaluation of a network on its example inputs, or a picture."""
+    if what == TILED:
+        (part,), (latents,) = networks.example(TILE), networks.example(LARGE)
+        forward = PEERS[name].load(TILE, folder.parent / TILE, dtype, [part])
+        return lambda: tiled(lambda x: forward([x]), latents, (part.shape[2], part.shape[3]), COMMON)
     if what != PICTURE:
         inputs, _, _ = files.expected(folder)
         forward = PEERS[name].load(what, folder, dtype, inputs)

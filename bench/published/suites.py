@@ -63,17 +63,20 @@ def evaluation(
                 yield _rows(Job(network, case, pairs, folder, want, facts["flops"], 5), seconds)
 
 
-def pictures(who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], seconds: float) -> Iterator[list[Row]]:
-    """The same for a picture: the output everybody is held to is the one of eager float32."""
+def pictures(
+    what: str, who: Sequence[str], dtypes: Sequence[str], cases: Sequence[str], seconds: float
+) -> Iterator[list[Row]]:
+    """The same for what several evaluations make: the output everybody is held to is the one of eager float32."""
     with _folder() as root:
-        folder, want = root / picture.PICTURE, None
+        folder, want = root / what, None
         folder.mkdir(parents=True, exist_ok=True)
         for case in cases:
             if pairs := _pairs(case, who, dtypes):
-                made = [_made(name, root, [*pairs, ("eager", "float32")]) for name in (picture.UNET, picture.DECODER)]
-                want = _reference(folder) if want is None else want
-                unet, decoder = (files.expected(f)[2]["flops"] for f in made)
-                yield _rows(Job(picture.PICTURE, case, pairs, folder, want, picture.STEPS * unet + decoder, 2), seconds)
+                networks = picture.EVALUATIONS[what].items()
+                made = {name: _made(name, root, [*pairs, ("eager", "float32")]) for name, _ in networks}
+                want = _reference(what, folder) if want is None else want
+                flops = sum(count * files.expected(made[name])[2]["flops"] for name, count in networks)
+                yield _rows(Job(what, case, pairs, folder, want, flops, 2), seconds)
 
 
 @contextmanager
@@ -93,11 +96,11 @@ def _made(network: str, root: Path, pairs: Sequence[tuple[str, str]]) -> Path:
     return folder
 
 
-def _reference(folder: Path) -> Tensor:
+def _reference(what: str, folder: Path) -> Tensor:
     """Eager float32's picture, made once for a folder that is kept."""
     path = folder / files.EXPECTED
     if not path.exists():
-        worker = Worker("eager", picture.PICTURE, folder, "float32")
+        worker = Worker("eager", what, folder, "float32")
         worker.close()
         save_file({"output": worker.output}, path)
     return load_file(path)["output"]
@@ -134,4 +137,5 @@ def suite(run: Run) -> whole.Suite:
     return whole.Suite(tuple(WHO), run, tuple(PEERS))
 
 
-SUITES = {name: suite(functools.partial(evaluation, name)) for name in NETWORKS} | {picture.PICTURE: suite(pictures)}
+SUITES = {name: suite(functools.partial(evaluation, name)) for name in NETWORKS}
+SUITES |= {name: suite(functools.partial(pictures, name)) for name in picture.EVALUATIONS}

@@ -68,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
         wanted |= {batch_of(program): args.batch} if args.batch else {}
     components.refuse_unknown(wanted, {s for p in programs for s in p.symbols}, "size")
     components.refuse_unknown(args.fixed + args.per_step, {i for p in programs for i in p.inputs}, "input")
-    for session in sessions.values():
+    for name, session in sessions.items():
         specs = concrete(session.program, wanted)
         plan = session.planned(specs, *([n for n in names if n in specs] for names in (args.fixed, args.per_step)))
         shares = profile(session, specs) if args.profile or args.plot else []
-        measured[f"{session.program.name}, {plan.device}"] = shares
+        measured[f"{name}, {plan.device}"] = shares
         if args.json:
             documents.append(plan.to_json() | {"profile": [s.to_json() for s in shares]})
         else:

@@ -1,26 +1,15 @@
-// The products of a few queries in bfloat16 with float32 sums (AVX512-BF16): a key's pairs of elements against those of
-// a query, and the values of a pair of keys against its weights, rounded to bfloat16 as attention_bf16.h has them.
+// The products of a few queries in bfloat16 with float32 sums (AVX512-BF16): scores by attention_few_pairs.h, and the
+// values of a pair of keys against its weights, rounded to bfloat16 as attention_bf16.h has them.
 //
 // A pair is always the keys 2 i and 2 i + 1 of a piece, whatever blocks of a paged cache they lie in.
 #pragma once
 
 namespace {
 
-struct Bf16Few {
+struct Bf16Few : PairScores<bf16> {
   using element = bf16;
-  using query_t = bf16;
-  using vector = __m512bh;
-  static constexpr int STEP = 32;
 
   FG_INLINE __mmask32 halves_below(int n) { return n >= 32 ? ~0u : (1u << n) - 1u; }
-  FG_INLINE vector query(const bf16 *q) { return (__m512bh)_mm512_loadu_si512(q); }
-  FG_INLINE vector key(const bf16 *k) { return (__m512bh)_mm512_loadu_si512(k); }
-  FG_INLINE vector key_n(const bf16 *k, int n) { return (__m512bh)_mm512_maskz_loadu_epi16(halves_below(n), k); }
-  FG_INLINE vf dot(vf sum, vector q, vector k) { return _mm512_dpbf16_ps(sum, q, k); }
-  static void take_query(const bf16 *from, int dim, bf16 *to) {
-    for (int d = 0; d < dim; d += 32)
-      _mm512_storeu_si512(to + d, _mm512_maskz_loadu_epi16(halves_below(dim - d), from + d));
-  }
 
   // The sum of the rounded weights divides what they weighed: their common error cancels.
   FG_INLINE vf weight(vf p) {
@@ -41,53 +30,61 @@ struct Bf16Few {
     return count % 2 == 0 || count == left ? count : count == 1 ? 2 : count - 1;
   }
 
-  // o[m] += sum over n keys of p[m][key] v[key], for M queries and C steps of dims, the last of `lanes`.  In o a step's
-  // sums stand as give() takes them: those of dims 8 i to 8 i + 3, then those of 8 i + 4 to 8 i + 7.
-  template <int M, int C>
-  FG_INLINE void blend(const bf16 *p, const bf16 *v, const bf16 *ahead, int64_t stride, int n, int lanes,
-                              float *o) {
+  // o[m] += sum over n keys of p[m][key] v[key], for M queries and C steps of dims, the last of `lanes`, 32 where all
+  // are WHOLE.  In o a step's sums stand as give() takes them: those of dims 8 i to 8 i + 3, then those of 8 i + 4 to
+  // 8 i + 7.
+  template <int M, int C, bool WHOLE, class A>
+  FG_INLINE void blend(const bf16 *p, const bf16 *v, A &ahead, int64_t stride, int n, int lanes, float *o) {
     vf sum[M][2 * C];
-    __mmask32 last = halves_below(lanes);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < 2 * C; ++c) sum[m][c] = load(o + m * WIDE + c * W);
-    for (int r = 0; r < n; r += 2) {
+    auto pair = [&](int r, bool second) __attribute__((always_inline)) {
       __m512bh x[2 * C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         const bf16 *at = v + r * stride + c * 32;
-        __mmask32 mask = c + 1 < C ? ~0u : last;
-        __builtin_prefetch(ahead + r * stride + c * 32);
-        __builtin_prefetch(ahead + (r + 1) * stride + c * 32);
-        __m512i even = _mm512_maskz_loadu_epi16(mask, at);
-        __m512i odd = _mm512_maskz_loadu_epi16(r + 1 < n ? mask : 0, at + stride);
+        const __mmask32 mask = WHOLE || c + 1 < C ? ~0u : halves_below(lanes);
+        ahead.ask(64);
+        ahead.ask(64);
+        __m512i even = mask == ~0u ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi16(mask, at);
+        __m512i odd = _mm512_setzero_si512();
+        if (second) odd = mask == ~0u ? _mm512_loadu_si512(at + stride) : _mm512_maskz_loadu_epi16(mask, at + stride);
         x[2 * c] = (__m512bh)_mm512_unpacklo_epi16(even, odd);
         x[2 * c + 1] = (__m512bh)_mm512_unpackhi_epi16(even, odd);
       }
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) {
-        int32_t pair;
-        memcpy(&pair, p + 2 * m * PIECE + r, 4);
-        __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
+        int32_t weights;
+        memcpy(&weights, p + 2 * m * ROW + r, 4);
+        __m512bh both = (__m512bh)_mm512_set1_epi32(weights);
+#pragma GCC unroll 8
         for (int c = 0; c < 2 * C; ++c) sum[m][c] = _mm512_dpbf16_ps(sum[m][c], both, x[c]);
       }
-    }
+    };
+    int r = 0;
+    for (; r + 2 <= n; r += 2) pair(r, true);
+    if (r < n) pair(r, false);
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int c = 0; c < 2 * C; ++c) store(o + m * WIDE + c * W, sum[m][c]);
   }
 
-  template <int M>
-  static void blends(const float *s, int r, const bf16 *v, const bf16 *ahead, int64_t stride, int n, int dim,
-                     float *o) {
+  // All dims of the n keys from the piece's key r on; of one or two queries whole rows, as far as registers hold them.
+  template <int M, class A>
+  static void blends(const float *s, int r, const bf16 *v, A &ahead, int64_t stride, int n, int dim, float *o) {
+    constexpr int MOST = M <= 2 ? 4 : 2;
     const bf16 *p = reinterpret_cast<const bf16 *>(s) + r;
     int d = 0;
-    for (; d + 32 < dim; d += 64)
-      blend<M, 2>(p, v + d, ahead + d, stride, n, dim - d < 64 ? dim - d - 32 : 32, o + d);
-    if (d < dim) blend<M, 1>(p, v + d, ahead + d, stride, n, dim - d, o + d);
+    for (; d + MOST * 32 <= dim; d += MOST * 32) blend<M, MOST, true>(p, v + d, ahead, stride, n, 32, o + d);
+    if (d < dim) rest<M, MOST>(p, v + d, ahead, stride, n, dim - d, o + d);
+  }
+  template <int M, int C, class A>
+  FG_INLINE void rest(const bf16 *p, const bf16 *v, A &ahead, int64_t stride, int n, int left, float *o) {
+    if (left > (C - 1) * 32) return blend<M, C, false>(p, v, ahead, stride, n, (left - 1) % 32 + 1, o);
+    if constexpr (C > 1) rest<M, C - 1>(p, v, ahead, stride, n, left, o);
   }
 
   static void give(const float *o, int dim, float *to) {

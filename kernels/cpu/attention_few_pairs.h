@@ -1,0 +1,135 @@
+// The scores of a few queries with AVX-512: two queries side by side in a vector, each with eight elements (float32) or
+// pairs of elements (bfloat16) of its row, against 32 bytes of a key for both.
+//
+// The sums of four keys are then added up together, by a third of the shuffles that a query by itself would need.  A
+// score is eight sums, of every eighth element or pair, whichever queries and keys were taken together.
+#pragma once
+
+namespace {
+
+FG_INLINE vf dot_bytes(vf sum, __m512 q, __m512 k, const float *) { return _mm512_fmadd_ps(q, k, sum); }
+#if defined(FG_HAS_AVX512_BF16)
+FG_INLINE vf dot_bytes(vf sum, __m512 q, __m512 k, const bf16 *) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)q, (__m512bh)k);
+}
+#endif
+
+// Two queries' sums against four keys, key r's in x[r]: two quarters of a vector a query, a key a lane.
+FG_INLINE vf fold(vf (&x)[4]) {
+  vf ab = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  vf cd = add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  return add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+}
+
+template <class T>
+struct PairScores {
+  static constexpr int UNIT = 32;            // bytes of a key that are taken at a time
+  static constexpr int PAIR = 2 * WIDE * 4;  // bytes from two queries to the next two
+
+  FG_INLINE __mmask32 bytes_below(int n) { return n >= UNIT ? ~0u : (1u << n) - 1u; }
+
+  // Query m's row in its place beside its neighbour's.
+  static void take_query(const T *from, int dim, int m, char *to) {
+    const int bytes = dim * static_cast<int>(sizeof(T));
+    char *at = to + m / 2 * PAIR + m % 2 * UNIT;
+    for (int d = 0; d < bytes; d += UNIT) {
+      __m256i x = _mm256_maskz_loadu_epi8(bytes_below(bytes - d), reinterpret_cast<const char *>(from) + d);
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(at + d * 2), x);
+    }
+  }
+
+  // G pairs of queries by R keys, R being 1 or whole fours.
+  template <int G, int R, class A>
+  FG_INLINE void tile(const char *q, const char *k, A &ahead, int64_t stride, int bytes, float *to) {
+    constexpr int SUMS = R < 4 ? 4 : R;
+    vf sum[G][SUMS];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g)
+#pragma GCC unroll 8
+      for (int r = 0; r < SUMS; ++r) sum[g][r] = set1(0.0f);
+    auto step = [&](int d, auto unit) __attribute__((always_inline)) {
+      vf x[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) x[r] = _mm512_castsi512_ps(_mm512_broadcast_i64x4(unit(k + r * stride + d)));
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        vf own = load(reinterpret_cast<const float *>(q + g * PAIR + d * 2));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sum[g][r] = dot_bytes(sum[g][r], own, x[r], static_cast<const T *>(nullptr));
+      }
+    };
+    auto whole = [](const char *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); };
+    int d = 0;
+    for (; d + 2 * UNIT <= bytes; d += 2 * UNIT) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) ahead.ask(64);
+      step(d, whole);
+      step(d + UNIT, whole);
+    }
+    if (d < bytes) {
+      for (int r = 0; r < R; ++r) ahead.ask(64);
+      for (; d + UNIT <= bytes; d += UNIT) step(d, whole);
+      if (d < bytes) step(d, [&](const char *p) { return _mm256_maskz_loadu_epi8(bytes_below(bytes - d), p); });
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < SUMS; r += 4) give<G>(sum, r, to + r);
+  }
+
+  // The scores against keys r to r + 3: to[m * ROW + key].  Of one key: what stands after it is written later.
+  template <int G, int SUMS>
+  FG_INLINE void give(vf (&sum)[G][SUMS], int r, float *to) {
+    vf folded[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      vf four[4] = {sum[g][r], sum[g][r + 1], sum[g][r + 2], sum[g][r + 3]};
+      folded[g] = fold(four);
+    }
+#pragma GCC unroll 2
+    for (int g = 0; g < G; g += 2) {
+      vf a = folded[g], b = folded[G > 1 ? g + 1 : g];
+      vf all = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+      float *at = to + 2 * g * ROW;
+      _mm_storeu_ps(at, _mm512_castps512_ps128(all));
+      _mm_storeu_ps(at + ROW, _mm512_extractf32x4_ps(all, 1));
+      if constexpr (G > 1) {
+        _mm_storeu_ps(at + 2 * ROW, _mm512_extractf32x4_ps(all, 2));
+        _mm_storeu_ps(at + 3 * ROW, _mm512_extractf32x4_ps(all, 3));
+      }
+    }
+  }
+
+  template <int G, class A>
+  FG_INLINE void tiles(const char *q, const char *k, A &ahead, int64_t stride, int count, int bytes, float *to) {
+    constexpr int R = G == 2 ? 8 : 4;
+    int r = 0;
+    for (; r + R <= count; r += R) tile<G, R>(q, k + r * stride, ahead, stride, bytes, to + r);
+    if (R > 4 && r + 4 <= count) tile<G, 4>(q, k + r * stride, ahead, stride, bytes, to + r), r += 4;
+    for (; r < count; ++r) tile<G, 1>(q, k + r * stride, ahead, stride, bytes, to + r);
+  }
+
+  // to[m * ROW + r] = q[m] . k[r] for the rows m of a key head, and one more where they are odd, and `count` keys.
+  static void scores(const char *q, int rows, const T *keys, Ahead &ahead, int64_t step, int count, int dim,
+                     float *to) {
+    const char *k = reinterpret_cast<const char *>(keys);
+    const int64_t stride = step * static_cast<int64_t>(sizeof(T));
+    const int bytes = dim * static_cast<int>(sizeof(T));
+    in_groups(4, (rows + 1) / 2, [&](auto G, int g) {
+      Nothing nothing;
+      if (g)
+        tiles<G.value>(q + g * PAIR, k, nothing, stride, count, bytes, to + 2 * g * ROW);
+      else
+        tiles<G.value>(q, k, ahead, stride, count, bytes, to);
+    });
+  }
+};
+
+struct PairFew : FloatFew<float> {
+  using Pairs = PairScores<float>;
+  static void take_query(const float *from, int dim, int m, char *to) { Pairs::take_query(from, dim, m, to); }
+  static void scores(const char *q, int rows, const float *k, Ahead &ahead, int64_t stride, int count, int dim,
+                     float *to) {
+    Pairs::scores(q, rows, k, ahead, stride, count, dim, to);
+  }
+};
+
+}  // namespace

@@ -2,8 +2,8 @@
 
 Tiles of 4 x 4 pixels, two apart, are transformed in float32.  At each of its 16 points a tile's channels are quantized
 by a scale of their own, as :mod:`.linear_int8` does a row of x; the filters are those of :mod:`.winograd_int8_filters`,
-the products and sums between them exact integers.  What is quantized after the transform, with a scale for each point, is
-not amplified by one (Li et al. 2021, LoWino); and a tile's bits depend on nothing else.
+the products and sums between them exact integers.  What is quantized behind the transform, with a scale for each point,
+is not amplified by it (Li et al. 2021, LoWino), and a tile's bits depend on nothing else.
 """
 
 from __future__ import annotations
@@ -21,18 +21,16 @@ from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, is_channels_la
 from fusegen.kernels.winograd_conv2d import flat
 from fusegen.kernels.winograd_int8_filters import GROUP, WORD, ZERO
 
-SCHEMA = (
-    "(Tensor x, Tensor filters, Tensor scale, int outputs, Tensor? bias=None, Tensor? residual=None) -> Tensor"
-)
+SCHEMA = "(Tensor x, Tensor filters, Tensor scale, int outputs, Tensor? bias=None, Tensor? residual=None) -> Tensor"
 LONGEST = 2**16  # input channels: their products still fit an int32
 
 
 def allocate(
     x: Tensor, filters: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """The uninitialised output (B, O, H, W) for x (B, I, H, W), filters (P, 4, 4, ceil(I / 4), 32, 4) uint8, scale (P, 4,
-    4, 32), bias (O,) and a residual of the output's shape, which is added: channels-last where x is that and not also
-    contiguous, else contiguous.
+    """The uninitialised output (B, O, H, W) for x (B, I, H, W), filters (P, 4, 4, ceil(I / 4), 32, 4) uint8, scale
+    (P, 4, 4, 32), bias (O,) and a residual of the output's shape, which is added: channels-last where x is that and not
+    also contiguous, else contiguous.
 
     Raises ValueError where they do not fit.
     """
@@ -41,8 +39,8 @@ def allocate(
     if not fits or tuple(filters.shape) != (groups, 4, 4, -(-x.shape[1] // WORD), GROUP, WORD):
         raise ValueError(
             f"winograd_conv2d_int8: x {tuple(x.shape)}, filters {filters.dtype} {tuple(filters.shape)}, scale "
-            f"{tuple(scale.shape)} and {outputs} outputs are not (B, I, H, W), uint8 (P, 4, 4, ceil(I / 4), 32, 4), (P, "
-            "4, 4, 32) and at most 32 P"
+            f"{tuple(scale.shape)} and {outputs} outputs are not (B, I, H, W), uint8 (P, 4, 4, ceil(I / 4), 32, 4), "
+            "(P, 4, 4, 32) and at most 32 P"
         )
     if x.shape[1] > LONGEST:
         raise ValueError(f"winograd_conv2d_int8: {x.shape[1]} products a sum are more than {LONGEST}")
@@ -114,8 +112,8 @@ def _arguments(g: Generator, x: Tensor, outputs: int, bias: str, residual: bool)
 
 
 def random_image(g: Generator, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Tensor:
-    """Images for cases; ``kind``: a layout, or channels-last samples that are "offset" (mean >> std), "extremes" (zeros,
-    tiny values, an outlier and nothing else, a large one) or "broken" (an infinity, a NaN)."""
+    """Images for cases; ``kind``: a layout, or channels-last samples that are "offset" (mean >> std), "extremes"
+    (zeros, tiny values, an outlier and nothing else, one among others) or "broken" (an infinity, a NaN)."""
     x = torch.randn(shape, generator=g)
     if kind == "offset":
         x = x * 0.1 + 30
@@ -185,8 +183,8 @@ OP = register(
         allocate=allocate,
         cost=cost,
         # Codes and sums are the reference's own; the rest rounds as often as it.  Measured on the cases and 1500 random
-        # ones at every level: float32 rms 9.6e-8 and peak 1.9e-7 (more where sums pass 2^24), bfloat16 2.0e-3 and 3.7e-3,
-        # float16 2.5e-4 and 4.7e-4: those of rounding the output once, whose worst is 2^-8 and 2^-11.
+        # ones at every level: float32 rms 9.6e-8 and peak 1.9e-7 (more where sums pass 2^24), bfloat16 2.0e-3 and
+        # 3.7e-3, float16 2.5e-4 and 4.7e-4: those of rounding the output once, whose worst is 2^-8 and 2^-11.
         tolerance={
             torch.float32: Tolerance(rms=5e-7, peak=1e-6),
             torch.bfloat16: Tolerance(rms=3.91e-3, peak=3.91e-3),

@@ -26,9 +26,9 @@ UNIT = (1.0, 0.5, 0.5, 1.0)
 
 
 def allocate(weight: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    """The uninitialised filters (P, 4, 4, ceil(I / 4), 32, 4) uint8 of weight (O, I, 3, 3) int8 and their scales (P, 4, 4,
-    32) float32 for scale (O,): P groups of 32 output channels, input channels in words of four, zeros (the code 128, the
-    scale 0) after the last of either.
+    """The uninitialised filters (P, 4, 4, ceil(I / 4), 32, 4) uint8 of weight (O, I, 3, 3) int8 and their scales
+    (P, 4, 4, 32) float32 for scale (O,): P groups of 32 output channels, input channels in words of four, zeros (the
+    code 128, the scale 0) after the last of either.
 
     Raises ValueError where they do not fit.
     """
@@ -44,9 +44,9 @@ def allocate(weight: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
 
 
 def reference(weight: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    """``U = 4 G w G^T`` at the inner points, ``2`` or ``1`` times it at the others: integers.  ``top = max(127, |U|)`` over
-    the inputs; ``codes = round(U (127 / top))`` in float32, ties to even, and 128 is added; their scale is ``top / 127
-    scale / 4``, or ``/ 2`` or ``/ 1``.
+    """``U = 4 G w G^T`` at the inner points, ``2`` or ``1`` times it at the others: integers.  ``top = max(127, |U|)``
+    over the inputs; ``codes = round(U (127 / top))`` in float32, ties to even, and 128 is added; their scale is
+    ``top / 127 scale / 4``, or ``/ 2`` or ``/ 1``.
     """
     filters, own = allocate(weight, scale)
     g = torch.tensor(FILTER, device=weight.device)
@@ -72,7 +72,7 @@ def cost(weight: Tensor, scale: Tensor) -> Cost:
 
 
 def random_weight(g: Generator, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-    """Codes whose largest magnitude lies in [1, 127], and scales that give a convolution's outputs the size of its input."""
+    """Codes whose largest magnitude lies in [1, 127], and scales that give outputs the size of the input."""
     weight = torch.randn(outputs, inputs, 3, 3, generator=g)
     most = weight.abs().amax((1, 2, 3), keepdim=True) if weight.numel() else 1.0
     codes = (weight / most * torch.randint(1, LARGEST + 1, (outputs, 1, 1, 1), generator=g)).round()

@@ -11,6 +11,8 @@ from torch import Tensor
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
+# The filters have 16 codes for nine.  On a Zen 5 one tile of 1280 channels took 1.2 times as long as oneDNN, four 0.7.
+FEW_TILES, MANY_FILTERS = 2, 1 << 20  # pairs of channels
 _POINTERS = ("x", "filters", "scale", "bias", "residual", "out")
 
 
@@ -32,10 +34,15 @@ def decline(
     for name, tensor in (("x", x), ("residual", residual)):
         if tensor is not None and not is_channels_last(tensor):
             return f"{name} is not channels-last"
+    if residual is not None and residual.dtype != x.dtype:
+        return f"residual is {residual.dtype}, not x's {x.dtype}"
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
         return f"bias is {bias.dtype}, neither float32 nor x's {x.dtype}"
     if not all(t is None or t.is_contiguous() for t in (filters, scale, bias)):
         return "filters, scale or bias are strided"
+    tiles = x.shape[0] * (-(-x.shape[2] // 2)) * (-(-x.shape[3] // 2))
+    if tiles < FEW_TILES and x.shape[1] * outputs >= MANY_FILTERS:
+        return f"{tiles} tiles are too few for so many filters"
     return None
 
 

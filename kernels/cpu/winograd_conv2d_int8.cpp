@@ -11,12 +11,14 @@ int convolve(const fg_winograd_conv2d_int8_args *a) {
   const T *residual = static_cast<const T *>(a->residual), *own = static_cast<const T *>(a->bias);
   const float *bias = static_cast<const float *>(a->bias);
   const bool wide = a->bias_dtype == FG_FLOAT32;
-  return problem.run([&](int64_t pixel, int64_t o, vf z) {
-    const int64_t to = pixel * a->outputs + o;
-    const int some = lanes_left(a->outputs - o);
-    if (a->bias) z = add(z, wide ? load_n(bias + o, some) : load_n(own + o, some));
+  T *out = static_cast<T *>(a->out);
+  const int64_t outputs = a->outputs;
+  return problem.run([=](int64_t pixel, int64_t o, vf z) __attribute__((always_inline)) {
+    const int64_t to = pixel * outputs + o;
+    const int some = lanes_left(outputs - o);
+    if (bias) z = add(z, wide ? load_n(bias + o, some) : load_n(own + o, some));
     if (residual) z = add(z, load_n(residual + to, some));
-    store_n(static_cast<T *>(a->out) + to, z, some);
+    store_n(out + to, z, some);
   });
 }
 

@@ -130,32 +130,34 @@ struct CodeWinograd : SmallTiles {
   template <int R, int P, int Q>
   void fill_row(const T *const *pixel, int64_t t, float *work) const {
     Largest largest[4];
-    const T *next[2] = {pixel[4 * P + 3] + inputs, pixel[4 * Q + 3] + inputs};  // of the tile to the right
+    const int64_t channels = inputs;  // stores of vectors might be to members: what loops read is their own
+    const T *upper[4], *lower[4];
+    float *to[4];
+    for (int j = 0; j < 4; ++j) upper[j] = pixel[4 * P + j], lower[j] = pixel[4 * Q + j], to[j] = work + j * stride;
     const auto points = [&](int64_t c, const auto &load_at) __attribute__((always_inline)) {
       vf d[4], e[4];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const vf a = load_at(pixel[4 * P + j] + c), b = load_at(pixel[4 * Q + j] + c);
+        const vf a = load_at(upper[j] + c), b = load_at(lower[j] + c);
         d[j] = P == 1 && Q == 2 ? add(a, b) : sub(a, b);
       }
       spread_small(d, e, 1);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        store(work + j * stride + c, e[j]);
+        store(to[j] + c, e[j]);
         largest[j].see(e[j]);
       }
     };
     int64_t c = 0;
-    for (; c + W <= inputs; c += W) {
-      if (R != 1 && R != 2 && c * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
-        for (int i = 0; i < 2; ++i) {
-          __builtin_prefetch(next[i] + c);
-          __builtin_prefetch(next[i] + inputs + c);
+    for (; c + W <= channels; c += W) {
+      if (R % 3 == 0 && c * static_cast<int64_t>(sizeof(T)) % 64 == 0)
+        for (int64_t next = channels + c; next <= 2 * channels + c; next += channels) {  // of the tile to the right
+          __builtin_prefetch(upper[3] + next);
+          __builtin_prefetch(lower[3] + next);
         }
-      }
       points(c, [](const T *p) __attribute__((always_inline)) { return load(p); });
     }
-    const int left = static_cast<int>(inputs - c);
+    const int left = static_cast<int>(channels - c);
     if (left) points(c, [&](const T *p) __attribute__((always_inline)) { return load_n(p, left); });
     for (int j = 0; j < 4; ++j) finish_point(4 * R + j, t, largest[j].value(), work + j * stride);
   }
@@ -222,13 +224,15 @@ struct CodeWinograd : SmallTiles {
                m + i * GROUP);
     for (int64_t i = 0; i < count; ++i) {
       const Place at = place(first + t + i);
-      for (int64_t part_of = 0; part_of < end; part_of += W) {
+      const int64_t begin = (at.sample * height + at.y) * width + at.x;
+      const bool right = at.x + 1 < width, under = at.y + 1 < height;
+      for (int64_t p = 0; p < end; p += W) {
         vf z[4];
-        gather_tile(m + i * kSums + part_of, z);
-        for (int j = 0; j < 4; ++j) {
-          const int64_t y = at.y + j / 2, x = at.x + j % 2;
-          if (y < height && x < width) take((at.sample * height + y) * width + x, o + part_of, z[j]);
-        }
+        gather_tile(m + i * kSums + p, z);
+        take(begin, o + p, z[0]);
+        if (right) take(begin + 1, o + p, z[1]);
+        if (under) take(begin + width, o + p, z[2]);
+        if (right && under) take(begin + width + 1, o + p, z[3]);
       }
     }
   }

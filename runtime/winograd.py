@@ -22,9 +22,9 @@ from fusegen.runtime.specialize import propagate, spec_of
 FEW = 16  # input channels below which the transforms cost what they save, in float32
 RULE = "3x3 convolution by Winograd's algorithm"
 RULE_INT8 = "3x3 int8 convolution by Winograd's algorithm"
-_PLAIN = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "activation": "none"}
+_PLAIN: Mapping[str, Any] = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "activation": "none"}
 # What a layer must be besides: a quantized one has no groups, and no multiplier.
-_CONVOLUTIONS = {"runtime.conv2d": _PLAIN | {"groups": 1, "multiplier": None}, "runtime.conv2d_int8": _PLAIN}
+_CONVOLUTIONS = {"runtime.conv2d": {**_PLAIN, "groups": 1, "multiplier": None}, "runtime.conv2d_int8": _PLAIN}
 _QUANTIZE = "fusegen.quantize_uint8.default"
 
 
@@ -72,7 +72,7 @@ class _Folding:
 
     def __init__(self, program: Program, declined: Callable[..., str | None], unpacked: str | None):
         self.program, self.declined, self.unpacked = program, declined, unpacked
-        self.names, self.made = Names.of(program), dict[str, tuple[Ref, ...]]()  # weight -> its filters
+        self.names, self.made = Names.of(program), dict[str, dict[str, Ref]]()  # weight -> its filters
         self.sources = {o: n for n in program.nodes for o in n.outputs}
         self.counts, self.left = dict[str, int](), dict[str, list[str]]()
 
@@ -83,30 +83,27 @@ class _Folding:
 
     def nodes_of(self, node: Node) -> list[Node]:
         """The node, or what takes its place: its form, behind the filters where they are not made yet."""
-        form = self._form(node)
-        if form is None:
+        form, x = self._form(node), self._read(node)
+        if form is None or x is None:
             return [node]
-        why = self._stays(node, form)
+        outputs = int(self.program.weights[node.args["weight"].name].shape[0])
+        tail = {"outputs": outputs, "bias": node.args["bias"], "residual": node.args["residual"]}
+        why = self._stays(node, form, x, tail)
         if why is not None:
             self.left.setdefault(form.rule, []).append(f"{node.name}: {why}")
             return [node]
         self.counts[form.rule] = self.counts.get(form.rule, 0) + 1
         weight, before = node.args["weight"].name, list[Node]()
         if weight not in self.made:
-            outputs = tuple(self.names.fresh(f"{weight}.{part}") for part in ("winograd", "winograd_scale"))
-            outputs = outputs[: len(form.given)]
-            self.made[weight] = tuple(map(Ref, outputs))
             given = {k: node.args[k] for k in form.given}
-            before = [Node(outputs[0], f"fusegen.{form.filters}.default", given, outputs)]
-        args = {"x": self._x(node), "filters": self.made[weight][0]}
-        if len(self.made[weight]) > 1:
-            args["scale"] = self.made[weight][1]
-        args |= {"outputs": self._outputs(node), "bias": node.args["bias"], "residual": node.args["residual"]}
-        return [*before, replace(node, op=f"fusegen.{form.op}.default", args=args)]
+            parts = tuple(self.names.fresh(f"{weight}.winograd.{part}") for part in ("filters", "scale")[: len(given)])
+            self.made[weight] = dict(zip(("filters", "scale"), map(Ref, parts), strict=False))
+            before = [Node(parts[0], f"fusegen.{form.filters}.default", given, parts)]
+        return [*before, replace(node, op=f"fusegen.{form.op}.default", args={"x": x, **self.made[weight], **tail})]
 
     def _form(self, node: Node) -> _Form | None:
         """The form of a plain 3x3 convolution of enough channels by a weight of the program, else None."""
-        plain: Mapping[str, Any] | None = _CONVOLUTIONS.get(node.op)
+        plain = _CONVOLUTIONS.get(node.op)
         if plain is None or any(node.args[k] != v for k, v in plain.items()):
             return None
         given = node.args["weight"]
@@ -114,25 +111,23 @@ class _Folding:
         form = _FORMS.get(weight.dtype) if weight is not None else None
         if weight is None or form is None or tuple(weight.shape[2:]) != (3, 3) or weight.shape[1] < form.few:
             return None
-        return form if registry.get(form.op).kernels and self._x(node) is not None else None
+        return form if registry.get(form.op).kernels else None
 
-    def _x(self, node: Node) -> Ref | None:
-        """What the convolution reads: of one in int8, what its codes were made of."""
-        if "input" in node.args:
-            return node.args["input"]
-        source = self.sources.get(node.args["codes"].name)
-        return source.args["x"] if source is not None and source.op == _QUANTIZE else None
+    def _read(self, node: Node) -> Ref | None:
+        """What the convolution reads, of one in int8 what its codes were made of; None where that is not known."""
+        given = node.args.get("input")
+        source = self.sources.get(node.args["codes"].name) if "codes" in node.args else None
+        if source is not None and source.op == _QUANTIZE:
+            given = source.args["x"]
+        return given if isinstance(given, Ref) else None
 
-    def _outputs(self, node: Node) -> int:
-        return int(self.program.weights[node.args["weight"].name].shape[0])
-
-    def _stays(self, node: Node, form: _Form) -> str | None:
+    def _stays(self, node: Node, form: _Form, x: Ref, tail: Mapping[str, Any]) -> str | None:
         """Why no kernel takes the node's form, or None."""
         if form.rule == RULE_INT8 and self.unpacked is not None:
             return self.unpacked
-        x, bias, residual = (self._meta(v) for v in (self._x(node), node.args["bias"], node.args["residual"]))
         made = registry.get(form.filters).allocate(*(self._meta(node.args[k]) for k in form.given))
-        return self.declined(registry.get(form.op), (x, *made, self._outputs(node), bias, residual))
+        rest = (self._meta(v) if isinstance(v, Ref) else v for v in tail.values())
+        return self.declined(registry.get(form.op), (self._meta(x), *made, *rest))
 
-    def _meta(self, ref: Ref | None) -> Tensor | None:
-        return None if ref is None else spec_of(self.program, ref.name).meta()
+    def _meta(self, ref: Ref) -> Tensor:
+        return spec_of(self.program, ref.name).meta()

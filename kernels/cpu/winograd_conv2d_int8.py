@@ -11,7 +11,7 @@ from torch import Tensor
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
-# The filters have 16 codes for nine.  On a Zen 5 one tile of 1280 channels took 1.2 times as long as oneDNN, four 0.7.
+# The filters have 16 codes for nine.  On a Zen 5 one tile of 1280 channels took 1.2 times as long as oneDNN, two 0.7.
 FEW_TILES, MANY_FILTERS = 2, 1 << 20  # pairs of channels
 _POINTERS = ("x", "filters", "scale", "bias", "residual", "out")
 

@@ -97,13 +97,13 @@ def convolved(padded: Tensor, filters: Tensor, outputs: int) -> Tensor:
     both = (PAIR_INPUT, PAIR_OUTPUT) if pairs else (INPUT, OUTPUT)
     b, a = (torch.tensor(m, dtype=padded.dtype, device=padded.device) for m in both)
     spread = torch.einsum("ai,ncyxij,bj->nyxabc", b, tiles, b)
-    flat = _flat(filters, padded.shape[1]).to(padded.dtype)[..., :outputs]
-    made = torch.einsum("ka,nyxabo,lb->noykxl", a, torch.einsum("nyxabc,abco->nyxabo", spread, flat), a)
+    own = flat(filters, padded.shape[1]).to(padded.dtype)[..., :outputs]
+    made = torch.einsum("ka,nyxabo,lb->noykxl", a, torch.einsum("nyxabc,abco->nyxabo", spread, own), a)
     return made.flatten(4).flatten(2, 3)[:, :, :height, :width]
 
 
-def _flat(filters: Tensor, inputs: int) -> Tensor:
-    """Either layout as (6, 6, I, O) or (4, 4, I, O), with what pads the outputs."""
+def flat(filters: Tensor, inputs: int) -> Tensor:
+    """Either layout, or words of more inputs than two, as (6, 6, I, O) or (4, 4, I, O), with what pads the outputs."""
     if filters.dim() == 5:
         return filters.transpose(2, 3).flatten(3)
     return filters.permute(1, 2, 3, 5, 0, 4).flatten(4).flatten(2, 3)[:, :, :inputs]
@@ -180,8 +180,8 @@ def unfolded(filters: Tensor, outputs: int, inputs: int) -> Tensor:
     """The weight (O, I, 3, 3) that the filters were made of; kept, as the filters are."""
     made = winograd_filters.FILTER if filters.dim() == 5 else winograd_pair_filters.FILTER
     g = torch.linalg.pinv(torch.tensor(made, dtype=torch.float64))
-    flat = _flat(filters, inputs).double()[..., :outputs]
-    return torch.einsum("ka,abio,lb->oikl", g, flat, g).float().contiguous(memory_format=torch.channels_last)
+    own = flat(filters, inputs).double()[..., :outputs]
+    return torch.einsum("ka,abio,lb->oikl", g, own, g).float().contiguous(memory_format=torch.channels_last)
 
 
 def _eager(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -108,7 +108,8 @@ def plan(
     static = backend.lower(specialize(state.check(program), given))
     if backend.fuses:
         declined = partial(_declined, backend)
-        for rule in (upsample, winograd, winograd_modulated, join, gated_norm):
+        static = winograd.folded(upsample.folded(static, declined), declined, backend.unpacked())
+        for rule in (winograd_modulated, join, gated_norm):
             static = rule.folded(static, declined)
         if backend.few_rows:
             static = few_rows.folded(static, declined, deterministic)

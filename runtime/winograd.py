@@ -6,11 +6,12 @@ are worked out once a session.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusegen.kernels import op as registry
 from fusegen.kernels.op import Op
@@ -18,69 +19,115 @@ from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, without_dead
 from fusegen.runtime.specialize import propagate, spec_of
 
-FEW = 16  # input channels below which the transforms cost what they save
+FEW = 16  # input channels below which the transforms cost what they save, in float32
 RULE = "3x3 convolution by Winograd's algorithm"
-# The op that makes a weight's filters, of larger tiles where products are of float32, of smaller ones for bfloat16, and
-# the input channels it takes.  On a Zen 5 in bfloat16 16 took up to twice as long as oneDNN, 24 0.87 times.
-_FILTERS = {torch.float32: ("winograd_filters", FEW), torch.bfloat16: ("winograd_pair_filters", 24)}
-_PLAIN = {
-    "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "groups": 1, "activation": "none", "multiplier": None,
-}  # fmt: skip
+RULE_INT8 = "3x3 int8 convolution by Winograd's algorithm"
+_PLAIN: Mapping[str, Any] = {"stride": (1, 1), "padding": (1, 1), "dilation": (1, 1), "activation": "none"}
+# What a layer must be besides: a quantized one has no groups, and no multiplier.
+_CONVOLUTIONS = {"runtime.conv2d": {**_PLAIN, "groups": 1, "multiplier": None}, "runtime.conv2d_int8": _PLAIN}
+_QUANTIZE = "fusegen.quantize_uint8.default"
 
 
-def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None]) -> Program:
-    """The static ``program``, lowered and its strides known, with ``winograd_conv2d`` in the place of each convolution
-    that a kernel takes.  ``declined(op, args)``: why none does, or None.
+@dataclass(frozen=True)
+class _Form:
+    """Winograd's form of convolutions by weights of a dtype.
+
+    ``filters``: the op that makes the weight's filters; ``few``: input channels below which the transforms cost what
+    they save; ``given``: the node's arguments that the filters are made of.
     """
-    if not registry.get("winograd_conv2d").kernels:
+
+    rule: str
+    op: str
+    filters: str
+    few: int
+    given: tuple[str, ...] = ("weight",)
+
+
+# Larger tiles where products are of float32.  On a Zen 5 in bfloat16 16 channels took up to twice as long as oneDNN, 24
+# 0.87 times; in int8 32 up to 1.6 times, 48 0.8 to 1.3 times, 64 0.2 (8 x 8 pixels) to 1.0 (64 x 64).
+_FORMS = {
+    torch.float32: _Form(RULE, "winograd_conv2d", "winograd_filters", FEW),
+    torch.bfloat16: _Form(RULE, "winograd_conv2d", "winograd_pair_filters", 24),
+    torch.int8: _Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale")),
+}
+
+
+def folded(
+    program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None], unpacked: str | None = None
+) -> Program:
+    """The static ``program``, lowered and its strides known, with Winograd's form in the place of each convolution
+    that a kernel takes.  ``declined(op, args)``: why none does, or None; ``unpacked``: why those of int8 stay anyway.
+    """
+    made = _Folding(program, declined, unpacked)
+    nodes = [new for node in program.nodes for new in made.nodes_of(node)]
+    if made.applied():
+        program = replace(program, applied=(*program.applied, *made.applied()))
+    if not any(made.counts.values()):
         return program
-    names, made = Names.of(program), dict[str, str]()
-    nodes: list[Node] = []
-    left: list[str] = []
-    count = 0
-    for node in program.nodes:
-        reason = _declined(node, program, declined) if _fits(node, program) else ""
-        if reason is not None:
-            left += [f"{node.name}: {reason}"] if reason else []
-            nodes.append(node)
-            continue
-        count += 1
-        weight = node.args["weight"]
-        if weight.name not in made:
-            made[weight.name] = name = names.fresh(f"{weight.name}.winograd")
-            nodes.append(Node(name, f"fusegen.{_filters(weight, program)}.default", {"weight": weight}, (name,)))
-        args = {"x": node.args["input"], "filters": Ref(made[weight.name]), "outputs": _outputs(node, program)}
-        args |= {k: node.args[k] for k in ("bias", "residual")}
-        nodes.append(replace(node, op="fusegen.winograd_conv2d.default", args=args))
-    if count or left:
-        program = replace(program, applied=(*program.applied, Applied(RULE, count, tuple(left))))
-    return propagate(without_dead(replace(program, nodes=tuple(nodes)))[0]) if count else program
+    return propagate(without_dead(replace(program, nodes=tuple(nodes)))[0])
 
 
-def _fits(node: Node, program: Program) -> bool:
-    """Whether ``node`` is a plain 3x3 convolution of enough channels by a weight of the program."""
-    given = node.args["weight"] if node.op == "runtime.conv2d" else None
-    weight = program.weights.get(given.name) if isinstance(given, Ref) else None
-    return (
-        weight is not None
-        and weight.dtype in _FILTERS
-        and tuple(weight.shape[2:]) == (3, 3)
-        and weight.shape[1] >= _FILTERS[weight.dtype][1]
-        and all(node.args[k] == v for k, v in _PLAIN.items())
-    )
+class _Folding:
+    """Walks the nodes of a program; each convolution that can be is put in Winograd's form."""
 
+    def __init__(self, program: Program, declined: Callable[..., str | None], unpacked: str | None):
+        self.program, self.declined, self.unpacked = program, declined, unpacked
+        self.names, self.made = Names.of(program), dict[str, dict[str, Ref]]()  # weight -> its filters
+        self.sources = {o: n for n in program.nodes for o in n.outputs}
+        self.counts, self.left = dict[str, int](), dict[str, list[str]]()
 
-def _filters(weight: Ref, program: Program) -> str:
-    return _FILTERS[program.weights[weight.name].dtype][0]
+    def applied(self) -> tuple[Applied, ...]:
+        """What was done, and what was left and why, by rule."""
+        rules = dict.fromkeys((*self.counts, *self.left))
+        return tuple(Applied(rule, self.counts.get(rule, 0), tuple(self.left.get(rule, ()))) for rule in rules)
 
+    def nodes_of(self, node: Node) -> list[Node]:
+        """The node, or what takes its place: its form, behind the filters where they are not made yet."""
+        form, x = self._form(node), self._read(node)
+        if form is None or x is None:
+            return [node]
+        outputs = int(self.program.weights[node.args["weight"].name].shape[0])
+        tail = {"outputs": outputs, "bias": node.args["bias"], "residual": node.args["residual"]}
+        why = self._stays(node, form, x, tail)
+        if why is not None:
+            self.left.setdefault(form.rule, []).append(f"{node.name}: {why}")
+            return [node]
+        self.counts[form.rule] = self.counts.get(form.rule, 0) + 1
+        weight, before = node.args["weight"].name, list[Node]()
+        if weight not in self.made:
+            given = {k: node.args[k] for k in form.given}
+            parts = tuple(self.names.fresh(f"{weight}.winograd.{part}") for part in ("filters", "scale")[: len(given)])
+            self.made[weight] = dict(zip(("filters", "scale"), map(Ref, parts), strict=False))
+            before = [Node(parts[0], f"fusegen.{form.filters}.default", given, parts)]
+        return [*before, replace(node, op=f"fusegen.{form.op}.default", args={"x": x, **self.made[weight], **tail})]
 
-def _outputs(node: Node, program: Program) -> int:
-    return int(program.weights[node.args["weight"].name].shape[0])
+    def _form(self, node: Node) -> _Form | None:
+        """The form of a plain 3x3 convolution of enough channels by a weight of the program, else None."""
+        plain = _CONVOLUTIONS.get(node.op)
+        if plain is None or any(node.args[k] != v for k, v in plain.items()):
+            return None
+        given = node.args["weight"]
+        weight = self.program.weights.get(given.name) if isinstance(given, Ref) else None
+        form = _FORMS.get(weight.dtype) if weight is not None else None
+        if weight is None or form is None or tuple(weight.shape[2:]) != (3, 3) or weight.shape[1] < form.few:
+            return None
+        return form if registry.get(form.op).kernels else None
 
+    def _read(self, node: Node) -> Ref | None:
+        """What the convolution reads, of one in int8 what its codes were made of; None where that is not known."""
+        given = node.args.get("input")
+        source = self.sources.get(node.args["codes"].name) if "codes" in node.args else None
+        if source is not None and source.op == _QUANTIZE:
+            given = source.args["x"]
+        return given if isinstance(given, Ref) else None
 
-def _declined(node: Node, program: Program, declined: Callable[..., str | None]) -> str | None:
-    names = (node.args["input"], node.args["weight"], node.args["bias"], node.args["residual"])
-    x, weight, bias, residual = (None if v is None else spec_of(program, v.name).meta() for v in names)
-    assert x is not None and weight is not None
-    (filters,) = registry.get(_filters(node.args["weight"], program)).allocate(weight)
-    return declined(registry.get("winograd_conv2d"), (x, filters, _outputs(node, program), bias, residual))
+    def _stays(self, node: Node, form: _Form, x: Ref, tail: Mapping[str, Any]) -> str | None:
+        """Why no kernel takes the node's form, or None."""
+        if form.rule == RULE_INT8 and self.unpacked is not None:
+            return self.unpacked
+        made = registry.get(form.filters).allocate(*(self._meta(node.args[k]) for k in form.given))
+        rest = (self._meta(v) if isinstance(v, Ref) else v for v in tail.values())
+        return self.declined(registry.get(form.op), (self._meta(x), *made, *rest))
+
+    def _meta(self, ref: Ref) -> Tensor:
+        return spec_of(self.program, ref.name).meta()

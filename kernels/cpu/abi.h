@@ -234,6 +234,22 @@ struct fg_winograd_pair_filters_args {
   int64_t inputs, outputs;
 };
 
+// A 3x3 convolution with padding 1 of (batch, height, width, inputs) in int8, + bias + residual; see winograd_int8.h.
+struct fg_winograd_conv2d_int8_args {
+  const void *x, *filters, *scale;  // dense, channels innermost; winograd_int8_filters's
+  const void *bias, *residual;      // or null; residual as x
+  void *out;
+  int64_t dtype, bias_dtype;  // bias: x's or float32
+  int64_t batch, inputs, outputs, height, width;
+};
+
+// Its filters of a weight (outputs, inputs, 3, 3) of int8 codes, `scale` (outputs,); see winograd_int8_filters.cpp.
+struct fg_winograd_int8_filters_args {
+  const void *weight, *scale;
+  void *filters, *out_scale;
+  int64_t inputs, outputs;
+};
+
 // A modulated 3x3 convolution with padding 1 of (batch, height, width, inputs), where `taps` is not null of that at twice
 // the size, with norm, noise, bias and activation; see winograd_modulated_conv2d.cpp.
 struct fg_winograd_modulated_conv2d_args {
@@ -371,6 +387,8 @@ struct fg_qk_norm_rope_args {
   X(upfirdn2d)        \
   X(upsample2x_conv)  \
   X(winograd_conv2d)  \
+  X(winograd_conv2d_int8) \
+  X(winograd_int8_filters) \
   X(winograd_modulated_conv2d) \
   X(winograd_pair_filters)
 

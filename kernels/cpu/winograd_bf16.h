@@ -1,35 +1,14 @@
 // A 3x3 convolution in bfloat16 by Winograd's F(2 x 2, 3 x 3): 16 products of channels for four pixels, not 36.
 //
-// Some tiles of 4 x 4 pixels, two apart, are transformed in float32 and rounded once; then each block of them is
-// multiplied by 32 outputs' filters of all 16 points with vdpbf16ps, and what comes out is transformed back.  Products are
-// of pairs of input channels: a line of memory holds 16 pairs of a tile at one point, and twelve tiles' lines lie
-// together, so that a product reads one stream of them and one of filters.  A tile's sums run over the channels in order
-// in float32, whatever block it is in: neither threads nor batch change a bit.
+// Tiles are transformed in float32 and rounded once; then each block of them is multiplied by 32 outputs' filters of all
+// 16 points with vdpbf16ps, and what comes out is transformed back.  Words are pairs of input channels.  A tile's sums run
+// over the channels in order in float32, whatever block it is in: neither threads nor batch change a bit.
 //
 // What becomes of a tile's pixels is the caller's, as is a factor for each channel of a sample.
 #pragma once
-#include "simd.h"
-#include "threads.h"
+#include "winograd_small.h"
 
 namespace {
-
-constexpr int SPOTS = 16;                            // points of a tile
-constexpr int64_t GROUP = 32, ROWS = 12, LINE = 16;  // outputs of filters that lie together; tiles; pairs of a line
-constexpr int64_t kBlock = 48;                       // tiles whose sums are in the cache at a time
-constexpr int64_t kLittle = 2 << 20, kMuch = 12 << 20;  // bytes of transformed tiles at a time, within a last cache
-
-// B^T d for four vectors, `s` apart in d and in o.
-FG_INLINE void spread_pairs(const vf *d, vf *o, int s) {
-  const vf first = sub(d[0], d[2 * s]), second = add(d[s], d[2 * s]), third = sub(d[2 * s], d[s]);
-  o[3 * s] = sub(d[s], d[3 * s]);
-  o[0] = first, o[s] = second, o[2 * s] = third;
-}
-
-// A^T m for four vectors `s` apart; two come out, `t` apart.
-FG_INLINE void gather_pairs(const vf *m, int s, vf *o, int t) {
-  o[0] = add(add(m[0], m[s]), m[2 * s]);
-  o[t] = sub(sub(m[s], m[2 * s]), m[3 * s]);
-}
 
 FG_INLINE __mmask32 halves_below(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1u; }
 
@@ -93,8 +72,8 @@ FG_INLINE void spread_row(const F &load_at, vf even, vf odd, uint32_t *to, int64
     low[j] = P == 1 && Q == 2 ? add(a, b) : sub(a, b);
     high[j] = P == 1 && Q == 2 ? add(c, g) : sub(c, g);
   }
-  spread_pairs(low, d, 1);
-  spread_pairs(high, e, 1);
+  spread_small(low, d, 1);
+  spread_small(high, e, 1);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
     const __m512i made = SCALED ? pair_up(mul(d[j], even), mul(e[j], odd)) : pair_up(d[j], e[j]);
@@ -102,65 +81,27 @@ FG_INLINE void spread_row(const F &load_at, vf even, vf odd, uint32_t *to, int64
   }
 }
 
-// The first pixel of a tile's outputs.
-struct PairPlace {
-  int64_t sample, y, x;
-};
-
-struct PairWinograd {
+struct PairWinograd : SmallTiles {
   const bf16 *image;
   const uint32_t *filters;
-  const float *scales;                   // null, or LINE even channels, LINE odd ones, ...: `lines` times for each sample
-  int64_t inputs, outputs, height, width;
-  int64_t pairs, lines, groups;          // of input channels; of a tile at a point; of GROUP outputs
-  int64_t down, across, tiles;           // of a sample, of the batch
-  int64_t chunk, part;                   // tiles; words of its points
-  int64_t row, made;                     // floats of a tile's sums, of a block's
-  uint32_t *spread;
-  bf16 *zeros;                           // a pixel outside of the image
-  float *sums;
-  int *busy;
+  const float *scales;  // null, or LINE even channels, LINE odd ones, ...: `lines` times for each sample
+  bf16 *zeros;          // a pixel outside of the image
 
   PairWinograd(const void *x, const void *filters, const float *scales, int64_t batch, int64_t inputs, int64_t outputs,
                int64_t height, int64_t width)
-      : image(static_cast<const bf16 *>(x)), filters(static_cast<const uint32_t *>(filters)), scales(scales),
-        inputs(inputs), outputs(outputs), height(height), width(width) {
-    pairs = (inputs + 1) / 2, lines = (pairs + LINE - 1) / LINE, groups = (outputs + GROUP - 1) / GROUP;
-    down = (height + 1) / 2, across = (width + 1) / 2, tiles = batch * down * across;
-    row = SPOTS * GROUP + LINE, made = kBlock * row;
-    // Every chunk reads all filters: where they are large, it takes more tiles.
-    const int64_t third = SPOTS * groups * pairs * GROUP * 4 / 3;
-    const int64_t bytes = third < kLittle ? kLittle : third < kMuch ? third : kMuch;
-    const int64_t fit = bytes / (SPOTS * lines * 64) / kBlock;
-    chunk = (fit < 1 ? 1 : fit) * kBlock;
-    chunk = chunk < tiles ? chunk : tiles;
-    part = (chunk + ROWS - 1) / ROWS * ROWS * lines * LINE + LINE;  // an odd number of lines: points in other sets
-  }
-
-  bool reserve() {
-    const int64_t threads = fg_threads(), words = SPOTS * part + lines * LINE + threads * made + threads;
-    spread = static_cast<uint32_t *>(fg_scratch(static_cast<size_t>(words) * 4));
-    if (!spread) return false;
-    zeros = reinterpret_cast<bf16 *>(spread + SPOTS * part);
-    memset(zeros, 0, static_cast<size_t>(lines * LINE) * 4);
-    sums = reinterpret_cast<float *>(zeros + 2 * lines * LINE);
-    busy = reinterpret_cast<int *>(sums + threads * made);
-    for (int64_t i = 0; i < threads; ++i) busy[i] = 0;
-    return true;
-  }
-
-  PairPlace place(int64_t tile) const { return {tile / (down * across), tile / across % down * 2, tile % across * 2}; }
+      : SmallTiles(batch, inputs, outputs, height, width, 2), image(static_cast<const bf16 *>(x)),
+        filters(static_cast<const uint32_t *>(filters)), scales(scales) {}
 
   // The 16 points of tile `tile` of the images, the `t`-th of its chunk.
   template <bool SCALED>
   void fill(int64_t tile, int64_t t) const {
-    const PairPlace at = place(tile);
+    const Place at = place(tile);
     const bf16 *pixel[SPOTS];
     pixels_at<4>(image + at.sample * height * width * inputs, height, width, inputs, at.y - 1, at.x - 1, pixel);
     for (int i = 0; i < SPOTS; ++i) pixel[i] = pixel[i] ? pixel[i] : zeros;
     const bf16 *next[4];  // the tile to the right has two columns of pixels more
     for (int i = 0; i < 4; ++i) next[i] = pixel[4 * i + 3] + inputs;
-    uint32_t *to = spread + t / ROWS * ROWS * lines * LINE + t % ROWS * LINE;
+    uint32_t *to = point_of(t);
     const float *scale = SCALED ? scales + at.sample * lines * 2 * LINE : nullptr;
     const int64_t apart = part, channels = inputs;
     for (int64_t c = 0; c < channels; c += 2 * LINE, to += ROWS * LINE) {
@@ -181,70 +122,51 @@ struct PairWinograd {
 
   template <int NV>
   void multiply(int64_t count, const uint32_t *v, const uint32_t *u, float *m) const {
-    for (int64_t t = 0; t < count; t += ROWS, v += ROWS * lines * LINE, m += ROWS * row) {
+    for (int64_t t = 0; t < count; t += ROWS, v += ROWS * lines * LINE, m += ROWS * kSums) {
       const int64_t left = count - t;
       if (left > 8)
-        pair_product<12, NV>(v, pairs, u, m, row);
+        pair_product<12, NV>(v, words, u, m, kSums);
       else if (left > 4)
-        pair_product<8, NV>(v, pairs, u, m, row);
+        pair_product<8, NV>(v, words, u, m, kSums);
       else
-        pair_product<4, NV>(v, pairs, u, m, row);
-    }
-  }
-
-  // The outputs [o, o + GROUP) of tile `tile` from its sums: two vectors of each of its four pixels.
-  FG_INLINE void gather(const float *m, vf (*z)[4]) {
-    for (int h = 0; h < 2; ++h) {
-      vf d[SPOTS], e[8];
-      for (int i = 0; i < SPOTS; ++i) d[i] = load(m + i * GROUP + h * W);
-      for (int i = 0; i < 4; ++i) gather_pairs(d + i, 4, e + i, 4);
-      for (int i = 0; i < 2; ++i) gather_pairs(e + 4 * i, 1, z[h] + 2 * i, 1);
+        pair_product<4, NV>(v, words, u, m, kSums);
     }
   }
 
   // One block of the chunk that begins at tile `first`, by one group of outputs.
   template <class Take>
-  void convolve(int64_t first, int64_t t, int64_t count, int64_t group, const Take &take) const {
-    int64_t slot = 0;
-    while (__atomic_exchange_n(&busy[slot], 1, __ATOMIC_ACQUIRE)) slot = slot + 1 < fg_threads() ? slot + 1 : 0;
-    float *m = sums + slot * made;
-    const uint32_t *u = filters + group * SPOTS * pairs * GROUP, *v = spread + t * lines * LINE;
+  void convolve(int64_t first, int64_t t, int64_t count, int64_t group, float *m, const Take &take) const {
+    const uint32_t *u = filters + group * SPOTS * words * GROUP, *v = spread + t * lines * LINE;
     const int64_t o = group * GROUP;
-    for (int i = 0; i < SPOTS; ++i, u += pairs * GROUP, v += part) {
+    for (int i = 0; i < SPOTS; ++i, u += words * GROUP, v += part) {
       if (outputs - o > W)
         multiply<2>(count, v, u, m + i * GROUP);
       else
         multiply<1>(count, v, u, m + i * GROUP);
     }
     for (int64_t i = 0; i < count; ++i) {
-      const PairPlace at = place(first + t + i);
+      const Place at = place(first + t + i);
       vf z[2][4];
-      gather(m + i * row, z);
+      gather_tile(m + i * kSums, z[0]);
+      gather_tile(m + i * kSums + W, z[1]);
       for (int j = 0; j < 4; ++j) {
         const int64_t y = at.y + j / 2, x = at.x + j % 2;
         if (y < height && x < width) take(at.sample, y * width + x, o, z[0][j], z[1][j]);
       }
     }
-    __atomic_store_n(&busy[slot], 0, __ATOMIC_RELEASE);
   }
 
   // take(sample, pixel, o, low, high) has the sums of the outputs [o, o + 16) and [o + 16, o + 32) of that pixel.
   template <class Take>
   int run(const Take &take) {
-    if (!reserve()) return FG_NO_MEMORY;
-    for (int64_t first = 0; first < tiles; first += chunk) {
-      const int64_t count = tiles - first < chunk ? tiles - first : chunk, blocks = (count + kBlock - 1) / kBlock;
-      parallel_for((count + ROWS - 1) / ROWS, 1, [&](int64_t item) {
-        for (int64_t t = item * ROWS; t < count && t < (item + 1) * ROWS; ++t)
-          scales ? fill<true>(first + t, t) : fill<false>(first + t, t);
-        return 0;
-      });
-      // Consecutive items share filters, which threads then read at about the same time.
-      parallel_for(blocks * groups, 1, [&](int64_t item) {
-        const int64_t t = item % blocks * kBlock;
-        return convolve(first, t, count - t < kBlock ? count - t : kBlock, item / blocks, take), 0;
-      });
-    }
+    zeros = reinterpret_cast<bf16 *>(reserve(lines * LINE));
+    if (!zeros) return FG_NO_MEMORY;
+    const auto fill_one = [&](int64_t tile, int64_t t, float *) {
+      scales ? fill<true>(tile, t) : fill<false>(tile, t);
+    };
+    SmallTiles::run(fill_one, [&](int64_t first, int64_t t, int64_t count, int64_t group, float *m) {
+      convolve(first, t, count, group, m, take);
+    });
     return FG_OK;
   }
 };

@@ -38,7 +38,7 @@ class Backend:
         return self.hold(Binding("aten", node.op, planned=planned), node.op, metas, deterministic)
 
     def unpacked(self) -> str | None:
-        """Why layers of many rows in bfloat16 are not done on weights that we pack; asked where ``few_rows`` is set."""
+        """Why layers of many rows in bfloat16, and 3x3 convolutions in int8, are not done on weights that we pack."""
         return None
 
     def hold(self, binding: Binding, op: str, metas: Mapping[str, Any], deterministic: bool) -> Binding:

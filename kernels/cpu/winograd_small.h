@@ -1,0 +1,117 @@
+// What the forms of Winograd's F(2 x 2, 3 x 3) share: tiles of 4 x 4 pixels, two apart, some of them transformed at a
+// time; then each block of these by the filters of a group of outputs, at all 16 points.
+//
+// Products are of words of a few channels: a line of memory holds 16 words of a tile at one point, and twelve tiles'
+// lines lie together, so that a product reads one stream of them and one of filters.
+#pragma once
+#include "winograd.h"
+
+namespace {
+
+constexpr int SPOTS = 16;                            // points of a tile
+constexpr int64_t GROUP = 32, ROWS = 12, LINE = 16;  // outputs of filters that lie together; tiles; words of a line
+constexpr int64_t kBlock = 48;                       // tiles whose sums are in the cache at a time
+constexpr int64_t kLittle = 2 << 20, kMuch = 12 << 20;  // bytes of transformed tiles at a time, within a last cache
+constexpr int64_t kSums = SPOTS * GROUP + LINE;      // floats of a tile's sums
+
+// B^T d for four vectors, `s` apart in d and in o.
+FG_INLINE void spread_small(const vf *d, vf *o, int s) {
+  const vf first = sub(d[0], d[2 * s]), second = add(d[s], d[2 * s]), third = sub(d[2 * s], d[s]);
+  o[3 * s] = sub(d[s], d[3 * s]);
+  o[0] = first, o[s] = second, o[2 * s] = third;
+}
+
+// A^T m for four vectors `s` apart; two come out, `t` apart.
+FG_INLINE void gather_small(const vf *m, int s, vf *o, int t) {
+  o[0] = add(add(m[0], m[s]), m[2 * s]);
+  o[t] = sub(sub(m[s], m[2 * s]), m[3 * s]);
+}
+
+// W outputs of a tile's four pixels from their sums at all points.
+FG_INLINE void gather_tile(const float *m, vf *z) {
+  vf d[SPOTS], e[8];
+  for (int i = 0; i < SPOTS; ++i) d[i] = load(m + i * GROUP);
+  for (int i = 0; i < 4; ++i) gather_small(d + i, 4, e + i, 4);
+  for (int i = 0; i < 2; ++i) gather_small(e + 4 * i, 1, z + 2 * i, 1);
+}
+
+// The first pixel of a tile's outputs.
+struct Place {
+  int64_t sample, y, x;
+};
+
+// The sizes of a problem, and how its tiles are shared out.
+struct SmallTiles {
+  int64_t inputs, outputs, height, width;
+  int64_t words, lines, groups;  // of input channels; of a tile at a point; of GROUP outputs
+  int64_t down, across, tiles;   // of a sample, of the batch
+  int64_t chunk, part;           // tiles; words of its points
+  uint32_t *spread;
+  float *work;                   // `room` floats for each thread
+  int64_t room;
+  int *busy;
+
+  SmallTiles(int64_t batch, int64_t inputs, int64_t outputs, int64_t height, int64_t width, int64_t channels)
+      : inputs(inputs), outputs(outputs), height(height), width(width) {
+    words = (inputs + channels - 1) / channels, lines = (words + LINE - 1) / LINE;
+    groups = (outputs + GROUP - 1) / GROUP;
+    down = (height + 1) / 2, across = (width + 1) / 2, tiles = batch * down * across;
+    // Every chunk reads all filters: where they are large, it takes more tiles.
+    const int64_t third = SPOTS * groups * words * GROUP * 4 / 3;
+    const int64_t bytes = third < kLittle ? kLittle : third < kMuch ? third : kMuch;
+    const int64_t fit = bytes / (SPOTS * (lines ? lines : 1) * 64) / kBlock;
+    chunk = (fit < 1 ? 1 : fit) * kBlock;
+    chunk = chunk < tiles ? chunk : tiles;
+    part = (chunk + ROWS - 1) / ROWS * ROWS * lines * LINE + LINE;  // an odd number of lines: points in other sets
+    room = kBlock * kSums;
+  }
+
+  // The scratch memory, and `more` words of it for the caller, zeros; null where there is none.
+  uint32_t *reserve(int64_t more) {
+    const int64_t threads = fg_threads(), all = SPOTS * part + threads * room + more + threads;
+    spread = static_cast<uint32_t *>(fg_scratch(static_cast<size_t>(all) * 4));
+    if (!spread) return nullptr;
+    work = reinterpret_cast<float *>(spread + SPOTS * part);
+    uint32_t *own = reinterpret_cast<uint32_t *>(work + threads * room);
+    busy = reinterpret_cast<int *>(own + more);
+    memset(own, 0, static_cast<size_t>(more + threads) * 4);
+    return own;
+  }
+
+  Place place(int64_t tile) const { return {tile / (down * across), tile / across % down * 2, tile % across * 2}; }
+
+  // Where the first point of the `t`-th tile of a chunk begins; its lines are ROWS * LINE words apart.
+  uint32_t *point_of(int64_t t) const { return spread + t / ROWS * ROWS * lines * LINE + t % ROWS * LINE; }
+
+  // f(work): with memory that no other thread uses meanwhile.
+  template <class F>
+  void with_work(const F &f) const {
+    int64_t slot = 0;
+    while (__atomic_exchange_n(&busy[slot], 1, __ATOMIC_ACQUIRE)) slot = slot + 1 < fg_threads() ? slot + 1 : 0;
+    f(work + slot * room);
+    __atomic_store_n(&busy[slot], 0, __ATOMIC_RELEASE);
+  }
+
+  // fill(tile, t, work) transforms a tile, the `t`-th of its chunk; convolve(first, t, count, group, work) has `count`
+  // tiles from the `t`-th on of the chunk that begins at tile `first` multiplied, and does what follows.
+  template <class Fill, class Convolve>
+  void run(const Fill &fill, const Convolve &convolve) const {
+    for (int64_t first = 0; first < tiles; first += chunk) {
+      const int64_t count = tiles - first < chunk ? tiles - first : chunk, blocks = (count + kBlock - 1) / kBlock;
+      parallel_for((count + ROWS - 1) / ROWS, 1, [&](int64_t item) {
+        with_work([&](float *own) {
+          for (int64_t t = item * ROWS; t < count && t < (item + 1) * ROWS; ++t) fill(first + t, t, own);
+        });
+        return 0;
+      });
+      // Consecutive items share filters, which threads then read at about the same time.
+      parallel_for(blocks * groups, 1, [&](int64_t item) {
+        const int64_t t = item % blocks * kBlock, some = count - t < kBlock ? count - t : kBlock;
+        with_work([&](float *own) { convolve(first, t, some, item / blocks, own); });
+        return 0;
+      });
+    }
+  }
+};
+
+}  // namespace

@@ -158,7 +158,8 @@ int separate_sweeps(const Shared &s, int64_t grain, int64_t group_bytes) {
   const fg_group_norm_args *a = s.a;
   const int64_t blocks = kLast ? 1 : a->groups, width = a->groups / blocks, all = a->batch * blocks;
   const int64_t fit = fg_cache_bytes() / (8 * width * group_bytes);
-  const int64_t together = fit < 1 ? 1 : fit < all ? fit : all, run = kLast ? 1 : kTogether;
+  const int64_t together = fit < 1 ? 1 : fit < all ? fit : all, share = together * s.chunks / (4 * fg_threads());
+  const int64_t run = kLast || share < 1 ? 1 : share < kTogether ? share : kTogether;  // chunks a thread takes in a row
   const auto chunks = [&](int64_t first) { return (all - first < together ? all - first : together) * s.chunks; };
   const auto sweep = [&](int64_t first, int64_t from, auto body) {
     for (int64_t item = from; item < from + run && item < chunks(first); ++item) {

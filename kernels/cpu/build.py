@@ -15,7 +15,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,9 @@ SANITIZERS = {
     ),
     "thread": shlex.split("-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread"),
 }
+
+
+Choice = Callable[[Sequence[str]], Collection[str]]
 
 
 class BuildFailed(Exception):
@@ -93,7 +96,7 @@ def _machine(cxx: list[str]) -> str:
     return (ran.stdout.split("-")[0] or platform.machine()).replace("arm64", "aarch64")
 
 
-def plan(work: Path, sanitize: str = "", levels: Collection[str] = ()) -> tuple[list[Unit], list[str]]:
+def plan(work: Path, sanitize: str = "", chosen: Choice | None = None) -> tuple[list[Unit], list[str]]:
     """Every compilation, and a note for each level that this compiler cannot do; see :func:`build`."""
     cxx = shlex.split(compiler())
     machine = _machine(cxx)
@@ -104,9 +107,8 @@ def plan(work: Path, sanitize: str = "", levels: Collection[str] = ()) -> tuple[
              for level, flags in LEVELS[machine].items() if level not in able]  # fmt: skip
     units = []
     for source in sorted(HERE.glob("*.cpp")):
-        for level in levels_of(source):
-            if level != "base" and (level not in able or (levels and level not in levels)):
-                continue
+        known = [level for level in levels_of(source) if level == "base" or level in able]
+        for level in known if chosen is None or known == ["base"] else chosen(known):
             define = () if level == "base" else (*able[level], f"-DFG_LEVEL_{level.upper()}=1")
             output = work / f"{source.stem}.{level}.o"
             command = (*cxx, *FLAGS, *SANITIZERS.get(sanitize, ()), *define, "-c", str(source), "-o", str(output))
@@ -158,17 +160,18 @@ def _locked(work: Path) -> Iterator[None]:
 
 
 def build(
-    target: Path, work: Path, sanitize: str = "", jobs: int = 2, verbose: bool = True, levels: Collection[str] = ()
+    target: Path, work: Path, sanitize: str = "", jobs: int = 2, verbose: bool = True, chosen: Choice | None = None
 ) -> Path:
     """Compile what changed, ``jobs`` at a time, and link ``target / LIBRARY``; objects are kept in ``work``.
 
-    ``sanitize``: a key of :data:`SANITIZERS`, or "" for none.  ``levels``: those alone, where any is named.
+    ``sanitize``: a key of :data:`SANITIZERS`, or "" for none.  ``chosen``: of the levels a source can be
+    compiled for, those that it is; None: all.
 
     Raises :class:`BuildFailed` with one line.  The library is replaced in one step: processes that have the old one
     open keep it.
     """
     with _locked(work):
-        units, notes = plan(work, sanitize, levels)
+        units, notes = plan(work, sanitize, chosen)
         todo = [u for u in units if _stale(u)]
         with ThreadPoolExecutor(jobs) as pool:
             for unit, _ in zip(todo, pool.map(_compile, todo), strict=True):

@@ -143,10 +143,10 @@ def _region(value: Tensor | np.ndarray[Any, Any]) -> Region:
     return Region(value.ctypes.data, value.nbytes, value)
 
 
-def build_library(folder: Path, compiler: str, sanitize: str = "", levels: Sequence[str] = ()) -> Path:
+def build_library(folder: Path, compiler: str, sanitize: str = "", chosen: build.Choice | None = None) -> Path:
     """The kernel library by another compiler, or with a sanitizer, in ``folder``; compiles only what changed."""
     with mock.patch.dict(os.environ, {"CXX": compiler}):
-        return build.build(folder, folder, sanitize=sanitize, levels=levels, jobs=os.cpu_count() or 1)
+        return build.build(folder, folder, sanitize=sanitize, chosen=chosen, jobs=os.cpu_count() or 1)
 
 
 def build_planted(folder: Path, flags: Sequence[str]) -> Path:

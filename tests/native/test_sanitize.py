@@ -1,5 +1,5 @@
-"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on the cases of every op, at every level of
-this CPU.
+"""The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on the cases of every op, at the levels of
+this CPU (see ``_chosen``).
 
     make sanitize
 
@@ -9,6 +9,7 @@ No Python runs under the sanitizers: the runner gives every kernel memory that e
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ from fusegen.kernels.op import Op
 FOLDER = ROOT / "build" / "sanitize"
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs GCC's sanitizers: apt-get install g++")
+
+
+def _chosen(known: Sequence[str]) -> list[str]:
+    """The levels that run here; AVX-512 only where a source has nothing above it, which differs in a few instructions
+    and takes as long to compile."""
+    found = [level for level in library.levels() if level in known]
+    return [level for level in found if level != "avx512" or level == found[-1]]
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +47,12 @@ def start(planted: Path) -> list[str | Path]:
 @pytest.fixture(scope="session")
 def kernels() -> Path:
     """The kernel library under the sanitizers."""
-    return build_library(FOLDER, "g++", sanitize="address", levels=library.levels())
+    return build_library(FOLDER, "g++", sanitize="address", chosen=_chosen)
 
 
 @pytest.mark.parametrize("op", CPU_OPS, ids=lambda op: op.name)
 def test_kernels_stay_in_their_memory(op: Op, start: list[str | Path], kernels: Path, tmp_path: Path) -> None:
-    check(op, levels_of(op.name, library.levels()), [*start, kernels], tmp_path, threads=2, behind=0)
+    check(op, _chosen(levels_of(op.name, library.levels())), [*start, kernels], tmp_path, threads=2, behind=0)
 
 
 @pytest.mark.parametrize(

@@ -51,15 +51,21 @@ def allocate(
     Raises ValueError where they do not fit.
     """
     check_filters("winograd_conv2d", x, filters, outputs)
+    return (images("winograd_conv2d", x, outputs, bias, residual),)
+
+
+def images(op: str, x: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """Uninitialised images of x's size and layout with ``outputs`` channels.
+
+    Raises ValueError, which names ``op``, where bias (O,) or a residual of that shape and x's dtype does not fit.
+    """
     shape = (x.shape[0], outputs, x.shape[2], x.shape[3])
     if bias is not None and tuple(bias.shape) != (outputs,):
-        raise ValueError(f"winograd_conv2d: bias has shape {tuple(bias.shape)}, not ({outputs},)")
+        raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, not ({outputs},)")
     if residual is not None and (tuple(residual.shape) != shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"winograd_conv2d: residual is {residual.dtype} {tuple(residual.shape)}, not {x.dtype} {shape}"
-        )
+        raise ValueError(f"{op}: residual is {residual.dtype} {tuple(residual.shape)}, not {x.dtype} {shape}")
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def check_filters(op: str, x: Tensor, filters: Tensor, outputs: int) -> None:

@@ -18,7 +18,7 @@ from fusegen.kernels import winograd_int8_filters
 from fusegen.kernels.draw import Draw, laid_out
 from fusegen.kernels.linear_int8 import codes_of
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, is_channels_last, register
-from fusegen.kernels.winograd_conv2d import flat
+from fusegen.kernels.winograd_conv2d import flat, images
 from fusegen.kernels.winograd_int8_filters import GROUP, WORD, ZERO
 
 SCHEMA = "(Tensor x, Tensor filters, Tensor scale, int outputs, Tensor? bias=None, Tensor? residual=None) -> Tensor"
@@ -44,15 +44,7 @@ def allocate(
         )
     if x.shape[1] > LONGEST:
         raise ValueError(f"winograd_conv2d_int8: {x.shape[1]} products a sum are more than {LONGEST}")
-    shape = (x.shape[0], outputs, x.shape[2], x.shape[3])
-    if bias is not None and tuple(bias.shape) != (outputs,):
-        raise ValueError(f"winograd_conv2d_int8: bias has shape {tuple(bias.shape)}, not ({outputs},)")
-    if residual is not None and (tuple(residual.shape) != shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"winograd_conv2d_int8: residual is {residual.dtype} {tuple(residual.shape)}, not {x.dtype} {shape}"
-        )
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),)
+    return (images("winograd_conv2d_int8", x, outputs, bias, residual),)
 
 
 def _spread(d: Tensor, dim: int) -> Tensor:

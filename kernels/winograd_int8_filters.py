@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from fusegen.kernels.draw import Draw
 from fusegen.kernels.linear_int8 import LARGEST
 from fusegen.kernels.op import Case, Cost, Op, Tolerance, register
-from fusegen.kernels.winograd_pair_filters import GROUP
+from fusegen.kernels.winograd_pair_filters import GROUP, SIZES
 
 SCHEMA = "(Tensor weight, Tensor scale) -> (Tensor, Tensor)"
 WORD = 4  # input channels that lie together
@@ -102,15 +102,7 @@ OP = register(
             torch.uint8: Tolerance(rms=0.0, peak=0.0),  # codes
             torch.float32: Tolerance(rms=2e-7, peak=2e-7),  # three roundings
         },
-        cases=[
-            _case("small", 3, 5),
-            _case("one channel", 1, 1),
-            _case("no outputs", 0, 4),
-            _case("no inputs", 4, 0),
-            _case("wide", 70, 33),
-            _case("whole groups", 64, 48),
-            _case("640x640", 640, 640, bench=True),
-        ],
+        cases=[_case(*size) for size in SIZES],
         alone=None,
         draw=_draw,
         formula="round(127 U / max(127, |U|)), U = k G w G^T in integers, for each point and output",

@@ -48,6 +48,18 @@ def cost(weight: Tensor) -> Cost:
     return Cost(flops=35 * pairs, bytes=25 * pairs * weight.element_size())
 
 
+# Cases of filters that lie in groups of GROUP outputs: name, outputs and inputs of the weight, for benchmarks or not.
+SIZES = (
+    ("small", 3, 5, False),
+    ("one channel", 1, 1, False),
+    ("no outputs", 0, 4, False),
+    ("no inputs", 4, 0, False),
+    ("wide", 70, 33, False),
+    ("whole groups", 64, 48, False),
+    ("640x640", 640, 640, True),
+)
+
+
 def _case(name: str, outputs: int, inputs: int, bench: bool = False) -> Case:
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         return (torch.randn(outputs, inputs, 3, 3, generator=g).to(dtype),)
@@ -73,15 +85,7 @@ OP = register(
             torch.float32: Tolerance(rms=1e-6, peak=1e-6),
             torch.float16: Tolerance(rms=5e-4, peak=5.2e-4),
         },
-        cases=[
-            _case("small", 3, 5),
-            _case("one channel", 1, 1),
-            _case("no outputs", 0, 4),
-            _case("no inputs", 4, 0),
-            _case("wide", 70, 33),
-            _case("whole groups", 64, 48),
-            _case("640x640", 640, 640, bench=True),
-        ],
+        cases=[_case(*size) for size in SIZES],
         alone=None,
         draw=_draw,
         formula="G w G^T, G the 4 x 3 matrix of F(2 x 2, 3 x 3)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from fusegen.bench import contenders, roofline, timing, verify
 from fusegen.bench.row import Row, versions
 from fusegen.kernels import op as registry
-from fusegen.kernels.op import Case, Op, Tolerance
+from fusegen.kernels.op import Case, Cost, Op, Tolerance
 
 PEER_MARGIN = 4.0  # a peer's error may be this many times our bound: theirs is a different order of rounding
 
@@ -80,20 +81,22 @@ def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.
     if not calls:
         return list(rows.values())
     baseline = "eager" if "eager" in calls else next(iter(calls))
-    streams = _streams(job)
+    cost = job.op.cost(*job.args())
+    beyond = job.device == "cpu" and cost.bytes > roofline.last_cache()
+    streams = _streams() if beyond else {}
     among = calls | {name: stream.call for name, stream in streams.items()}
     timings = timing.interleave(among, baseline, seconds=seconds, device=job.device)
     ceilings, rates = roofline.measure(job.device), {k: s.bytes / timings[k].median for k, s in streams.items()}
     ceilings = replace(ceilings, copy=rates.get("copy", ceilings.copy), read=rates.get("read", ceilings.read))
-    timed = [_timed(job, row, timings[name], ceilings) if name in calls else row for name, row in rows.items()]
+    floor = ceilings.seconds(cost, job.dtype)
+    timed = [_timed(row, timings[name], cost, floor) if name in calls else row for name, row in rows.items()]
     return [replace(row, ratio=None) for row in timed] if baseline != "eager" and "eager" in rows else timed
 
 
-def _streams(job: Job) -> dict[str, roofline.Stream]:
+@functools.cache
+def _streams() -> dict[str, roofline.Stream]:
     """Streams through memory, timed in turn with an op that goes beyond the caches: how fast memory is may change from
-    one minute to the next."""
-    if job.device != "cpu" or job.op.cost(*job.args()).bytes <= roofline.last_cache():
-        return {}
+    one minute to the next.  Half a GiB, made once a process."""
     return {"copy": roofline.copying(), "read": roofline.reading()}
 
 
@@ -120,8 +123,7 @@ def _gate(
     return row, call if verdict.ok else None
 
 
-def _timed(job: Job, row: Row, t: timing.Timing, ceilings: roofline.Roofline) -> Row:
-    cost = job.op.cost(*job.args())
-    share = ceilings.seconds(cost, job.dtype) / t.median
+def _timed(row: Row, t: timing.Timing, cost: Cost, floor: float) -> Row:
+    share = floor / t.median
     row = replace(row, gbps=cost.bytes / t.median / 1e9, gflops=cost.flops / t.median / 1e9, roofline_share=share)
     return replace(row, median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)

@@ -134,6 +134,18 @@ def test_a_contender_that_a_suite_lacks_is_left_out_of_it() -> None:
     assert set(suites.SUITES["clip-l"].who) == set(peers.PEERS)
     assert cli.chosen(["openvino"], peers.PEERS, "contender") == ["openvino"]
     assert suites._pairs(suites.HALF, ["openvino", "onnxruntime"], ["bfloat16"]) == [("openvino", "bfloat16")]
+    assert suites._pairs(suites.HALF, ["aotinductor"], []) == [("aotinductor", "bfloat16")]
+    assert "aotinductor" not in dict(suites._pairs(suites.HALF, [], []))  # it runs only where it is named
+
+
+def test_a_contender_that_dies_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _stub(tmp_path, monkeypatch, True)
+    job = suites.Job(
+        SMALL, suites.HALF, [("eager", "bfloat16"), ("openvino", "bfloat16")], tmp_path, torch.ones(1), 1.0, 1
+    )
+    rows = suites._rows(job, 0.01)
+    assert [(r.contender, r.ok, r.median_s) for r in rows] == [("eager", False, None), ("openvino", False, None)]
+    assert all("no memory left" in r.note for r in rows)
 
 
 def test_the_tiles_of_a_large_picture_are_as_many_as_are_counted() -> None:

@@ -62,6 +62,7 @@ def test_memory_is_timed_beside_what_goes_beyond_the_caches(monkeypatch: pytest.
     monkeypatch.setattr(roofline, "measure", lambda device: replace(ROOF, peak={"float32": 1e15}))
     monkeypatch.setattr(roofline, "copying", lambda: stream("copy"))
     monkeypatch.setattr(roofline, "reading", lambda: stream("read"))
+    monkeypatch.setattr(kernels, "_streams", kernels._streams.__wrapped__)  # not those of another test
     monkeypatch.setattr(roofline, "last_cache", lambda: 1 << 30)
     (inside,) = kernels.run(_job("rms_norm", "small"), ["fusegen"], seconds=0.001)
     assert not moved and inside.roofline_share is not None

@@ -26,11 +26,12 @@ Load = Callable[[str, Path, str, list[Tensor]], Forward]
 
 @dataclass(frozen=True)
 class Peer:
-    """``kind``: the file it loads; ``dtypes``: those it computes in."""
+    """``kind``: the file it loads; ``dtypes``: those it computes in; ``asked``: it runs only where it is named."""
 
     kind: str
     load: Load
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    asked: bool = False
 
 
 def _module(name: str, folder: Path, dtype: str) -> nn.Module:
@@ -149,7 +150,7 @@ def opened(folder: Path, dtype: str) -> Session:
 PEERS: Mapping[str, Peer] = {
     "eager": Peer(files.WEIGHTS, eager),
     "compile": Peer(files.WEIGHTS, compiled),
-    "aotinductor": Peer(files.WEIGHTS, aotinductor),
+    "aotinductor": Peer(files.WEIGHTS, aotinductor, asked=True),  # minutes more, for what compile's code does too
     "onnxruntime": Peer(files.ONNX, onnxruntime, ("float32",)),
     "openvino": Peer(files.OPENVINO, openvino),
     "fusegen": Peer(files.BUNDLE, fusegen),

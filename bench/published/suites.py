@@ -86,7 +86,8 @@ def _folder() -> Iterator[Path]:
 
 
 def _pairs(case: str, who: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
-    return [(w, d) for w, d in WHO[case] if w in (who or PEERS) and d in (dtypes or BOUNDS)]
+    chosen = who or [name for name, peer in PEERS.items() if not peer.asked]
+    return [(w, d) for w, d in WHO[case] if w in chosen and d in (dtypes or BOUNDS)]
 
 
 def _made(network: str, root: Path, pairs: Sequence[tuple[str, str]]) -> Path:
@@ -111,7 +112,11 @@ def _rows(job: Job, seconds: float) -> list[Row]:
     try:
         for name, dtype in job.pairs:
             key = f"{name} {dtype}"
-            workers[key] = worker = Worker(name, job.what, job.folder, dtype)
+            try:
+                workers[key] = worker = Worker(name, job.what, job.folder, dtype)
+            except RuntimeError as error:  # one that cannot load or run is a result, not the end of the others
+                rows[key] = Row(job.what, job.case, name, dtype, "cpu", False, note=str(error)[:300])
+                continue
             verdict = verify.check([worker.output], [job.want], BOUNDS[dtype])
             rows[key] = whole.gated(job.what, job.case, name, dtype, verdict)
             if verdict.ok:
@@ -120,7 +125,8 @@ def _rows(job: Job, seconds: float) -> list[Row]:
     finally:
         for worker in workers.values():
             worker.close()
-    return [_with(row, workers[key].facts, job.flops) for key, row in zip(rows, timed, strict=True)]
+    facts = {key: worker.facts for key, worker in workers.items()}
+    return [_with(row, facts.get(key, {}), job.flops) for key, row in zip(rows, timed, strict=True)]
 
 
 def _with(row: Row, facts: Mapping[str, float], flops: float) -> Row:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "say which kernel runs where, and why"
 DESCRIPTION = """Print the plan of a model: each node, the kernel bound to it, its bytes and FLOPs, and for each fast
-kernel that declined, its reason. Nothing is run, except with --profile."""
+kernel that declined, its reason. Nothing is run, except with --profile or --plot."""
 EXAMPLES = """  fusegen plan emoji
   fusegen plan emoji --component denoiser --batch 2 --profile
   fusegen plan emoji --component denoiser --batch 2 --plot roofline.png

@@ -70,15 +70,16 @@ def _models(args: argparse.Namespace) -> list[Row]:
     out: list[Row] = []
     with Progress(transient=True) as progress:
         todo = chosen(args.model, models.MODELS, "model")
-        known = dict.fromkeys(w for name in todo for w in models.MODELS[name].who)
-        who = chosen(args.contender, known, "contender")
+        suites = [models.MODELS[name] for name in todo]
+        named = chosen(args.contender, dict.fromkeys(w for s in suites for w in (*s.who, *s.more)), "contender")
         cases = chosen(args.case, [case for name in todo for case in models.MODELS[name].cases], "case")
         task = progress.add_task("models", total=len(todo))
         for name in todo:
             progress.update(task, description=name)
             suite = models.MODELS[name]
-            own, asked = [c for c in cases if c in suite.cases], [w for w in who if w in suite.who]
-            for rows in suite.run(asked, args.dtype, own, args.seconds) if own and asked else ():
+            offered = (*suite.who, *suite.more) if args.contender else suite.who
+            own, who = [c for c in cases if c in suite.cases], [w for w in named if w in offered]
+            for rows in suite.run(who, args.dtype, own, args.seconds) if own and who else ():
                 out += _kept(rows, args)
             progress.advance(task)
     return out

@@ -26,11 +26,12 @@ WHO = ("eager", "compile", "fusegen")
 class Suite:
     """A model's benchmark.  ``run(who, dtypes, cases, seconds)`` yields the rows of each dtype and case as they are
     measured; each of ``cases`` can be run by itself: torch.compile takes minutes for every case, dtype and process.
-    ``who``: the contenders it knows."""
+    ``who``: the contenders it runs; ``more``: others, that run only where they are named."""
 
     cases: Sequence[str]
     run: Callable[[Sequence[str], Sequence[str], Sequence[str], float], Iterator[list[Row]]]
     who: Sequence[str] = WHO
+    more: Sequence[str] = ()
 
 
 def gated(what: str, case: str, name: str, dtype: str, verdict: verify.Verdict) -> Row:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from fusegen.runtime.read.folder import Folder
 from fusegen.runtime.rewrite.cast import tables
 
 MAX_FILE = 256 << 20  # bytes of a member that is read whole
-PART = 64 << 20  # bytes of a mapped member that are hashed at once
 _CODE = (
     ".pkl",
     ".pickle",
@@ -111,24 +111,37 @@ class Bundle:
         return found
 
     def _check_pages(self, name: str, data: Any, start: int, size: int) -> None:
-        """Check a mapped member, whose pages need not be in memory all at once."""
-        digest = hashlib.sha256()
-        with memoryview(data) as view:
-            for at in range(start, start + size, PART):
-                end = min(at + PART, start + size)
-                with view[at:end] as part:
-                    digest.update(part)
-                archive.release(archive.pages(data, at, end - at, 1))
-        self._compare(name, digest.hexdigest())
+        """Check a mapped member, whose pages need not be in memory all at once; its parts side by side."""
+        stored, whole, part_size = self.manifest.members[name], hashlib.sha256(), manifest_json.PART
+
+        def check(index: int) -> None:
+            digest = hashlib.sha256() if stored.parts else whole
+            at = start + index * part_size
+            end = min(at + part_size, start + size)
+            with memoryview(data) as view, view[at:end] as part:
+                digest.update(part)
+            archive.release(archive.pages(data, at, end - at, 1))
+            if stored.parts and digest.hexdigest() != stored.parts[index]:
+                raise self._damaged(name)
+
+        every = range(-(-size // part_size))
+        with ThreadPoolExecutor(torch.get_num_threads() if stored.parts else 1) as pool:
+            for _ in pool.map(check, every):  # raises what the first of them raised
+                pass
+        if not stored.parts:
+            self._compare(name, whole.hexdigest())
 
     def _check(self, name: str, data: bytes) -> None:
         self._compare(name, hashlib.sha256(data).hexdigest())
 
     def _compare(self, name: str, digest: str) -> None:
         if digest != self.manifest.members[name].sha256:
-            raise FileError(
-                "the member is not what the manifest says: its SHA-256 differs", f"{self.path}: {name}", _AGAIN
-            )
+            raise self._damaged(name)
+
+    def _damaged(self, name: str) -> FileError:
+        return FileError(
+            "the member is not what the manifest says: its SHA-256 differs", f"{self.path}: {name}", _AGAIN
+        )
 
     def _check_members(self) -> None:
         """That the members are those of the manifest, of its sizes, and none of them is code."""
@@ -206,9 +219,14 @@ def _members(
 
 
 def _stored(pieces: Iterable[Any]) -> Stored:
-    digest, size = hashlib.sha256(), 0
+    whole, parts, size = hashlib.sha256(), [hashlib.sha256()], 0
     for piece in pieces:
         view = memoryview(piece).cast("B")
-        digest.update(view)
-        size += len(view)
-    return Stored(size, digest.hexdigest())
+        whole.update(view)
+        while len(view):
+            if size and size % manifest_json.PART == 0:
+                parts.append(hashlib.sha256())
+            now = view[: manifest_json.PART - size % manifest_json.PART]
+            parts[-1].update(now)
+            size, view = size + len(now), view[len(now) :]
+    return Stored(size, whole.hexdigest(), tuple(p.hexdigest() for p in parts) if len(parts) > 1 else ())

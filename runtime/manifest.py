@@ -21,6 +21,7 @@ COMPONENT_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 _TEXTS, _OBJECTS = ("name", "family", "licence", "card"), ("loop", "sampler", "quantization", "quality")
 _KEYS = {"format", "version", "components", "members", *_TEXTS, *_OBJECTS}
+PART = 64 << 20  # bytes of a part of a member that is hashed by itself
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -45,10 +46,12 @@ class Component:
 
 @dataclass(frozen=True)
 class Stored:
-    """A member's size in bytes and its SHA-256 in hexadecimal."""
+    """A member's size in bytes and its SHA-256 in hexadecimal; of one larger than ``PART`` also that of each part, so
+    that they can be checked side by side."""
 
     size: int
     sha256: str
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def dumps(manifest: Manifest) -> bytes:
         }
         for name, c in manifest.components.items()
     }
-    document["members"] = {k: {"size": v.size, "sha256": v.sha256} for k, v in manifest.members.items()}
+    document["members"] = {k: _member_to_json(v) for k, v in manifest.members.items()}
     return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False).encode() + b"\n"
 
 
@@ -132,8 +135,21 @@ def _component(name: str, value: Any) -> Component:
     return Component(inputs, graph_json.names(found["outputs"]), symbols, found["storage_dtype"])
 
 
+def _member_to_json(stored: Stored) -> dict[str, Any]:
+    parts = {"parts": list(stored.parts)} if stored.parts else {}
+    return {"size": stored.size, "sha256": stored.sha256, **parts}
+
+
 def _member(name: str, value: Any) -> Stored:
-    found = graph_json.only(value, ("size", "sha256"))
-    if name == MANIFEST or type(found["size"]) is not int or found["size"] < 0 or not _HASH.fullmatch(found["sha256"]):
+    found = graph_json.only({"parts": [], **value}, ("size", "sha256", "parts"))
+    size, parts = found["size"], tuple(found["parts"])
+    if (
+        name == MANIFEST
+        or type(size) is not int
+        or size < 0
+        or not all(map(_HASH.fullmatch, (found["sha256"], *parts)))
+    ):
         raise ValueError(f"the member {name[:80]!r}")
-    return Stored(found["size"], found["sha256"])
+    if parts and len(parts) != -(-size // PART):
+        raise ValueError(f"the parts of the member {name[:80]!r}")
+    return Stored(size, found["sha256"], parts)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from fusegen.bench import cli
+from fusegen.bench import cli, models, whole
 from fusegen.bench.published import files, networks, peers, picture, suites, worker
+from fusegen.bench.row import Row
 from fusegen.kernels import op as registry
 from fusegen.runtime.loop.denoise import denoise
 from fusegen.runtime.loop.tiles import starts
@@ -131,11 +133,22 @@ def test_the_eager_steps_are_those_of_our_loop() -> None:
 
 
 def test_a_contender_that_a_suite_lacks_is_left_out_of_it() -> None:
-    assert set(suites.SUITES["clip-l"].who) == set(peers.PEERS)
     assert cli.chosen(["openvino"], peers.PEERS, "contender") == ["openvino"]
     assert suites._pairs(suites.HALF, ["openvino", "onnxruntime"], ["bfloat16"]) == [("openvino", "bfloat16")]
-    assert suites._pairs(suites.HALF, ["aotinductor"], []) == [("aotinductor", "bfloat16")]
-    assert "aotinductor" not in dict(suites._pairs(suites.HALF, [], []))  # it runs only where it is named
+
+
+@pytest.mark.parametrize("named", [[], ["openvino", "aotinductor"]])
+def test_aotinductor_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch, named: list[str]) -> None:
+    ran: list[str] = []
+
+    def run(who: Sequence[str], *_: object) -> Iterator[list[Row]]:
+        ran.extend(who)
+        return iter(())
+
+    real = suites.SUITES["clip-l"]
+    monkeypatch.setattr(models, "MODELS", {"clip-l": dataclasses.replace(real, run=run), "emoji": whole.Suite((), run)})
+    cli.main(["models", *(f"--contender={name}" for name in named)])
+    assert ran == (named or [name for name in peers.PEERS if name != "aotinductor"])
 
 
 def test_a_contender_that_dies_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import torch
 from interpret import interpret
 from torch import Tensor, nn
 
-from fusegen.runtime import bundle
+from fusegen.runtime import manifest as manifest_json
 from fusegen.runtime.api import capture, read
 from fusegen.runtime.bundle import Bundle, Manifest
 from fusegen.runtime.derived import value
@@ -243,8 +243,9 @@ def test_every_flipped_byte_is_found_or_harmless(path: Path, program: Program) -
 def test_weights_are_hashed_in_parts(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    monkeypatch.setattr(bundle, "PART", part)
-    Bundle.write(tmp_path / "x.fg", ABOUT, {"net": program})
+    monkeypatch.setattr(manifest_json, "PART", part)
+    written = Bundle.write(tmp_path / "x.fg", ABOUT, {"net": program}).members[WEIGHTS]
+    assert len(written.parts) == (-(-written.size // part) if written.size > part else 0)
     got = read(tmp_path / "x.fg")
     assert all(torch.equal(value(v), program.weights[k]) for k, v in got.weights.items())
     path = tmp_path / "x.fg"
@@ -254,6 +255,20 @@ def test_weights_are_hashed_in_parts(
     path.write_bytes(raw)
     with pytest.raises(FileError, match="SHA-256 differs"):
         read(path)
+
+
+def test_weights_without_parts_are_checked_whole(program: Program, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest_json, "PART", 100)  # the file was written with larger ones
+    assert not Bundle.open(path).manifest.members[WEIGHTS].parts
+    assert all(torch.equal(value(v), program.weights[k]) for k, v in read(path).weights.items())
+
+
+@pytest.mark.parametrize("parts", [["0" * 64] * 2, ["0" * 63, "0" * 64], [1, 2], "ab"])
+def test_parts_that_cannot_be(path: Path, parts: Any) -> None:
+    document = json.loads(zipfile.ZipFile(path).read("manifest.json"))
+    document["members"][WEIGHTS]["parts"] = parts
+    with pytest.raises(FileError, match="the manifest is not as it should be"):
+        manifest_json.loads(json.dumps(document).encode(), "x")
 
 
 def test_missing_folder(tmp_path: Path, program: Program) -> None:

@@ -86,8 +86,7 @@ def _folder() -> Iterator[Path]:
 
 
 def _pairs(case: str, who: Sequence[str], dtypes: Sequence[str]) -> list[tuple[str, str]]:
-    chosen = who or [name for name, peer in PEERS.items() if not peer.asked]
-    return [(w, d) for w, d in WHO[case] if w in chosen and d in (dtypes or BOUNDS)]
+    return [(w, d) for w, d in WHO[case] if w in who and d in (dtypes or BOUNDS)]
 
 
 def _made(network: str, root: Path, pairs: Sequence[tuple[str, str]]) -> Path:
@@ -140,7 +139,8 @@ def _with(row: Row, facts: Mapping[str, float], flops: float) -> Row:
 
 def suite(run: Run) -> whole.Suite:
     """A benchmark of these cases and contenders."""
-    return whole.Suite(tuple(WHO), run, tuple(PEERS))
+    always = tuple(name for name, peer in PEERS.items() if not peer.asked)
+    return whole.Suite(tuple(WHO), run, always, tuple(name for name in PEERS if name not in always))
 
 
 SUITES = {name: suite(functools.partial(evaluation, name)) for name in NETWORKS}

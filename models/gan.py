@@ -17,7 +17,7 @@ at step k + 1: a picture depends on its seed alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +84,7 @@ class Gan:
         device: str = "cpu",
         dtype: torch.dtype | str | None = None,
         deterministic: bool = False,
+        without: Collection[str] = (),
     ) -> Gan:
         """Open the model in ``bundle``; ``dtype`` None is :func:`~fusegen.runtime.compile.default_dtype`.
 
@@ -92,7 +93,9 @@ class Gan:
         found = gan_bundle.read(bundle)
         chosen = AUTO if dtype is None else dtype
         sessions = {
-            name: compile_program(p, device, torch.float32 if name == "mapping" else chosen, None, deterministic)
+            name: compile_program(
+                p, device, torch.float32 if name == "mapping" else chosen, None, deterministic, without=without
+            )
             for name, p in found.programs.items()
         }
         return cls(sessions, found.latents, found.image, found.defaults, bundle)

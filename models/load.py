@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,16 +46,18 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | str | None = None,
     deterministic: bool = False,
+    without: Collection[str] = (),
 ) -> Any:
     """Open the model in the ``.fg`` file or folder ``name``, or the zoo's model of that name: its family's class.
 
     ``device``: ``"cpu"`` or ``"cuda"``.  ``dtype``: what it computes in; None is the device's best.  ``deterministic``
-    binds only kernels whose results do not depend on the batch (a text model's never do).  Raises FileError, or
-    RequestError for a bundle that holds a bare program.
+    binds only kernels whose results do not depend on the batch (a text model's never do).  ``without``: ops whose
+    kernels are left alone (:func:`~fusegen.runtime.compile.compile`).  Raises FileError, or RequestError for a bundle
+    that holds a bare program.
     """
     bundle = _opened(name)
     module, kind = FAMILIES[bundle.manifest.family]
-    return getattr(importlib.import_module(module), kind).from_bundle(bundle, device, dtype, deterministic)
+    return getattr(importlib.import_module(module), kind).from_bundle(bundle, device, dtype, deterministic, without)
 
 
 def family_of(name: str | Path) -> str:

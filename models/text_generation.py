@@ -9,7 +9,7 @@ output logits (B, V) of row ``last`` (``runtime/loop/decode.py``); and the files
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,7 @@ class TextGeneration:
         device: str = "cpu",
         dtype: torch.dtype | str | None = None,
         deterministic: bool = True,
+        without: Collection[str] = (),
     ) -> TextGeneration:
         """Open the model in ``bundle``; ``dtype`` None is :func:`~fusegen.runtime.compile.default_dtype`.
 
@@ -88,7 +89,7 @@ class TextGeneration:
             wanted = f"it must take {', '.join(INPUTS)} and caches, and give logits"
             raise FileError(f"the decoder takes {', '.join(program.inputs)}", where, wanted)
         chosen = AUTO if dtype is None else dtype
-        session = compile_program(with_sampler(program, text.context), device, chosen, deterministic=True)
+        session = compile_program(with_sampler(program, text.context), device, chosen, None, True, without=without)
         return cls(bundled.tokenizer(bundle), session, text, defaults, bundle)
 
     @property

@@ -11,7 +11,7 @@ and the files ``tokenizer.json`` and ``card.md``.  ``manifest.loop`` holds ``sch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,7 @@ class TextToImage:
         device: str = "cpu",
         dtype: torch.dtype | str | None = None,
         deterministic: bool = False,
+        without: Collection[str] = (),
     ) -> TextToImage:
         """Open the model in ``bundle``; ``dtype`` None is :func:`~fusegen.runtime.compile.default_dtype`.
 
@@ -121,8 +122,10 @@ class TextToImage:
         chosen = AUTO if dtype is None else dtype
         return cls(
             bundled.tokenizer(bundle),
-            compile_program(bundle.program("text_encoder"), device, torch.float32, deterministic=deterministic),
-            compile_program(bundle.program("denoiser"), device, chosen, deterministic=deterministic),
+            compile_program(
+                bundle.program("text_encoder"), device, torch.float32, None, deterministic, without=without
+            ),
+            compile_program(bundle.program("denoiser"), device, chosen, None, deterministic, without=without),
             schedule,
             image,
             defaults,

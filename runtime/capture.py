@@ -87,6 +87,7 @@ class Capture:
                 self._keep(step)
         if phase == "constant":
             self.stable.update(o for s in self.plan.steps if s.phase == phase for o in s.node.outputs)
+        self.weights.settle()
         loop = closures.loop([run for _, run in self.runs[phase]])
         self.loops[phase] = self.backend.record(loop) if self.backend.graph and phase == "step" else loop
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Collection
 
 import torch
 
+from fusegen.kernels import op as registry
 from fusegen.runtime import backends
 from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import RequestError
@@ -27,6 +29,7 @@ def compile(
     backend: str | None = None,
     deterministic: bool = False,
     quantize: str | None = None,
+    without: Collection[str] = (),
 ) -> Session:
     """Rewrite ``program`` and make it a :class:`~fusegen.runtime.engine.Session`.
 
@@ -35,14 +38,18 @@ def compile(
     the program's own, but for float16 on a CPU without such arithmetic, and ``"auto"`` is :func:`default_dtype`.
     ``deterministic``: a sample's bits depend on nothing else in its batch, or planning raises :class:`GraphError` with
     the node that cannot promise it.  ``quantize``: ``"int8"`` for int8 weights and products in the layers that pay
-    (:mod:`fusegen.runtime.quantize`; a bundle that ``fusegen quantize`` wrote has them already).  Raises
-    :class:`RequestError` for what is unknown.
+    (:mod:`fusegen.runtime.quantize`; a bundle that ``fusegen quantize`` wrote has them already).  ``without``: ops
+    (``kernels/<op>.py``) whose kernels are left alone, for less memory (``winograd_conv2d``, whose filters are larger
+    than the weights) or to find the one that is at fault.  Raises :class:`RequestError` for what is unknown.
     """
     if device not in ("cpu", "cuda"):
         raise RequestError(f"no device is called {device!r}", mend="use 'cpu' or 'cuda'")
     chosen = backends.get(backend or device)
     if chosen.device != device:
         raise RequestError(f"the backend {chosen.name!r} runs on {chosen.device}, not on {device}")
+    for name in without:
+        if name not in registry.ops():
+            raise RequestError(f"no op is called {name!r}", mend=f"there are {', '.join(sorted(registry.ops()))}")
     if quantize is not None:
         program = quantized(program, quantize)
     wanted, notes = _dtype(program, dtype, device)
@@ -51,7 +58,7 @@ def compile(
         program = rewrite(program, wanted)
     elif wanted is not None:
         program = cast(program, wanted)[0]
-    return Session(program, chosen, deterministic, notes=notes)
+    return Session(program, chosen, deterministic, notes=notes, without=frozenset(without))
 
 
 def _dtype(

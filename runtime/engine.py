@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,9 +42,10 @@ class Session:
         deterministic: bool = False,
         memory: int = 4 * GIB,
         notes: tuple[str, ...] = (),
+        without: Collection[str] = (),
     ):
         self.program, self.backend, self.deterministic = program, backend, deterministic
-        self.memory, self.notes = memory, notes
+        self.memory, self.notes, self.without = memory, notes, without
         self.weights, self.state = Weights(backend.place), state.versions(program)
         self._captures: OrderedDict[Any, Capture] = OrderedDict()
         self._lock = threading.RLock()
@@ -91,7 +92,8 @@ class Session:
     ) -> Plan:
         """The plan for inputs of these specs, without running anything."""
         specs = {k: TensorSpec(tuple(v.shape), v.dtype) for k, v in given.items()}
-        return plan(self.program, specs, self.backend, self.deterministic, fixed, per_step, self.notes)
+        how = self.deterministic, fixed, per_step, self.notes, self.without
+        return plan(self.program, specs, self.backend, *how)
 
     def profile(self, *inputs: Tensor, **named: Tensor) -> list[measure.Share]:
         """The measured share of time of each kernel and routine, the largest first, and what is spent between them.

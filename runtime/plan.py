@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from fusegen.runtime.program import Applied, Node, Program, TensorSpec, substitu
 from fusegen.runtime.rewrite.graph import overload
 from fusegen.runtime.specialize import Strided, place, specialize
 
+_Find = Callable[[registry.Op, tuple[Any, ...]], registry.Picked]
 PHASES = ("constant", "fixed", "per_step", "step")
 
 
@@ -99,15 +100,17 @@ def plan(
     fixed: Sequence[str] = (),
     per_step: Sequence[str] = (),
     notes: tuple[str, ...] = (),
+    without: Collection[str] = (),
 ) -> Plan:
     """Bind every node of ``program`` for inputs of the specs ``given``.
 
-    ``fixed`` and ``per_step`` name inputs of a trajectory.  Raises :class:`RequestError` if the inputs do not fit and
-    :class:`GraphError` naming a node that cannot run, or cannot be made deterministic where that is asked.
+    ``fixed`` and ``per_step`` name inputs of a trajectory; ``without``: ops whose kernels are left alone.  Raises
+    :class:`RequestError` if the inputs do not fit and :class:`GraphError` naming a node that cannot run, or cannot be
+    made deterministic where that is asked.
     """
-    static = backend.lower(specialize(state.check(program), given))
+    static, find = backend.lower(specialize(state.check(program), given)), partial(_find, backend, without)
     if backend.fuses:
-        declined = partial(_declined, backend)
+        declined = partial(_declined, find)
         static = winograd.folded(upsample.folded(static, declined), declined, backend.unpacked())
         for rule in (winograd_modulated, join, gated_norm):
             static = rule.folded(static, declined)
@@ -121,7 +124,7 @@ def plan(
     for node in static.nodes:
         inputs = depends[node.outputs[0]]
         phase = _phase(inputs, set(fixed), set(per_step))
-        steps.append(_step(node, static, metas, backend, deterministic, phase, inputs))
+        steps.append(_step(node, static, metas, backend, find, deterministic, phase, inputs))
     steps.sort(key=lambda s: PHASES.index(s.phase))  # stable: within a phase the order of the graph stays
     crossing = _crossing(steps, static)
     steps = [_unplan(s) if s.phase == "constant" or crossing.intersection(s.node.outputs) else s for s in steps]
@@ -153,6 +156,7 @@ def _step(
     program: Program,
     metas: Mapping[str, Tensor],
     backend: Backend,
+    find: _Find,
     deterministic: bool,
     phase: str,
     depends: tuple[str, ...],
@@ -164,7 +168,7 @@ def _step(
         return Step(node, Binding("view", node.op), phase, depends, outs, 0, 0)
     if node.op.startswith("fusegen."):
         op = registry.get(node.op.split(".")[1])
-        binding, least = _pick(op, node, values, backend, deterministic), op.cost(*values.values())
+        binding, least = _pick(op, node, values, backend, find, deterministic), op.cost(*values.values())
     else:
         _refuse_random(node)
         binding, least = (
@@ -180,18 +184,26 @@ def _step(
     return Step(node, binding, phase, depends, outs, least.bytes, least.flops)
 
 
-def _pick(op: registry.Op, node: Node, values: Mapping[str, Any], backend: Backend, deterministic: bool) -> Binding:
+def _find(backend: Backend, without: Collection[str], op: registry.Op, args: tuple[Any, ...]) -> registry.Picked:
+    """The kernel for these arguments, unless the op's kernels are to be left alone."""
+    if op.name in without:
+        return registry.Picked(None, (registry.Declined(op.name, "it was asked to do without"),))
+    return registry.pick(op, backend.device, args)
+
+
+def _pick(
+    op: registry.Op, node: Node, values: Mapping[str, Any], backend: Backend, find: _Find, deterministic: bool
+) -> Binding:
     """Bind a fused op to the kernel that takes it, or to the reference."""
-    args = tuple(values.values())
-    picked = registry.pick(op, backend.device, args)
+    picked = find(op, tuple(values.values()))
     if picked.kernel is not None:
         return Binding("kernel", picked.kernel.name, picked.declined, planned=backend.plans)
     return backend.hold(Binding("reference", f"{op.name} reference", picked.declined), node.op, values, deterministic)
 
 
-def _declined(backend: Backend, op: registry.Op, args: tuple[Any, ...]) -> str | None:
+def _declined(find: _Find, op: registry.Op, args: tuple[Any, ...]) -> str | None:
     """Why no kernel takes the op on these arguments, or None where one does."""
-    picked = registry.pick(op, backend.device, args)
+    picked = find(op, args)
     return None if picked.kernel else "; ".join(f"{d.kernel}: {d.reason}" for d in picked.declined) or "no kernel"
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusegen.kernels import op as registry
+from fusegen.runtime import weights
 from fusegen.runtime.api import capture
 from fusegen.runtime.bundle import Bundle, Manifest
 from fusegen.runtime.compile import compile as compile_program
@@ -110,3 +111,21 @@ def test_a_bound_kernel_does_not_keep_what_it_was_moved_from() -> None:
     del args, x
     gc.collect()
     assert first() is None and second() is None
+
+
+@pytest.mark.parametrize(("limit", "trims"), [(0, 1), (1 << 20, 0)])
+def test_the_allocator_s_holes_go_back_once_after_weights_were_packed(
+    monkeypatch: pytest.MonkeyPatch, limit: int, trims: int
+) -> None:
+    gave: list[int] = []
+
+    def trim(pad: int) -> int:
+        gave.append(pad)
+        return 1
+
+    monkeypatch.setattr(weights, "HOLES", limit)
+    monkeypatch.setattr(weights, "_trim", lambda: trim)
+    session = compile_program(capture(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), (torch.randn(4, 64),)))
+    for _ in range(2):
+        session(torch.randn(4, 64))
+    assert len(gave) == trims

@@ -152,6 +152,12 @@ def test_where_bfloat16_would_be_slower_it_is_declined(shape: tuple[int, ...], o
     assert (picked.kernel is not None) == served and bool(picked.declined) != served
 
 
+def test_it_stays_where_it_was_asked_to_do_without() -> None:
+    counts, left = planned(Block(), without=["winograd_conv2d"])
+    assert FUSED not in counts and "winograd_conv2d: it was asked to do without" in left[0]
+    assert not any("winograd" in name for name in counts)  # nor are its filters made
+
+
 def test_few_channels_stay() -> None:
     assert FUSED not in planned(Block(8))[0]
     assert FUSED not in planned(Block(16), 2e-2, dtype="bfloat16")[0]

@@ -47,6 +47,8 @@ def add(p: argparse.ArgumentParser) -> None:
     p.add_argument("--per-step", action="append", default=[], metavar="INPUT",
                    help="plan a run of many steps for each of which this input is known ahead")  # fmt: skip
     p.add_argument("--deterministic", action="store_true", help="no result may depend on the batch it was made in")
+    p.add_argument("--without", action="append", default=[], metavar="OP",
+                   help="leave the kernels of this op alone, such as winograd_conv2d (may be repeated)")  # fmt: skip
     p.add_argument("--profile", action="store_true", help="run it on noise and print each kernel's share of the time")
     p.add_argument("--plot", type=Path, metavar="FILE",
                    help="profile it and draw every call against the ceilings of this machine, as PNG")  # fmt: skip
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.plot:
         drawable(args.plot)
-    options = {"device": args.device, "dtype": args.dtype, "deterministic": args.deterministic}
+    options = {"device": args.device, "dtype": args.dtype, "deterministic": args.deterministic, "without": args.without}
     sessions = components.open_sessions(args.model, args.component, **options)
     programs, wanted, documents = [s.program for s in sessions.values()], dict(args.size), []
     measured: dict[str, list[Share]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,20 @@ def test_other_runtimes_do_too_where_they_are_installed(folder: Path, name: str,
     files.main(SMALL, str(folder), peers.PEERS[name].kind)
     inputs, want, _ = files.expected(folder)
     torch.testing.assert_close(peers.PEERS[name].load(SMALL, folder, "float32", inputs)(inputs), want)
+
+
+def test_openvino_s_model_may_be_traced_with_smaller_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+
+    def inputs(side: int) -> Callable[[torch.Generator], list[Tensor]]:
+        return lambda g: [torch.randn(2, 3, side, side, generator=g), torch.rand(2, 1, 1, 1)]
+
+    made = networks.Network(_small, inputs(24), traced=inputs(8))
+    monkeypatch.setattr(networks, "NETWORKS", {SMALL: made})
+    files.main(SMALL, str(tmp_path), files.EXPECTED, files.OPENVINO)
+    given, want, _ = files.expected(tmp_path)
+    assert want.shape[2:] == (24, 24)
+    torch.testing.assert_close(peers.PEERS["openvino"].load(SMALL, tmp_path, "float32", given)(given), want)
 
 
 def test_a_stored_dtype_is_everybody_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusegen.bench.published import networks
+from fusegen.bench.published.networks import Network
 from fusegen.runtime.api import capture
 from fusegen.runtime.bundle import Bundle, Manifest
 
@@ -47,7 +48,7 @@ def expected(folder: Path) -> tuple[list[Tensor], Tensor, dict[str, float]]:
         return inputs, f.get_tensor("output"), facts
 
 
-def _expected(path: Path, net: nn.Module, inputs: list[Tensor], stored: str) -> None:
+def _expected(path: Path, net: nn.Module, inputs: list[Tensor], network: Network) -> None:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         start = time.perf_counter()
         out = net(*inputs)
@@ -56,27 +57,28 @@ def _expected(path: Path, net: nn.Module, inputs: list[Tensor], stored: str) -> 
     save_file(tensors | {"output": out.contiguous()}, path, {"facts": json.dumps(facts)})
 
 
-def _weights(path: Path, net: nn.Module, inputs: list[Tensor], stored: str) -> None:
-    save_file({k: v.to(getattr(torch, stored)) for k, v in net.named_parameters()}, path)
+def _weights(path: Path, net: nn.Module, inputs: list[Tensor], network: Network) -> None:
+    save_file({k: v.to(getattr(torch, network.stored)) for k, v in net.named_parameters()}, path)
 
 
-def _bundle(path: Path, net: nn.Module, inputs: list[Tensor], stored: str) -> None:
+def _bundle(path: Path, net: nn.Module, inputs: list[Tensor], network: Network) -> None:
     program = capture(net, inputs, name="network")
-    short = "" if stored == "float32" else stored
+    short = "" if network.stored == "float32" else network.stored
     Bundle.write(path, Manifest(name=path.parent.name), {"network": program}, storage_dtype=short)
 
 
-def _openvino(path: Path, net: nn.Module, inputs: list[Tensor], stored: str) -> None:
+def _openvino(path: Path, net: nn.Module, inputs: list[Tensor], network: Network) -> None:
     import openvino
 
-    model = openvino.convert_model(net, example_input=tuple(inputs))
+    smaller = network.traced(torch.Generator().manual_seed(1)) if network.traced else inputs
+    model = openvino.convert_model(net, example_input=tuple(smaller))  # of sizes that it leaves open
     for port, x in zip(model.inputs, inputs, strict=True):
         port.get_node().set_partial_shape(openvino.PartialShape(list(x.shape)))
     model.validate_nodes_and_infer_types()
-    openvino.save_model(model, path, compress_to_fp16=stored != "float32")
+    openvino.save_model(model, path, compress_to_fp16=network.stored != "float32")
 
 
-def _onnx(path: Path, net: nn.Module, inputs: list[Tensor], stored: str) -> None:
+def _onnx(path: Path, net: nn.Module, inputs: list[Tensor], network: Network) -> None:
     torch.onnx.export(net, tuple(inputs), path, dynamo=True, external_data=True, optimize=True, verbose=False)
 
 
@@ -89,7 +91,7 @@ def main(name: str, folder: str, *kinds: str) -> None:
     """Make ``kinds`` of files."""
     net, inputs = networks.made(name), networks.example(name)
     for kind in kinds:
-        _MAKERS[kind](Path(folder) / kind, net, inputs, networks.NETWORKS[name].stored)
+        _MAKERS[kind](Path(folder) / kind, net, inputs, networks.NETWORKS[name])
 
 
 if __name__ == "__main__":

@@ -45,12 +45,14 @@ class Call(nn.Module):
 class Network:
     """``build()`` makes the module, its weights drawn from the global generator; ``inputs(generator)`` its arguments.
 
-    ``stored``: the dtype its weights have in the files that contenders load, all contenders alike.
+    ``stored``: the dtype its weights have in the files that contenders load, all contenders alike.  ``traced``: smaller
+    arguments that OpenVINO's converter traces it with, where those would take more memory than there is.
     """
 
     build: Callable[[], nn.Module]
     inputs: Callable[[torch.Generator], list[Tensor]]
     stored: str = "float32"
+    traced: Callable[[torch.Generator], list[Tensor]] | None = None
 
 
 def _sd15() -> nn.Module:
@@ -131,7 +133,7 @@ def _latents(side: int) -> Callable[[torch.Generator], list[Tensor]]:
 NETWORKS: Mapping[str, Network] = {
     "sd15-unet": Network(_sd15, _sd15_inputs),
     "sdxl-unet-512": Network(_sdxl, _sdxl_inputs(64), "bfloat16"),
-    "sdxl-unet-1024": Network(_sdxl, _sdxl_inputs(128), "bfloat16"),
+    "sdxl-unet-1024": Network(_sdxl, _sdxl_inputs(128), "bfloat16", _sdxl_inputs(64)),
     "sd-vae-512": Network(_vae, _latents(64)),
     "sd-vae-576": Network(_vae, _latents(72)),  # a tile of 1024, with 16 latents in common with the next
     "sd-vae-1024": Network(_vae, _latents(128)),

@@ -4,6 +4,9 @@ Tiles of 6 x 6 pixels, four apart, and the filters (:mod:`.winograd_filters`) ar
 (Lavin & Gray 2015, F(4 x 4, 3 x 3)), in float32: these transforms amplify what the products round.  In bfloat16 tiles
 are 4 x 4 pixels, two apart, and the filters those of :mod:`.winograd_pair_filters` (F(2 x 2, 3 x 3), 16 products for
 four pixels, not 36), whose shape says so; a kernel may round a transformed tile to bfloat16.
+
+Where x is ``doubled``, a nearest 2x upsampling of it is convolved.  Of tiles of 4 x 4 pixels the two middle rows and
+columns are then the same, and 7 of the 16 points, which are their differences, zero: 9 products are left.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ from fusegen.kernels.op import Case, Cost, Op, Tolerance, is_channels_last, regi
 from fusegen.kernels.winograd_filters import PANEL
 from fusegen.kernels.winograd_pair_filters import GROUP
 
-SCHEMA = "(Tensor x, Tensor filters, int outputs, Tensor? bias=None, Tensor? residual=None) -> Tensor"
+SCHEMA = (
+    "(Tensor x, Tensor filters, int outputs, Tensor? bias=None, Tensor? residual=None, bool doubled=False) -> Tensor"
+)
 INPUT = (
     (4.0, 0.0, -5.0, 0.0, 1.0, 0.0),
     (0.0, -4.0, -4.0, 1.0, 1.0, 0.0),
@@ -42,24 +47,29 @@ PAIR_OUTPUT = ((1.0, 1.0, 1.0, 0.0), (0.0, 1.0, -1.0, -1.0))
 
 
 def allocate(
-    x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor,
+    filters: Tensor,
+    outputs: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    doubled: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The uninitialised output (B, O, H, W) for x (B, I, H, W), filters (6, 6, P, I, 16) or (P, 4, 4, ceil(I / 2), 32,
-    2), bias (O,) and a residual of the output's shape, which is added: channels-last where x is that and not also
-    contiguous, else contiguous.
+    """The uninitialised output (B, O, H, W), or (B, O, 2 H, 2 W) where x is ``doubled``, for x (B, I, H, W), filters
+    (6, 6, P, I, 16) or (P, 4, 4, ceil(I / 2), 32, 2), bias (O,) and a residual of the output's shape, which is added:
+    channels-last where x is that and not also contiguous, else contiguous.
 
     Raises ValueError where they do not fit.
     """
     check_filters("winograd_conv2d", x, filters, outputs)
-    return (images("winograd_conv2d", x, outputs, bias, residual),)
+    return (images("winograd_conv2d", x, outputs, bias, residual, 2 if doubled else 1),)
 
 
-def images(op: str, x: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """Uninitialised images of x's size and layout with ``outputs`` channels.
+def images(op: str, x: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, times: int = 1) -> Tensor:
+    """Uninitialised images of ``times`` x's size and of its layout with ``outputs`` channels.
 
     Raises ValueError, which names ``op``, where bias (O,) or a residual of that shape and x's dtype does not fit.
     """
-    shape = (x.shape[0], outputs, x.shape[2], x.shape[3])
+    shape = (x.shape[0], outputs, times * x.shape[2], times * x.shape[3])
     if bias is not None and tuple(bias.shape) != (outputs,):
         raise ValueError(f"{op}: bias has shape {tuple(bias.shape)}, not ({outputs},)")
     if residual is not None and (tuple(residual.shape) != shape or residual.dtype != x.dtype):
@@ -81,16 +91,26 @@ def check_filters(op: str, x: Tensor, filters: Tensor, outputs: int) -> None:
 
 
 def reference(
-    x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None
+    x: Tensor,
+    filters: Tensor,
+    outputs: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    doubled: bool = False,
 ) -> Tensor:
     """A^T (filters . B^T d B) A for every tile d, in float32, or float64 where x is."""
-    (out,) = allocate(x, filters, outputs, bias, residual)
+    (out,) = allocate(x, filters, outputs, bias, residual, doubled)
     if out.numel() == 0:
         return out
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = convolved(F.pad(x.to(wide), (1, 1, 1, 1)), filters, outputs)
+    y = convolved(F.pad(larger(x, doubled).to(wide), (1, 1, 1, 1)), filters, outputs)
     y = y if bias is None else y + bias.to(wide)[:, None, None]
     return out.copy_(y if residual is None else y + residual.to(wide))
+
+
+def larger(x: Tensor, doubled: bool) -> Tensor:
+    """x, or ``doubled`` each of its pixels 2 x 2 times."""
+    return x.repeat_interleave(2, 2).repeat_interleave(2, 3) if doubled else x
 
 
 def convolved(padded: Tensor, filters: Tensor, outputs: int) -> Tensor:
@@ -115,23 +135,37 @@ def flat(filters: Tensor, inputs: int) -> Tensor:
     return filters.permute(1, 2, 3, 5, 0, 4).flatten(4).flatten(2, 3)[:, :, :inputs]
 
 
-def cost(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None) -> Cost:
-    """The direct convolution's operations, so that rates compare; each tensor read or written once."""
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    moved = pixels * (x.shape[1] + outputs * (1 if residual is None else 2)) * x.element_size()
-    return Cost(flops=18 * pixels * x.shape[1] * outputs, bytes=moved + filters.numel() * filters.element_size())
+def cost(
+    x: Tensor,
+    filters: Tensor,
+    outputs: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    doubled: bool = False,
+) -> Cost:
+    """The direct convolution's operations, so that rates compare, of one that is ``doubled`` those of its four phases
+    of 2 x 2 taps; each tensor read or written once."""
+    pixels, times = x.shape[0] * x.shape[2] * x.shape[3], 4 if doubled else 1
+    moved = (x.numel() + times * pixels * outputs * (1 if residual is None else 2)) * x.element_size()
+    return Cost(
+        flops=(32 if doubled else 18) * pixels * x.shape[1] * outputs,
+        bytes=moved + filters.numel() * filters.element_size(),
+    )
 
 
-def _arguments(g: Generator, x: Tensor, outputs: int, bias: bool, residual: bool) -> tuple[Any, ...]:
+def _arguments(
+    g: Generator, x: Tensor, outputs: int, bias: bool, residual: bool, doubled: bool = False
+) -> tuple[Any, ...]:
     inputs = x.shape[1]
     weight = torch.randn(outputs, inputs, 3, 3, generator=g) / (9 * max(inputs, 1)) ** 0.5
     pairs = x.dtype == torch.bfloat16
     filters = (winograd_pair_filters if pairs else winograd_filters).reference(weight.to(x.dtype))
     offset = torch.randn(outputs, generator=g).to(x.dtype) if bias else None
-    more = torch.randn(x.shape[0], outputs, *x.shape[2:], generator=g).to(x.dtype) if residual else None
+    size = (n * (2 if doubled else 1) for n in x.shape[2:])
+    more = torch.randn(x.shape[0], outputs, *size, generator=g).to(x.dtype) if residual else None
     if more is not None and is_channels_last(x):
         more = more.contiguous(memory_format=torch.channels_last)
-    return (x, filters, outputs, offset, more)
+    return (x, filters, outputs, offset, more, doubled)
 
 
 def _case(
@@ -142,18 +176,24 @@ def _case(
     layout: str = "channels_last",
     bias: bool = True,
     residual: bool = False,
+    doubled: bool = False,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
     bench: bool = False,
     small: bool = True,
 ) -> Case:
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        return _arguments(g, laid_out(torch.randn(shape, generator=g).to(dtype), layout), outputs, bias, residual)
+        x = laid_out(torch.randn(shape, generator=g).to(dtype), layout)
+        return _arguments(g, x, outputs, bias, residual, doubled)
 
     return Case(name, build, dtypes=dtypes, bench=bench, small=small)
 
 
-def _bench(*shape: int, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> Case:
-    return _case("x".join(map(str, shape)), shape, shape[1], dtypes=dtypes, bench=True, small=False)
+def _bench(*shape: int, **more: Any) -> Case:
+    name = "x".join(map(str, shape)) + (", doubled" if more.get("doubled") else "")
+    return _case(name, shape, shape[1], bench=True, small=False, **more)
+
+
+_HALF = (torch.bfloat16,)
 
 
 CASES = [
@@ -175,9 +215,13 @@ CASES = [
     _case("contiguous", (2, 16, 6, 6), 16, layout="contiguous"),
     _case("strided", (2, 16, 3, 5), 16, layout="strided"),
     _case("several blocks", (3, 33, 33, 19), 70, residual=True, small=False),
+    _case("doubled", (2, 34, 3, 5), 37, doubled=True, residual=True),
+    _case("doubled, one pixel", (1, 3, 1, 1), 5, doubled=True, bias=False),
+    _case("doubled, several blocks", (2, 24, 19, 13), 70, doubled=True, small=False),
     *(_bench(*shape) for shape in ((2, 48, 64, 64), (2, 128, 16, 16), (2, 320, 64, 64), (2, 640, 32, 32))),
     _bench(1, 256, 256, 256),
-    *(_bench(*shape, dtypes=(torch.bfloat16,)) for shape in ((2, 1280, 16, 16), (2, 1280, 8, 8))),
+    *(_bench(*shape, dtypes=_HALF) for shape in ((2, 1280, 16, 16), (2, 1280, 8, 8))),
+    *(_bench(*shape, dtypes=_HALF, doubled=True) for shape in ((2, 1280, 8, 8), (2, 640, 32, 32), (1, 512, 128, 128))),
 ]
 
 
@@ -190,20 +234,24 @@ def unfolded(filters: Tensor, outputs: int, inputs: int) -> Tensor:
     return torch.einsum("ka,abio,lb->oikl", g, own, g).float().contiguous(memory_format=torch.channels_last)
 
 
-def _eager(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+def _eager(
+    x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, doubled: bool
+) -> Tensor:
+    x = F.interpolate(x, scale_factor=2.0, mode="nearest") if doubled else x
     y = F.conv2d(x, unfolded(filters, outputs, x.shape[1]).to(x.dtype), bias, padding=1)
     return y if residual is None else y + residual
 
 
 def _alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
-    x, filters, outputs, bias, residual = args
-    return (x[b : b + 1], filters, outputs, bias, None if residual is None else residual[b : b + 1])
+    x, filters, outputs, bias, residual, doubled = args
+    return (x[b : b + 1], filters, outputs, bias, None if residual is None else residual[b : b + 1], doubled)
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     shape = (*draw.shape(2, 40), *draw.shape(11, 11))
     x = draw.tensor(shape, dtype, layouts=("channels_last", "contiguous"))
-    return _arguments(draw.generator(), x, draw.integer(0, 70), draw.choice((True, False)), draw.choice((True, False)))
+    bias, residual, doubled = (draw.choice((True, False)) for _ in range(3))
+    return _arguments(draw.generator(), x, draw.integer(0, 70), bias, residual, doubled)
 
 
 OP = register(
@@ -224,7 +272,7 @@ OP = register(
         eager=_eager,
         alone=_alone,
         draw=_draw,
-        formula="conv2d(x, 3x3 weight, padding 1) + bias + residual as A^T (G w G^T . B^T d B) A, tiles d 6 or 4 wide",
+        formula="conv2d(x or 2x of it, 3x3 w, padding 1) + bias + residual as A^T (G w G^T . B^T d B) A, d 6 or 4 wide",
         source="Lavin & Gray 2015, arXiv:1509.09308; Winograd 1980",
     )
 )

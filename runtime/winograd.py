@@ -33,7 +33,7 @@ class _Form:
     """Winograd's form of convolutions by weights of a dtype.
 
     ``filters``: the op that makes the weight's filters; ``few``: input channels below which the transforms cost what
-    they save; ``given``: the node's arguments that the filters are made of.
+    they save; ``given``: the node's arguments that the filters are made of; ``rest``: what else the op is told.
     """
 
     rule: str
@@ -41,6 +41,7 @@ class _Form:
     filters: str
     few: int
     given: tuple[str, ...] = ("weight",)
+    rest: tuple[tuple[str, Any], ...] = (("doubled", False),)
 
 
 # Larger tiles where products are of float32.  On a Zen 5 in bfloat16 16 channels took up to twice as long as oneDNN, 24
@@ -48,7 +49,7 @@ class _Form:
 _FORMS = {
     torch.float32: _Form(RULE, "winograd_conv2d", "winograd_filters", FEW),
     torch.bfloat16: _Form(RULE, "winograd_conv2d", "winograd_pair_filters", 24),
-    torch.int8: _Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale")),
+    torch.int8: _Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale"), ()),
 }
 
 
@@ -87,7 +88,7 @@ class _Folding:
         if form is None or x is None:
             return [node]
         outputs = int(self.program.weights[node.args["weight"].name].shape[0])
-        tail = {"outputs": outputs, "bias": node.args["bias"], "residual": node.args["residual"]}
+        tail = {"outputs": outputs, "bias": node.args["bias"], "residual": node.args["residual"], **dict(form.rest)}
         why = self._stays(node, form, x, tail)
         if why is not None:
             self.left.setdefault(form.rule, []).append(f"{node.name}: {why}")

@@ -15,15 +15,16 @@ from fusegen.runtime.upsample import RULE
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.missing() or "")
 FUSED = "kernel upsample2x_conv C++"
+LEVELS = library.levels() if library.available() else ()
 
 
 class Decoder(nn.Module):
     """Two convolutions with a nearest upsampling between; ``scale`` and the second convolution's options as given."""
 
-    def __init__(self, scale: float = 2.0, size: tuple[int, int] | None = None, **options: int):
+    def __init__(self, scale: float = 2.0, size: tuple[int, int] | None = None, inner: int = 24, **options: int):
         super().__init__()
-        self.first = nn.Conv2d(4, 24, 3, padding=1)
-        self.second = nn.Conv2d(24, 20, **{"kernel_size": 3, "padding": 1, **options})
+        self.first = nn.Conv2d(4, inner, 3, padding=1)
+        self.second = nn.Conv2d(inner, 20, **{"kernel_size": 3, "padding": 1, **options})
         self.scale, self.size = scale, size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class Decoder(nn.Module):
         return torch.tanh(self.second(h))
 
 
-def planned(module: nn.Module, x: Tensor, bound: float = 1e-5, **more: str) -> tuple[dict[str, int], list[str]]:
+def planned(module: nn.Module, x: Tensor, bound: float = 1e-5, **more: object) -> tuple[dict[str, int], list[str]]:
     """The plan's bindings and why the rule left a match, once the session gives what the module gives."""
     session = api.compile(api.capture(module.eval(), (x,)), **more)
     with torch.no_grad():
@@ -50,6 +51,14 @@ def test_the_two_become_one(dtype: str, bound: float) -> None:
     torch.manual_seed(0)
     counts, left = planned(Decoder(), torch.randn(2, 4, 9, 11), bound, dtype=dtype)
     assert counts[FUSED] == 1 and left == []
+    assert not [name for name in counts if "upsample_nearest" in name]
+
+
+@pytest.mark.skipif("avx512_bf16" not in LEVELS[-1:], reason="bfloat16 is served at avx512_bf16 alone")
+def test_in_bfloat16_winograd_s_form_has_fewer_products() -> None:
+    torch.manual_seed(0)
+    counts, left = planned(Decoder(inner=64), torch.randn(2, 4, 9, 11), 2e-2, dtype="bfloat16")
+    assert counts["kernel winograd_conv2d C++"] == 1 and FUSED not in counts and left == []
     assert not [name for name in counts if "upsample_nearest" in name]
 
 

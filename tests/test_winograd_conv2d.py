@@ -25,10 +25,12 @@ def last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, doubled: bool = False
+) -> Tensor:
     pairs = weight.dtype == torch.bfloat16
     filters = (torch.ops.fusegen.winograd_pair_filters if pairs else torch.ops.fusegen.winograd_filters)(weight)
-    return torch.ops.fusegen.winograd_conv2d(x, filters, weight.shape[0], bias, residual)
+    return torch.ops.fusegen.winograd_conv2d(x, filters, weight.shape[0], bias, residual, doubled)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -59,6 +61,21 @@ def test_in_bfloat16_it_is_the_convolution(shape: tuple[int, ...], outputs: int)
         want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1) + residual.double()
         got = convolved(x, weight, bias, residual)
         assert_close("y", got, want, Tolerance(1.5 * bound.rms, 1.5 * bound.peak))
+
+
+@needs_pairs
+@pytest.mark.parametrize("shape", [(2, 24, 6, 10), (3, 37, 3, 5), (1, 64, 1, 1), (1, 640, 21, 11)])
+@pytest.mark.parametrize("outputs", [1, 40])
+def test_a_doubled_image_is_upsampled_first(shape: tuple[int, ...], outputs: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = last(torch.randn(shape, generator=g).bfloat16())
+    weight = (torch.randn(outputs, shape[1], 3, 3, generator=g) / (9 * shape[1]) ** 0.5).bfloat16()
+    bias = torch.randn(outputs, generator=g).bfloat16()
+    residual = last(torch.randn(shape[0], outputs, 2 * shape[2], 2 * shape[3], generator=g).bfloat16())
+    large = F.interpolate(x.double(), scale_factor=2.0, mode="nearest")
+    want = F.conv2d(large, weight.double(), bias.double(), padding=1) + residual.double()
+    bound = registry.get("winograd_conv2d").tolerance[torch.bfloat16]
+    assert_close("y", convolved(x, weight, bias, residual, True), want, Tolerance(1.5 * bound.rms, 1.5 * bound.peak))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_pairs)])
@@ -148,7 +165,7 @@ def test_where_bfloat16_would_be_slower_it_is_declined(shape: tuple[int, ...], o
     x = last(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
     weight = torch.empty(outputs, shape[1], 3, 3, dtype=torch.bfloat16, device="meta")
     (filters,) = registry.get("winograd_pair_filters").allocate(weight)
-    picked = registry.pick(registry.get("winograd_conv2d"), "cpu", (x, filters, outputs, None, None))
+    picked = registry.pick(registry.get("winograd_conv2d"), "cpu", (x, filters, outputs, None, None, False))
     assert (picked.kernel is not None) == served and bool(picked.declined) != served
 
 

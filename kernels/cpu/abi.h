@@ -219,12 +219,14 @@ struct fg_upsample2x_conv_args {
   int64_t out_batch, out_channel, out_row, out_column;
 };
 
-// A 3x3 convolution with padding 1 of (batch, height, width, inputs), + bias + residual; see winograd_conv2d.cpp.
+// A 3x3 convolution with padding 1 of (batch, height, width, inputs), or `doubled` of (batch, height / 2, width / 2,
+// inputs) with each pixel 2 x 2 times, + bias + residual; see winograd_conv2d.cpp.
 struct fg_winograd_conv2d_args {
   const void *x, *filters, *bias, *residual;  // dense, channels innermost; bias and residual may be null
   void *out;
   int64_t dtype, bias_dtype;  // float32 and the filters of 6 x 6 points, or bfloat16 and those of 4 x 4 in pairs
   int64_t batch, inputs, outputs, height, width;
+  int64_t doubled;  // in bfloat16 alone
 };
 
 // The filters of a weight (outputs, inputs, 3, 3) for those 4 x 4 points, both in bfloat16; see winograd_pair_filters.cpp.

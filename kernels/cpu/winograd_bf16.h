@@ -60,7 +60,7 @@ FG_INLINE __m512i pair_up(vf low, vf high) {
 
 // A row of points: those of row P of the pixels less those of row Q, or plus where these are 1 and 2, by `even` and `odd`,
 // a factor for each channel.
-template <int P, int Q, bool SCALED, class F>
+template <int P, int Q, bool SCALED, bool DOUBLED, class F>
 FG_INLINE void spread_row(const F &load_at, vf even, vf odd, uint32_t *to, int64_t part) {
   vf low[4], high[4], d[4], e[4];
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
@@ -76,6 +76,7 @@ FG_INLINE void spread_row(const F &load_at, vf even, vf odd, uint32_t *to, int64
   spread_small(high, e, 1);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
+    if (vanishes<DOUBLED>(j)) continue;
     const __m512i made = SCALED ? pair_up(mul(d[j], even), mul(e[j], odd)) : pair_up(d[j], e[j]);
     _mm512_storeu_si512(to + j * part, made);
   }
@@ -87,17 +88,31 @@ struct PairWinograd : SmallTiles {
   const float *scales;  // null, or LINE even channels, LINE odd ones, ...: `lines` times for each sample
   bf16 *zeros;          // a pixel outside of the image
 
+  // `height` and `width` are those of the outputs: of images that are doubled, twice theirs.
   PairWinograd(const void *x, const void *filters, const float *scales, int64_t batch, int64_t inputs, int64_t outputs,
                int64_t height, int64_t width)
       : SmallTiles(batch, inputs, outputs, height, width, 2), image(static_cast<const bf16 *>(x)),
         filters(static_cast<const uint32_t *>(filters)), scales(scales) {}
 
+  // The pixels of a tile, null outside of the image: of one that is doubled 3 x 3, the middle ones twice.
+  template <bool DOUBLED>
+  void pixels_of(const Place &at, const bf16 **pixel) const {
+    if constexpr (DOUBLED) {
+      const int64_t down_to = height / 2, wide = width / 2;
+      const bf16 *three[9];
+      pixels_at<3>(image + at.sample * down_to * wide * inputs, down_to, wide, inputs, at.y / 2 - 1, at.x / 2 - 1, three);
+      for (int i = 0; i < SPOTS; ++i) pixel[i] = three[(i / 4 + 1) / 2 * 3 + (i % 4 + 1) / 2];
+    } else {
+      pixels_at<4>(image + at.sample * height * width * inputs, height, width, inputs, at.y - 1, at.x - 1, pixel);
+    }
+  }
+
   // The 16 points of tile `tile` of the images, the `t`-th of its chunk.
-  template <bool SCALED>
+  template <bool SCALED, bool DOUBLED>
   void fill(int64_t tile, int64_t t) const {
     const Place at = place(tile);
     const bf16 *pixel[SPOTS];
-    pixels_at<4>(image + at.sample * height * width * inputs, height, width, inputs, at.y - 1, at.x - 1, pixel);
+    pixels_of<DOUBLED>(at, pixel);
     for (int i = 0; i < SPOTS; ++i) pixel[i] = pixel[i] ? pixel[i] : zeros;
     const bf16 *next[4];  // the tile to the right has two columns of pixels more
     for (int i = 0; i < 4; ++i) next[i] = pixel[4 * i + 3] + inputs;
@@ -113,10 +128,10 @@ struct PairWinograd : SmallTiles {
         __builtin_prefetch(next[i] + channels + c);
       }
       const vf even = SCALED ? load(scale + c) : set1(0.0f), odd = SCALED ? load(scale + c + LINE) : even;
-      spread_row<0, 2, SCALED>(load_at, even, odd, to, apart);
-      spread_row<1, 2, SCALED>(load_at, even, odd, to + 4 * apart, apart);
-      spread_row<2, 1, SCALED>(load_at, even, odd, to + 8 * apart, apart);
-      spread_row<1, 3, SCALED>(load_at, even, odd, to + 12 * apart, apart);
+      spread_row<0, 2, SCALED, DOUBLED>(load_at, even, odd, to, apart);
+      spread_row<1, 2, SCALED, DOUBLED>(load_at, even, odd, to + 4 * apart, apart);
+      if (!DOUBLED) spread_row<2, 1, SCALED, DOUBLED>(load_at, even, odd, to + 8 * apart, apart);
+      spread_row<1, 3, SCALED, DOUBLED>(load_at, even, odd, to + 12 * apart, apart);
     }
   }
 
@@ -134,11 +149,12 @@ struct PairWinograd : SmallTiles {
   }
 
   // One block of the chunk that begins at tile `first`, by one group of outputs.
-  template <class Take>
+  template <bool DOUBLED, class Take>
   void convolve(int64_t first, int64_t t, int64_t count, int64_t group, float *m, const Take &take) const {
     const uint32_t *u = filters + group * SPOTS * words * GROUP, *v = spread + t * lines * LINE;
     const int64_t o = group * GROUP;
     for (int i = 0; i < SPOTS; ++i, u += words * GROUP, v += part) {
+      if (vanishes<DOUBLED>(i)) continue;
       if (outputs - o > W)
         multiply<2>(count, v, u, m + i * GROUP);
       else
@@ -147,8 +163,8 @@ struct PairWinograd : SmallTiles {
     for (int64_t i = 0; i < count; ++i) {
       const Place at = place(first + t + i);
       vf z[2][4];
-      gather_tile(m + i * kSums, z[0]);
-      gather_tile(m + i * kSums + W, z[1]);
+      gather_tile<DOUBLED>(m + i * kSums, z[0]);
+      gather_tile<DOUBLED>(m + i * kSums + W, z[1]);
       for (int j = 0; j < 4; ++j) {
         const int64_t y = at.y + j / 2, x = at.x + j % 2;
         if (y < height && x < width) take(at.sample, y * width + x, o, z[0][j], z[1][j]);
@@ -157,15 +173,15 @@ struct PairWinograd : SmallTiles {
   }
 
   // take(sample, pixel, o, low, high) has the sums of the outputs [o, o + 16) and [o + 16, o + 32) of that pixel.
-  template <class Take>
+  template <bool DOUBLED = false, class Take>
   int run(const Take &take) {
     zeros = reinterpret_cast<bf16 *>(reserve(lines * LINE));
     if (!zeros) return FG_NO_MEMORY;
     const auto fill_one = [&](int64_t tile, int64_t t, float *) {
-      scales ? fill<true>(tile, t) : fill<false>(tile, t);
+      scales ? fill<true, DOUBLED>(tile, t) : fill<false, DOUBLED>(tile, t);
     };
     SmallTiles::run(fill_one, [&](int64_t first, int64_t t, int64_t count, int64_t group, float *m) {
-      convolve(first, t, count, group, m, take);
+      convolve<DOUBLED>(first, t, count, group, m, take);
     });
     return FG_OK;
   }

@@ -10,7 +10,7 @@ namespace {
 int convolve_pairs(const fg_winograd_conv2d_args *a) {
   PairWinograd problem(a->x, a->filters, nullptr, a->batch, a->inputs, a->outputs, a->height, a->width);
   const bf16 *residual = static_cast<const bf16 *>(a->residual);
-  return problem.run([&](int64_t sample, int64_t pixel, int64_t o, vf low, vf high) {
+  const auto take = [&](int64_t sample, int64_t pixel, int64_t o, vf low, vf high) {
     const __mmask32 mask = halves_below(a->outputs - o);
     const int64_t to = (sample * a->height * a->width + pixel) * a->outputs + o;
     if (a->bias && a->bias_dtype == FG_FLOAT32) {
@@ -21,7 +21,8 @@ int convolve_pairs(const fg_winograd_conv2d_args *a) {
     if (a->bias && a->bias_dtype == FG_BFLOAT16) plus(static_cast<const bf16 *>(a->bias) + o, mask, low, high);
     if (residual) plus(residual + to, mask, low, high);
     _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + to, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-  });
+  };
+  return a->doubled ? problem.run<true>(take) : problem.run(take);
 }
 
 }  // namespace
@@ -32,7 +33,7 @@ extern "C" int FG_EXPORT(winograd_conv2d)(const fg_winograd_conv2d_args *a) {
 #if defined(FG_HAS_AVX512_BF16)
   if (a->dtype == FG_BFLOAT16) return convolve_pairs(a);
 #endif
-  if (a->dtype != FG_FLOAT32) return FG_BAD_ARGUMENT;
+  if (a->dtype != FG_FLOAT32 || a->doubled) return FG_BAD_ARGUMENT;
   const Winograd problem(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width);
   const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
     const float *image = static_cast<const float *>(a->x) + sample * a->height * a->width * a->inputs;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -25,13 +26,17 @@ class Args(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
         *((name, ctypes.c_int64) for name in ("dtype", "bias_dtype")),
-        *((name, ctypes.c_int64) for name in ("batch", "inputs", "outputs", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("batch", "inputs", "outputs", "height", "width", "doubled")),
     ]
 
 
-def decline(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None) -> str | None:
+def decline(
+    x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, doubled: bool
+) -> str | None:
     if filters.dim() == 6:
-        reason = _pairs(x, filters, outputs, bias)
+        reason = _pairs(x, filters, outputs, bias, doubled)
+    elif doubled:
+        return "filters of 6 x 6 points are not for images that are doubled"
     else:
         reason = too_many(x.shape[1] * outputs, x.shape[0] * (-(-x.shape[2] // 4)) * (-(-x.shape[3] // 4)))
         for name, tensor in (("x", x), ("filters", filters), ("bias", bias)):
@@ -45,22 +50,22 @@ def decline(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, resid
     return reason
 
 
-def _pairs(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None) -> str | None:
+def _pairs(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, doubled: bool) -> str | None:
     """Why the products of bfloat16 pairs do not serve, or None."""
     if filters.dtype != torch.bfloat16:
         return f"filters are {filters.dtype}, in pairs"
     if bias is not None and bias.dtype not in (torch.bfloat16, torch.float32):
         return f"bias is {bias.dtype}"
-    return few_pairs(x, outputs)
+    return few_pairs(x, outputs, doubled)
 
 
-def few_pairs(x: Tensor, outputs: int) -> str | None:
+def few_pairs(x: Tensor, outputs: int, doubled: bool = False) -> str | None:
     """Why products of bfloat16 pairs are not for ``x`` (B, I, H, W), or None."""
     if x.dtype != torch.bfloat16:
         return f"x is {x.dtype}, the filters bfloat16"
     if library.level() != "avx512_bf16":
         return f"the level {library.level()} has {'faster' if library.level() == 'amx' else 'no'} products of bfloat16"
-    tiles = x.shape[0] * (-(-x.shape[2] // 2)) * (-(-x.shape[3] // 2))
+    tiles = x.shape[0] * math.prod(n if doubled else -(-n // 2) for n in x.shape[2:])
     if x.shape[1] * outputs >= MANY_PAIRS and tiles < FEW_PAIR_TILES:
         return f"{tiles} tiles are too few for so many filters"
     return None
@@ -76,11 +81,11 @@ def too_many(pairs: int, tiles: int) -> str | None:
 
 
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
-    x, _, outputs, bias, _ = args
-    batch, inputs, height, width = x.shape
+    x, _, outputs, bias, _, doubled = args
+    height, width = outs[0].shape[2:]
     struct = Args(
         out=outs[0].data_ptr(), dtype=DTYPES[x.dtype], bias_dtype=0 if bias is None else DTYPES[bias.dtype],
-        batch=batch, inputs=inputs, outputs=outputs, height=height, width=width,
+        batch=x.shape[0], inputs=x.shape[1], outputs=outputs, height=height, width=width, doubled=doubled,
     )  # fmt: skip
     return CpuLaunch("winograd_conv2d", struct, {0: "x", 1: "filters", 3: "bias", 4: "residual"}, outs, args)
 

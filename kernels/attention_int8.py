@@ -83,7 +83,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     codes_v, scale_v = (x.transpose(-1, -2) for x in codes_of(v.transpose(-1, -2)))
     blocks = [codes_of(part.flatten(2)) for part in k.split(BLOCK, -2)]
     codes_k = [codes.unflatten(2, (-1, q.shape[3])).float() for codes, _ in blocks]
-    broken = sum(0.0 * by for _, by in blocks)[..., None].to(wide)
+    broken = torch.stack([0.0 * by for _, by in blocks]).sum(0)[..., None].to(wide)
     shift, factor = shift_of(q.shape[3]), torch.tensor(_factor(q.shape[3], scale), dtype=torch.float32)
     step = max(1, 2**24 // max(1, q[..., 0, 0].numel() * keys))
     for i in range(0, q.shape[2], step):  # in pieces: the scores of 4096 pixels would take gigabytes

@@ -21,6 +21,9 @@ from fusegen.runtime.rewrite.graph import Names, without_dead
 from fusegen.runtime.specialize import propagate, spec_of
 from fusegen.runtime.winograd import what_it_reads
 
+# Measured on a Zen 5 against oneDNN with what quantizes for it, no residual: 48 channels of 64 x 64 pixels take 1.3
+# times as long, 64 0.95 times, more 0.84 to 1.04; of 16 x 16 pixels 0.2 to 0.3 times up to 128 channels.
+FEW = 64
 RULE = "1x1 int8 convolutions as linear layers"
 _CONV, _LINEAR = "runtime.conv2d_int8", "fusegen.linear_int8.default"
 _PLAIN: Mapping[str, Any] = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
@@ -56,7 +59,7 @@ def _rows(
     if node.op != _CONV or any(node.args[k] != v for k, v in _PLAIN.items()):
         return None
     x, weight = what_it_reads(node, sources), program.weights.get(node.args["weight"].name)
-    if x is None or weight is None or tuple(weight.shape[2:]) != (1, 1):
+    if x is None or weight is None or tuple(weight.shape[2:]) != (1, 1) or min(weight.shape[:2]) < FEW:
         return None
     if reason is not None:
         return reason

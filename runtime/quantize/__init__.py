@@ -147,10 +147,10 @@ class _Quantizer:
             return "it was to be kept"
         if node.args["attn_mask"] is not None or node.args["is_causal"] or node.args["dropout_p"]:
             return "it has a mask"
-        specs = [spec_of(self.program, node.args[k].name) for k in ("query", "key")]
-        if any(s is None or len(s.shape) != 4 or s.dtype not in FLOATS for s in specs):
+        q, k = (spec_of(self.program, node.args[name].name) for name in ("query", "key"))
+        if q is None or k is None or not len(q.shape) == len(k.shape) == 4 or k.dtype not in FLOATS:
             return "it has no heads"
-        keys, dim = specs[1].shape[2:]
+        keys, dim = k.shape[2:]
         if not isinstance(dim, int) or dim > MOST_DIM or (node.args["scale"] or 1.0) <= 0:
             return f"its heads are of {dim}, its scale {node.args['scale']}"
         if isinstance(keys, int) and keys < MANY_KEYS:

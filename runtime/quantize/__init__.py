@@ -191,7 +191,9 @@ def codes_of_weight(name: str, weight: Tensor, where: str = "") -> tuple[Tensor,
 
     A row of zeros has the scale 0.  Raises :class:`RequestError` naming the weight where it is not finite.
     """
-    if not bool(weight.isfinite().all()):
-        raise RequestError(f"the weight {name!r} holds an infinity or NaN", where, "get a model that is whole")
-    codes, scale = quantize_int8(weight.detach().flatten(1))
+    try:
+        codes, scale = quantize_int8(weight.detach().flatten(1))
+    except ValueError as error:
+        message = f"the weight {name!r} holds an infinity or NaN"
+        raise RequestError(message, where, "get a model that is whole") from error
     return codes.view(weight.shape), scale

@@ -174,6 +174,7 @@ CASES = [
     _case("one token", (1, 1), 70, 257, bias="fp32"),
     _case("prime sizes", (3, 7), 37, 131, residual=True),
     _case("many rows", (2, 67), 83, 201, activation="silu", residual=True, small=False),
+    _case("many rows of few outputs", (2, 75), 40, 96, residual=True, small=False),
     _case("33 rows", (1, 33), 40, 96, activation="relu", bias="no"),
     _case("many long rows", (1, 71), 70, 1100, residual=True, small=False),
     _case("gelu", (2, 9), 33, 80, activation="gelu"),

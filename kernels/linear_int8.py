@@ -33,6 +33,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 LARGEST = 127  # the largest code's magnitude
 TINY = 2.0**-100  # rows below it count as zero: 127 / absmax stays finite
+PIECE = 2**20  # elements of a weight that are quantized at a time: what is made on the way stays in a cache
 LONGEST = 2**17  # elements of a row: 2^17 products of -128 and 127 still fit an int32
 
 
@@ -76,7 +77,7 @@ def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
     absmax = x.float().abs().amax(-1, keepdim=True)
     finite = absmax.isfinite()
     inverse = torch.where((absmax >= TINY) & finite, torch.full_like(absmax, LARGEST) / absmax, 0.0)
-    codes = torch.where(finite, (x.float() * inverse).round(), 0.0)
+    codes = (x.float() * inverse).round_().nan_to_num_(nan=0.0)  # infinity times 0 is NaN
     return codes.to(torch.int8), torch.where(absmax >= TINY, absmax * (1 / LARGEST), torch.where(finite, 0.0, absmax))
 
 
@@ -116,10 +117,14 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     magnitude: ``codes * scale[:, None]`` is within half a scale of it.  Raises ValueError where it is not finite."""
     if weight.dim() != 2:
         raise ValueError(f"quantize_int8: the weight has shape {tuple(weight.shape)}, not (N, K)")
-    if not bool(weight.isfinite().all()):
+    codes, scale = weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
+    rows = max(1, PIECE // max(1, weight.shape[1]))
+    for part in (slice(i, i + rows) for i in range(0, weight.shape[0], rows)):
+        codes[part], found = codes_of(weight[part])
+        scale[part] = found.squeeze(-1)
+    if not bool(scale.isfinite().all()):  # as the row's largest magnitude is
         raise ValueError("quantize_int8: the weight holds an infinity or NaN")
-    codes, scale = codes_of(weight)
-    return codes, scale.squeeze(-1)
+    return codes, scale
 
 
 def random_x(g: Generator, lead: tuple[int, ...], k: int, dtype: torch.dtype, kind: str) -> Tensor:
@@ -169,6 +174,7 @@ CASES = [
     _case("one token", (1, 1), 70, 257, bias="fp32"),
     _case("prime sizes", (3, 7), 37, 131, residual=True),
     _case("many rows", (2, 67), 83, 201, activation="silu", residual=True, small=False),
+    _case("many rows of few outputs", (2, 75), 40, 96, residual=True, small=False),
     _case("33 rows", (1, 33), 40, 96, activation="relu", bias="no"),
     _case("many long rows", (1, 71), 70, 1100, residual=True, small=False),
     _case("gelu", (2, 9), 33, 80, activation="gelu"),

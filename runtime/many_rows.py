@@ -125,7 +125,7 @@ class _Folding:
         images = {"x": x} | ({"residual": given["residual"]} if given["residual"] is not None else {})
         views: list[Node] = []
         for name, ref in images.items():
-            if not _channels_last(self._spec(ref)):
+            if not channels_last(self._spec(ref)):
                 return f"{name} is not channels-last"
             views.append(self._rows(node, name, ref))
             given[name] = Ref(views[-1].name)
@@ -136,13 +136,13 @@ class _Folding:
             return made
         product, out = self.names.fresh(f"{node.name}.product"), self._spec(Ref(node.outputs[0]))
         made[-1] = replace(made[-1], name=product, outputs=(product,))
-        return [*views, *made, _view(node.name, product, out.sizes, out.strides, node.outputs)]
+        return [*views, *made, view(node.name, product, out.sizes, out.strides, node.outputs)]
 
     def _rows(self, node: Node, what: str, ref: Ref) -> Node:
         """A view of an image as rows of its channels."""
         batch, channels, height, width = self._spec(ref).sizes
         name = self.names.fresh(f"{node.name}.{what}_rows")
-        return _view(name, ref.name, (batch * height * width, channels), (channels, 1), (name,))
+        return view(name, ref.name, (batch * height * width, channels), (channels, 1), (name,))
 
     def _op(
         self, name: str, node: Node, x_meta: Tensor, given: dict[str, Any], gate: Node | None = None,
@@ -169,10 +169,11 @@ class _Folding:
         return metas[ref.name] if ref.name in metas else self._spec(ref).meta()
 
 
-def _channels_last(spec: Strided) -> bool:
+def channels_last(spec: Strided) -> bool:
     """Whether an image's pixels are rows of its channels, one after the other."""
     return spec.meta().is_contiguous(memory_format=torch.channels_last)
 
 
-def _view(name: str, of: str, size: tuple[int, ...], stride: tuple[int, ...], outputs: tuple[str, ...]) -> Node:
+def view(name: str, of: str, size: tuple[int, ...], stride: tuple[int, ...], outputs: tuple[str, ...]) -> Node:
+    """The node that views the value ``of`` so."""
     return Node(name, _VIEW, {"self": Ref(of), "size": size, "stride": stride, "storage_offset": None}, outputs)

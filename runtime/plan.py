@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from fusegen.kernels import op as registry
-from fusegen.runtime import few_rows, gated_norm, join, many_rows, state, upsample, winograd, winograd_modulated
+from fusegen.runtime import (
+    attention_int8,
+    few_rows,
+    gated_norm,
+    int8_rows,
+    join,
+    many_rows,
+    state,
+    upsample,
+    winograd,
+    winograd_modulated,
+)  # fmt: skip
 from fusegen.runtime.backends.base import Backend, Binding
 from fusegen.runtime.cost import cost
 from fusegen.runtime.derived import meta
@@ -111,7 +122,9 @@ def plan(
     static, find = backend.lower(specialize(state.check(program), given)), partial(_find, backend, without)
     if backend.fuses:
         declined = partial(_declined, find)
+        static = attention_int8.settled(static, declined, backend.unpacked())
         static = winograd.folded(upsample.folded(static, declined), declined, backend.unpacked())
+        static = int8_rows.folded(static, declined, backend.unpacked())
         for rule in (winograd_modulated, join, gated_norm):
             static = rule.folded(static, declined)
         if backend.few_rows:

@@ -68,6 +68,15 @@ def folded(
     return propagate(without_dead(replace(program, nodes=tuple(nodes)))[0])
 
 
+def what_it_reads(node: Node, sources: Mapping[str, Node]) -> Ref | None:
+    """What a convolution reads, of one in int8 what its codes were made of; None where that is not known."""
+    given = node.args.get("input")
+    source = sources.get(node.args["codes"].name) if "codes" in node.args else None
+    if source is not None and source.op == _QUANTIZE:
+        given = source.args["x"]
+    return given if isinstance(given, Ref) else None
+
+
 class _Folding:
     """Walks the nodes of a program; each convolution that can be is put in Winograd's form."""
 
@@ -84,7 +93,7 @@ class _Folding:
 
     def nodes_of(self, node: Node) -> list[Node]:
         """The node, or what takes its place: its form, behind the filters where they are not made yet."""
-        form, x = self._form(node), self._read(node)
+        form, x = self._form(node), what_it_reads(node, self.sources)
         if form is None or x is None:
             return [node]
         outputs = int(self.program.weights[node.args["weight"].name].shape[0])
@@ -113,14 +122,6 @@ class _Folding:
         if weight is None or form is None or tuple(weight.shape[2:]) != (3, 3) or weight.shape[1] < form.few:
             return None
         return form if registry.get(form.op).kernels else None
-
-    def _read(self, node: Node) -> Ref | None:
-        """What the convolution reads, of one in int8 what its codes were made of; None where that is not known."""
-        given = node.args.get("input")
-        source = self.sources.get(node.args["codes"].name) if "codes" in node.args else None
-        if source is not None and source.op == _QUANTIZE:
-            given = source.args["x"]
-        return given if isinstance(given, Ref) else None
 
     def _stays(self, node: Node, form: _Form, x: Ref, tail: Mapping[str, Any]) -> str | None:
         """Why no kernel takes the node's form, or None."""

@@ -60,6 +60,17 @@ def test_peers_load_the_same_network_from_their_files(folder: Path, name: str, d
     assert facts["flops"] == 2 * (2 * 256 * 9 * 3 * 32) * 2  # two convolutions of two pictures
 
 
+def test_int8_is_quantized_as_it_loads_and_raced_where_its_bound_was_measured(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(peers, "compile_program", lambda program, *how, **more: asked.append((how, more)))
+    peers.opened(folder, "int8"), peers.opened(folder, "bfloat16")
+    assert asked == [(("cpu", "bfloat16"), {"quantize": "int8"}), (("cpu", "bfloat16"), {})]
+    assert suites._pairs(suites.QUANTIZED, [], [])[-1] == ("fusegen", "int8")
+    assert [name for name, s in suites.SUITES.items() if suites.QUANTIZED in s.cases] == [picture.UNET]
+
+
 @pytest.mark.parametrize(("name", "package"), [("onnxruntime", "onnxscript"), ("openvino", "openvino")])
 def test_other_runtimes_do_too_where_they_are_installed(folder: Path, name: str, package: str) -> None:
     pytest.importorskip(package)

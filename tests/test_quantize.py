@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fusegen.runtime import api
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Program
-from fusegen.runtime.quantize import OPS, RULE, codes_of_weight, layers, quantize, quantized
+from fusegen.runtime.quantize import RULE, codes_of_weight, layers, quantize, quantized
 
 LINEAR = "fusegen.linear_int8.default"
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_quantized_is_one_line() -> None:
 
 def test_a_unet_in_int8_is_close_to_float32() -> None:
     made = quantize(unet_program())
-    assert quantized(made).keys() == set(OPS.values())
+    assert quantized(made).keys() == {"linear layers", "convolutions"}  # its attention is over few keys
     session = api.compile(made, dtype="float32")
     inputs = unet_inputs(3)
     with torch.no_grad():

@@ -143,8 +143,11 @@ def fusegen(name: str, folder: Path, dtype: str, inputs: list[Tensor]) -> Forwar
 
 
 def opened(folder: Path, dtype: str) -> Session:
-    """The session of a network's bundle."""
-    return compile_program(Bundle.open(folder / files.BUNDLE).program("network"), "cpu", dtype)
+    """The session of a network's bundle; of ``"int8"`` quantized as it loads, the rest in bfloat16."""
+    program = Bundle.open(folder / files.BUNDLE).program("network")
+    if dtype == "int8":
+        return compile_program(program, "cpu", "bfloat16", quantize="int8")
+    return compile_program(program, "cpu", dtype)
 
 
 PEERS: Mapping[str, Peer] = {
@@ -153,5 +156,5 @@ PEERS: Mapping[str, Peer] = {
     "aotinductor": Peer(files.WEIGHTS, aotinductor, asked=True),  # minutes more, for what compile's code does too
     "onnxruntime": Peer(files.ONNX, onnxruntime, ("float32",)),
     "openvino": Peer(files.OPENVINO, openvino),
-    "fusegen": Peer(files.BUNDLE, fusegen),
+    "fusegen": Peer(files.BUNDLE, fusegen, ("float32", "bfloat16", "int8")),
 }

@@ -30,6 +30,7 @@ struct fg_attention_args {
   int64_t causal;  // key j is open to query i where j <= i
   double scale;
 };
+struct fg_attention_int8_args : fg_attention_args {};  // of q, k, v and scale
 
 // Attention of the newest `queries` tokens of each sequence over its key-value cache; see attention_decode.cpp.
 struct fg_attention_decode_args {
@@ -364,7 +365,7 @@ struct fg_qk_norm_rope_args {
   X(add_norm)         \
   X(attention)        \
   X(attention_decode) \
-  X(attention_varlen) \
+  X(attention_int8) X(attention_varlen) \
   X(bias_act)         \
   X(filtered_lrelu)   \
   X(gated_mlp_act)    \

@@ -48,16 +48,23 @@ def decline(
     return None
 
 
-def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> Launch:
-    """Fill the struct from shapes and strides."""
-    q, k, v, mask, key_lengths, causal, scale = args
-    struct = Args(out=outs[0].data_ptr(), dtype=DTYPES[q.dtype], causal=bool(causal))
+def plain_struct(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Args:
+    """The struct of q, k and v alone, from their shapes and strides."""
+    struct = Args(out=out.data_ptr(), dtype=DTYPES[q.dtype])
     struct.scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     struct.batch, struct.heads, struct.queries, struct.dim = heads(q).shape
     _, struct.kv_heads, struct.keys, _ = heads(k).shape
-    for name, x in (("q", q), ("k", k), ("v", v), ("out", outs[0])):
+    for name, x in (("q", q), ("k", k), ("v", v), ("out", out)):
         for axis, stride in zip(("batch", "head", "row"), heads(x).stride(), strict=False):
             setattr(struct, f"{name}_{axis}", stride)
+    return struct
+
+
+def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> Launch:
+    """Fill the struct from shapes and strides."""
+    q, k, v, mask, key_lengths, causal, scale = args
+    struct = plain_struct(outs[0], q, k, v, scale)
+    struct.causal = bool(causal)
     if mask is not None:
         struct.mask_dtype = DTYPES[mask.dtype]
         struct.mask_batch, struct.mask_head, struct.mask_row, struct.mask_key = spread_mask(mask, q, k).stride()

@@ -71,14 +71,15 @@ void few(const Job &job, int64_t n, int64_t first, int64_t last) {
   }
 }
 
-template <class T>
-int products(const Job &job) {
+template <class T, class F>
+int products(const Job &job, const F &quantized) {
 #if defined(FG_LEVEL_AMX)
   if (job.packed) return tiled<T>(job);
 #elif defined(FG_HAS_AVX512_BF16)
   if (job.packed) return some<T>(job);
-  if (job.rows > kSome) return tiled<T>(job);
+  if (job.rows > kSome) return tiled<T>(job, quantized);
 #endif
+  (void)quantized;
   const int64_t panels = (job.a->out_features + 15) / 16, wanted = 4 * fg_threads();
   int64_t step = kItem / (job.a->width * 16 + 1);
   if (panels / wanted < step) step = panels / wanted;
@@ -112,20 +113,29 @@ int linear(const fg_linear_int8_args *a) {
   int8_t *codes = reinterpret_cast<int8_t *>(memory + codes_at);
   int8_t *packed = reinterpret_cast<int8_t *>(memory + packed_at);
   float *scale = reinterpret_cast<float *>(memory + scale_at), *sum = reinterpret_cast<float *>(memory + sum_at);
-  parallel_for(tall / 16, 1 + (1 << 15) / (a->width * 16 + 1), [&](int64_t tile) {
-    for (int64_t r = tile * 16; r < tile * 16 + 16 && r < rows; ++r) {
+  auto quantized = [=](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
       const T *x = static_cast<const T *>(a->x) + r / a->inner * a->x_outer + r % a->inner * a->x_inner;
       Scaled found = quantize(x, a->width, padded, codes + r * stride);
       scale[r] = found.scale;
       sum[r] = found.sum;
     }
+  };
+  bool later = false;
+#if defined(FG_HAS_AVX512_BF16) && !defined(FG_LEVEL_AMX)
+  later = rows > kSome && Cut(rows, a->out_features).runs == 1;
+#endif
+  const int64_t tiles = later ? 0 : tall / 16;
+  parallel_for(tiles, 1 + (1 << 15) / (a->width * 16 + 1), [&](int64_t tile) {
+    quantized(tile * 16, tile * 16 + 16 < rows ? tile * 16 + 16 : rows);
 #if defined(FG_HAS_AVX512_BF16)
     if (pack) pack_rows(codes + tile * 16 * stride, stride, padded, packed + tile * 16 * padded);
 #endif
     return 0;
   });
   return products<T>({a, rows, padded, stride, codes, pack ? packed : nullptr, scale, sum,
-                      wide_bias(a->bias, a->bias_dtype, a->out_features, reinterpret_cast<float *>(memory + bias_at))});
+                      wide_bias(a->bias, a->bias_dtype, a->out_features, reinterpret_cast<float *>(memory + bias_at))},
+                     quantized);
 }
 
 }  // namespace

@@ -90,6 +90,15 @@ inline void write_row(const Job &job, int64_t n, int64_t m, const int32_t *sums)
   if (v < kWide && left > 0) write<T>(job, n + v * 16, m, load_i(sums + v * 16), static_cast<int>(left));
 }
 
+// Asks for the residual of the next tile's rows, which lie too far apart for the CPU to foresee.
+template <class T>
+FG_INLINE void ask_for_residual(const Job &job, int64_t n, int64_t m, int64_t last) {
+  const T *from = static_cast<const T *>(job.a->residual) + n;
+  for (int64_t r = m; r < m + kTall && r < last; ++r)
+    for (int64_t i = 0; i < kWide * 16; i += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(from + r * job.a->out_features + i);
+}
+
 // The strip's rows of the output in columns [n, n + 64).
 template <class T>
 void strip_by(const Job &job, Strip *strip, int64_t n) {
@@ -102,6 +111,7 @@ void strip_by(const Job &job, Strip *strip, int64_t n) {
     pack_block(job, n, k, depth, strip);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = strip->first + tile * kTall, rows = strip->last - m < kTall ? strip->last - m : kTall;
+      if (!more && job.a->residual) ask_for_residual<T>(job, n, m + kTall, strip->last);
       const int8_t *then = more ? weight_row(job, n) + k + kDeep : weight_row(job, n + 64);
       any_rows(job, strip, rows, m, k, depth, {then, job.a->width, lines * tile / tiles, lines * (tile + 1) / tiles});
       if (!more)
@@ -110,19 +120,32 @@ void strip_by(const Job &job, Strip *strip, int64_t n) {
   }
 }
 
-template <class T>
-int tiled(const Job &job) {
-  const int64_t blocks = (job.a->out_features + 63) / 64, wanted = 4 * fg_threads();
-  int64_t tall = kStrip, strips = (job.rows + tall - 1) / tall;
-  for (; blocks * strips < wanted && tall > 8 * kTall; strips = (job.rows + tall - 1) / tall) tall /= 2;
-  int64_t step = blocks * strips / wanted;  // neighbouring blocks: each asks for the next one's weights
-  step = step < 1 ? 1 : step > 8 ? 8 : step;
-  const int64_t runs = (blocks + step - 1) / step;
-  return parallel_for(runs * strips, 1, [&](int64_t item) {
+// How the work is cut: items of `step` neighbouring blocks, each of which asks for the next one's weights, by strips of
+// `tall` rows.
+struct Cut {
+  int64_t blocks, tall, strips, step, runs;
+  Cut(int64_t rows, int64_t out_features) : blocks((out_features + 63) / 64), tall(kStrip) {
+    const int64_t wanted = 4 * fg_threads();
+    strips = (rows + tall - 1) / tall;
+    for (; blocks * strips < wanted && tall > 8 * kTall; strips = (rows + tall - 1) / tall) tall /= 2;
+    step = blocks * strips / wanted;
+    step = step < 1 ? 1 : step > 16 ? 16 : step;
+    runs = (blocks + step - 1) / step;
+  }
+};
+
+// `quantized(first, last)` makes the codes of these rows: here where one item takes all of a strip's products, so that
+// they are in its core's cache; where several do, they were made before.
+template <class T, class F>
+int tiled(const Job &job, const F &quantized) {
+  const Cut cut(job.rows, job.a->out_features);
+  return parallel_for(cut.runs * cut.strips, 1, [&](int64_t item) {
     Strip strip;
-    strip.first = item / runs * tall;
-    strip.last = strip.first + tall < job.rows ? strip.first + tall : job.rows;
-    for (int64_t block = item % runs * step; block < item % runs * step + step && block < blocks; ++block)
+    strip.first = item / cut.runs * cut.tall;
+    strip.last = strip.first + cut.tall < job.rows ? strip.first + cut.tall : job.rows;
+    if (cut.runs == 1) quantized(strip.first, strip.last);
+    const int64_t from = item % cut.runs * cut.step;
+    for (int64_t block = from; block < from + cut.step && block < cut.blocks; ++block)
       strip_by<T>(job, &strip, block * 64);
     return 0;
   });

@@ -38,7 +38,7 @@ class Backend:
         return self.hold(Binding("aten", node.op, planned=planned), node.op, metas, deterministic)
 
     def unpacked(self) -> str | None:
-        """Why layers of many rows in bfloat16, and 3x3 convolutions in int8, are not done on weights that we pack."""
+        """Why our kernels do not take layers of many rows in bfloat16, nor 3x3 convolutions and attention in int8."""
         return None
 
     def hold(self, binding: Binding, op: str, metas: Mapping[str, Any], deterministic: bool) -> Binding:

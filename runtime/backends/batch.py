@@ -40,6 +40,7 @@ _CUT = {
     "matmul": ("self", "other"),
     "scaled_dot_product_attention": ("query", "key", "value", "attn_mask"),
     "attention": ("q", "k", "v", "mask", "key_lengths"),
+    "attention_int8": ("q", "k", "v"),
     "upsample_bilinear2d": ("input",),
 }
 _REDUCTIONS = set(
@@ -50,7 +51,7 @@ _REDUCTIONS = set(
 def cut(op: str, metas: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The arguments to cut along dimension 0, ``()`` where nothing needs to be done, None where nothing is known."""
     base = op.split(".")[1]
-    if base in _MOVES or base in _ROWS or (op.startswith("fusegen.") and base != "attention"):
+    if base in _MOVES or base in _ROWS or (op.startswith("fusegen.") and "attention" not in base):
         return ()
     if base in _CUT:
         return _batched(base, metas)

@@ -2,9 +2,9 @@
 
 The layers that do most of the work, linear layers over rows of tokens or pixels and convolutions of many channels,
 become the ops ``linear_int8`` and ``conv2d_int8``: weights int8 with a float32 scale for each output channel, inputs
-quantized as they come.  The first and last layers, whose errors nothing averages out, have few channels; the embeddings
-of time have few rows: these stay as they are, as does what is named in ``keep``.  What the result is worth,
-:mod:`.quality` measures.
+quantized as they come; attention over many keys becomes ``attention_int8``.  The first and last layers, whose errors
+nothing averages out, have few channels; the embeddings of time have few rows: these stay as they are, as does what is
+named in ``keep``.  What the result is worth, :mod:`.quality` measures.
 """
 
 from __future__ import annotations
@@ -15,18 +15,24 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from fusegen.kernels.attention_int8 import MOST_DIM
 from fusegen.kernels.conv2d_int8 import LONGEST
 from fusegen.kernels.linear_int8 import quantize_int8
 from fusegen.runtime.derived import release, value
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite import clean, linear
-from fusegen.runtime.rewrite.graph import FLOATS, Names, rank, without_dead
+from fusegen.runtime.rewrite.graph import FLOATS, Names, rank, spec_of, without_dead
 
 BITS = ("int8",)
 NARROW = 32  # channels, of a layer's input and output, below which it stays
 RULE = "int8 weights"
-OPS = {"fusegen.linear_int8.default": "linear layers", "fusegen.conv2d_int8.default": "convolutions"}
+MANY_KEYS = 128  # of attention, below which it stays: errors average out over keys, and text has few
+ATTENTION = "aten.scaled_dot_product_attention.default"
+OPS = {
+    "fusegen.linear_int8.default": "linear layers", "fusegen.conv2d_int8.default": "convolutions",
+    "fusegen.attention_int8.default": "attentions",
+}  # fmt: skip
 
 
 def quantize(program: Program, bits: str = "int8", keep: Collection[str] = ()) -> Program:
@@ -51,7 +57,7 @@ def quantize(program: Program, bits: str = "int8", keep: Collection[str] = ()) -
 
 
 def quantized(program: Program) -> dict[str, int]:
-    """How many linear layers and convolutions of ``program`` are of int8; empty where none is."""
+    """How many linear layers, convolutions and attentions of ``program`` are of int8; empty where none is."""
     found: dict[str, int] = {}
     for node in program.nodes:
         if node.op in OPS:
@@ -62,8 +68,9 @@ def quantized(program: Program) -> dict[str, int]:
 def described(program: Program) -> str:
     """``quantized`` in words, as a note of a plan; empty where nothing is."""
     found = quantized(program)
-    stayed = sum(n.op in _LAYERS for n in program.nodes)
-    counts = " and ".join(f"{count} {what}" for what, count in found.items())
+    stayed = sum(n.op in (*_LAYERS, ATTENTION) for n in program.nodes)
+    *most, last = (f"{count} {what}" for what, count in found.items()) if found else ("",)
+    counts = " and ".join((", ".join(most), last) if most else (last,))
     return f"{counts} multiply in int8, {stayed} stay" if found else ""
 
 
@@ -93,15 +100,20 @@ class _Quantizer:
 
     def node(self, node: Node) -> None:
         """Keep the node, or its int8 form."""
-        if node.op not in _LAYERS:
+        if node.op not in _LAYERS and node.op != ATTENTION:
             self.nodes.append(node)
             return
-        why = self._stays(node)
+        why = self._attends(node) if node.op == ATTENTION else self._stays(node)
         if why:
             self.left.append(f"{node.name}: {why}")
             self.nodes.append(node)
             return
         self.count += 1
+        if node.op == ATTENTION:
+            names = {"q": "query", "k": "key", "v": "value", "scale": "scale"}
+            args = {own: node.args[name] for own, name in names.items()}
+            self.nodes.append(replace(node, op="fusegen.attention_int8.default", args=args))
+            return
         codes, scale = self._codes(node.args["weight"].name)
         args = {"x": node.args["input"], "weight": codes, "scale": scale, "bias": node.args["bias"]}
         args |= {"residual": None, "activation": "none"}
@@ -127,6 +139,22 @@ class _Quantizer:
         lines = rank(self.program, node.args["input"])
         if node.op == linear.LINEAR and (lines is None or lines < 3):
             return "its rows are few: one a sample"
+        return ""
+
+    def _attends(self, node: Node) -> str:
+        """Why attention stays as it is; empty where it does not."""
+        if any(_named(node.name, name) for name in self.keep):
+            return "it was to be kept"
+        if node.args["attn_mask"] is not None or node.args["is_causal"] or node.args["dropout_p"]:
+            return "it has a mask"
+        q, k = (spec_of(self.program, node.args[name].name) for name in ("query", "key"))
+        if q is None or k is None or not len(q.shape) == len(k.shape) == 4 or k.dtype not in FLOATS:
+            return "it has no heads"
+        keys, dim = k.shape[2:]
+        if not isinstance(dim, int) or dim > MOST_DIM or (node.args["scale"] or 1.0) <= 0:
+            return f"its heads are of {dim}, its scale {node.args['scale']}"
+        if isinstance(keys, int) and keys < MANY_KEYS:
+            return f"its keys are few: {keys}"
         return ""
 
     def _upsampled(self, node: Node) -> bool:
@@ -163,7 +191,9 @@ def codes_of_weight(name: str, weight: Tensor, where: str = "") -> tuple[Tensor,
 
     A row of zeros has the scale 0.  Raises :class:`RequestError` naming the weight where it is not finite.
     """
-    if not bool(weight.isfinite().all()):
-        raise RequestError(f"the weight {name!r} holds an infinity or NaN", where, "get a model that is whole")
-    codes, scale = quantize_int8(weight.detach().flatten(1))
+    try:
+        codes, scale = quantize_int8(weight.detach().flatten(1))
+    except ValueError as error:
+        message = f"the weight {name!r} holds an infinity or NaN"
+        raise RequestError(message, where, "get a model that is whole") from error
     return codes.view(weight.shape), scale

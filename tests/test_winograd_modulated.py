@@ -45,8 +45,8 @@ def one_by_one(a: dict[str, Tensor], up: bool) -> Tensor:
 
 
 def at_once(a: dict[str, Tensor], up: bool) -> Tensor:
-    weight = a["weight"].flip(2, 3) if up else a["weight"]
-    filters, squares = torch.ops.fusegen.winograd_filters(weight), weight.float().square().sum((2, 3))
+    weight = a["weight"]
+    filters, squares = torch.ops.fusegen.winograd_filters(weight, up), weight.float().square().sum((2, 3))
     rest = (a["taps"] if up else None, a["noise"], a["bias"], "lrelu", None, None, 6.0)
     return torch.ops.fusegen.winograd_modulated_conv2d(a["x"], filters, squares, a["styles"], weight.shape[0], *rest)
 

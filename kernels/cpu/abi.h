@@ -254,7 +254,7 @@ struct fg_winograd_int8_filters_args {
 // the size, with norm, noise, bias and activation; see winograd_modulated_conv2d.cpp.
 struct fg_winograd_modulated_conv2d_args {
   const void *x, *styles;          // dense, channels innermost; (batch, inputs)
-  const void *filters, *squares;   // of winograd_conv2d; float32 (outputs, inputs): each pair's sum of squared weights
+  const void *filters, *squares;   // see kernels/; float32 (outputs, inputs): each pair's sum of squared weights
   const void *taps, *noise, *bias; // or null; (4, 4), (batch or 1, out height, out width), (outputs,)
   void *out;
   int64_t dtype, styles_dtype, taps_dtype, noise_dtype, bias_dtype;

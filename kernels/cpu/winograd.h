@@ -68,48 +68,64 @@ void products(int64_t tiles, const float *v, int64_t inputs, int64_t step, const
   for (int64_t t = 0; t < tiles; t += MR) product<MR, NP>(v + t * step, inputs, step, u, m + t * columns, columns);
 }
 
-// The sizes of the output, and how its tiles of 4 x 4 pixels are shared out.
-struct Winograd {
+// The filters of all points, and the products of transformed tiles by those of one.
+struct Filters {
   const float *filters;
-  int64_t inputs, outputs, height, width;
-  int64_t down, across, tiles;  // of a sample, of the batch
-  int64_t panels, step, columns, block, room;
+  int64_t inputs, panels, step, columns;  // floats of a tile at a point: `step` of inputs, `columns` of outputs
 
-  Winograd(const void *filters, int64_t batch, int64_t inputs, int64_t outputs, int64_t height, int64_t width)
-      : filters(static_cast<const float *>(filters)), inputs(inputs), outputs(outputs), height(height), width(width) {
-    down = (height + 3) / 4, across = (width + 3) / 4, tiles = batch * down * across;
+  Filters(const void *filters, int64_t inputs, int64_t outputs)
+      : filters(static_cast<const float *>(filters)), inputs(inputs) {
     panels = (outputs + PANEL - 1) / PANEL;
     step = (inputs + W - 1) / W * W;
     columns = panels * PANEL;
+  }
+
+  // How many panels from `p` on are multiplied at a time.
+  int64_t together(int64_t p) const {
+#if defined(FG_HAS_AVX512)
+    const int64_t left = panels - p;
+    return left == 5 || left == 6 || left == 9 ? 3 : left < 4 ? left : 4;
+#else
+    (void)p;
+    return 1;
+#endif
+  }
+
+  // `count` tiles by together(p) panels from `p` on, at a point.
+  void multiply(int64_t point, int64_t p, int64_t count, const float *v, float *m) const {
+    const float *u = filters + (point * panels + p) * inputs * PANEL;
+    m += p * PANEL;
+#if defined(FG_HAS_AVX512)
+    const int64_t n = together(p);
+    if (n == 4)
+      products<6, 4>(count, v, inputs, step, u, m, columns);
+    else if (n == 3)
+      products<8, 3>(count, v, inputs, step, u, m, columns);
+    else if (n == 2)
+      products<12, 2>(count, v, inputs, step, u, m, columns);
+    else
+      products<12, 1>(count, v, inputs, step, u, m, columns);
+#else
+    constexpr int MR = W == 1 ? 2 : 6;
+    products<MR, 1>(count, v, inputs, step, u, m, columns);
+#endif
+  }
+};
+
+// The sizes of the output, and how its tiles of 4 x 4 pixels are shared out.
+struct Winograd : Filters {
+  int64_t height, width;
+  int64_t down, across, tiles;  // of a sample, of the batch
+  int64_t block, room;
+
+  Winograd(const void *filters, int64_t batch, int64_t inputs, int64_t outputs, int64_t height, int64_t width)
+      : Filters(filters, inputs, outputs), height(height), width(width) {
+    down = (height + 3) / 4, across = (width + 3) / 4, tiles = batch * down * across;
     // Every block reads all filters: where they are large, it takes more tiles.
     const int64_t share = (tiles + fg_threads() - 1) / fg_threads(), bytes = POINTS * 4 * inputs * columns;
     const int64_t most = bytes <= kFew ? kRows : bytes <= kMany ? 2 * kRows : 6 * kRows, parts = (share + most - 1) / most;
     block = share >= most ? (share + parts - 1) / parts : share;
     room = (block + kRows - 1) / kRows * kRows;
-  }
-
-  // `count` rows of one of the 36 matrices by all panels of its filters.
-  void multiply(int64_t count, const float *v, const float *u, float *m) const {
-    const int64_t panel = inputs * PANEL;
-#if defined(FG_HAS_AVX512)
-    for (int64_t p = 0; p < panels;) {
-      const int64_t left = panels - p, n = left == 5 || left == 6 || left == 9 ? 3 : left < 4 ? left : 4;
-      float *to = m + p * PANEL;
-      if (n == 4)
-        products<6, 4>(count, v, inputs, step, u + p * panel, to, columns);
-      else if (n == 3)
-        products<8, 3>(count, v, inputs, step, u + p * panel, to, columns);
-      else if (n == 2)
-        products<12, 2>(count, v, inputs, step, u + p * panel, to, columns);
-      else
-        products<12, 1>(count, v, inputs, step, u + p * panel, to, columns);
-      p += n;
-    }
-#else
-    constexpr int MR = W == 1 ? 2 : 6;
-    for (int64_t p = 0; p < panels; ++p)
-      products<MR, 1>(count, v, inputs, step, u + p * panel, m + p * PANEL, columns);
-#endif
   }
 
   // fill(sample, y, x, put) hands put(c, d) the 36 pixels d of channels from c on of the tile whose outputs begin at
@@ -132,7 +148,8 @@ struct Winograd {
       });
     }
     for (int64_t i = 0; i < POINTS; ++i)
-      multiply(count, v + i * room * step, filters + i * panels * inputs * PANEL, m + i * room * columns);
+      for (int64_t p = 0; p < panels; p += together(p))
+        multiply(i, p, count, v + i * room * step, m + i * room * columns);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t tile = first + t;
       take(tile / (down * across), tile / across % down * 4, tile % across * 4, [&](int64_t o, vf *z) {

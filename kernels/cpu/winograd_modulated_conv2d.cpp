@@ -13,13 +13,6 @@
 
 namespace {
 
-// The channels [c, c + some) of one pixel, scaled; zeros outside of the image.
-template <class T>
-FG_INLINE vf scaled(const T *pixel, int64_t c, vf style, int some) {
-  if (!pixel) return set1(0.0f);
-  return mul(some == W ? load(pixel + c) : load_n(pixel + c, some), style);
-}
-
 // norms[b][o] = 1 / sqrt(sum over i of styles[b][i]^2 squares[o][i] + eps).
 int norms_of(const fg_winograd_modulated_conv2d_args *a, const float *styles, float *norms) {
   return parallel_for(a->batch * a->outputs, 64, [&](int64_t item) {
@@ -46,7 +39,7 @@ FG_INLINE void fill_tile(const fg_winograd_modulated_conv2d_args *a, const float
     const int some = lanes_left(a->inputs - c);
     const vf style = load_n(styles + sample * a->inputs + c, some);
     vf d[SIZE * SIZE];
-    for (int i = 0; i < SIZE * SIZE; ++i) d[i] = scaled(from[i], c, style, some);
+    for (int i = 0; i < SIZE * SIZE; ++i) d[i] = mul(channels_of(from[i], c, some, 4 * a->inputs), style);
     put(c, d);
   }
 }

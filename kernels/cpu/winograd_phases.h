@@ -1,7 +1,7 @@
 // A 3x3 convolution transposed, of stride 2, and then a filter of four by four taps: an image of twice the size.
 //
 // Along an axis, the even pixels of the transposed convolution are a product of polynomials: four pixels by the outer two
-// weights make five, from the values at 0, 1, -1, 2 and infinity; the odd ones are pixels by the middle weight.  So a
+// weights make five, from the values at 0, 1/2, -1, 2 and infinity; the odd ones are pixels by the middle weight.  So a
 // tile of 4 x 4 pixels takes 9 x 9 products for 144, by 6 x 6 matrices of filters, and makes 9 x 9 pixels, whose outer ones
 // are added to those of the tiles beside it.  The filter passes over them while they are in the cache.
 //
@@ -12,29 +12,30 @@
 namespace {
 
 constexpr int64_t kSome = 64;  // tiles multiplied at a time, where a row of the image has no more
+constexpr int64_t kInRow = 4;  // tiles that a thread transforms one after the other
 constexpr int SIDE = 4, EVEN = 5, KINDS = 6, SPAN = SIDE + EVEN;  // the last kind: the middle weight, once for each pixel
 constexpr int64_t RING = 16;  // rows of pixels: nine that a tile makes, three before them, one after
 
-// The values of a polynomial of four coefficients `s` apart; five come out, `t` apart.
+// The values of a polynomial of four coefficients `s` apart, eight of that at 1/2; five come out, `t` apart.
 FG_INLINE void evaluate(const vf *a, int s, vf *o, int t) {
-  const vf even = add(a[0], a[2 * s]), odd = add(a[s], a[3 * s]);
+  const vf two = set1(2.0f), four = set1(4.0f), eight = set1(8.0f);
   o[0] = a[0];
-  o[t] = add(even, odd);
-  o[2 * t] = sub(even, odd);
-  o[3 * t] = fma(set1(8.0f), a[3 * s], fma(set1(4.0f), a[2 * s], fma(set1(2.0f), a[s], a[0])));
+  o[t] = fma(eight, a[0], fma(four, a[s], fma(two, a[2 * s], a[3 * s])));
+  o[2 * t] = sub(add(a[0], a[2 * s]), add(a[s], a[3 * s]));
+  o[3 * t] = fma(eight, a[3 * s], fma(four, a[2 * s], fma(two, a[s], a[0])));
   o[4 * t] = a[3 * s];
 }
 
-// The five coefficients, `t` apart, of the polynomial with these values: those at 1 and -1 halved, that at 2 a sixth.
+// The five coefficients, `t` apart, of the polynomial with these values, where those at 1/2 and 2 are 16 and 1 of 36, that
+// at -1 one of nine.
 FG_INLINE void interpolate(const vf *m, int s, vf *o, int t) {
-  const vf even = add(m[s], m[2 * s]), odd = sub(m[s], m[2 * s]);
-  const vf outer = fma(set1(-2.0f), m[4 * s], fma(set1(0.5f), m[0], m[3 * s]));
-  const vf third = sub(fma(set1(-1.0f / 3.0f), m[2 * s], outer), m[s]);
-  o[0] = m[0];
-  o[t] = sub(odd, third);
-  o[2 * t] = sub(sub(even, m[0]), m[4 * s]);
-  o[3 * t] = third;
-  o[4 * t] = m[4 * s];
+  const vf half = m[s], minus = m[2 * s], two = m[3 * s], first = m[0], last = m[4 * s];
+  const vf more = set1(-1.5f), less = set1(-2.0f), four = set1(4.0f);
+  o[0] = first;
+  o[t] = fma(four, half, fma(less, add(two, minus), fma(more, first, last)));
+  o[2 * t] = fma(set1(5.0f), minus, fma(set1(2.0f), add(half, two), mul(more, add(first, last))));
+  o[3 * t] = fma(four, two, fma(less, add(half, minus), fma(more, last, first)));
+  o[4 * t] = last;
 }
 
 // The 9 x 9 values of four by four pixels; rows and columns EVEN and above are those of the middle weight.
@@ -82,9 +83,9 @@ struct Phases : Filters {
   int64_t height, width;
   int64_t down, across, rows;     // of tiles: of a sample, of a row of them; such rows of the batch
   int64_t band, pitch;            // rows of tiles at a time; tiles between two of the 81 values
-  int64_t begin[KINDS * KINDS + 1];  // where the tiles of a matrix begin, in tiles
-  int64_t at[SPAN * SPAN];        // where those of a value do
   int64_t pixels;                 // of a row of a ring
+  int64_t begin[KINDS * KINDS + 1];  // where the tiles of a matrix begin, in tiles
+  int64_t place[SPAN * SPAN];        // where those of a value do
 
   Phases(const void *filters, int64_t batch, int64_t inputs, int64_t outputs, int64_t height, int64_t width)
       : Filters(filters, inputs, outputs), height(height), width(width) {
@@ -97,7 +98,7 @@ struct Phases : Filters {
     for (int k = 0; k < KINDS * KINDS; ++k) {
       const int tall = k / KINDS == EVEN ? SIDE : 1, wide = k % KINDS == EVEN ? SIDE : 1;
       for (int i = 0; i < tall * wide; ++i)
-        at[(k / KINDS + i / wide) * SPAN + k % KINDS + i % wide] = begin[k] + i * pitch;
+        place[(k / KINDS + i / wide) * SPAN + k % KINDS + i % wide] = begin[k] + i * pitch;
       begin[k + 1] = begin[k] + (tall * wide * pitch + kRows - 1) / kRows * kRows;
     }
   }
@@ -109,13 +110,16 @@ struct Phases : Filters {
     memset(row(ring, y) + from * W, 0, static_cast<size_t>((to - from) * W) * sizeof(float));
   }
 
-  // Adds what a row of tiles makes, of one vector of outputs, to the ring; `m`: the products of the first of them.
+  // Where the sums of a vector of outputs from `o` on begin: for each panel, those of all values and tiles.
+  int64_t sums(int64_t o) const { return o / PANEL * PANEL * begin[KINDS * KINDS] + o % PANEL; }
+
+  // Adds what a row of tiles makes, of one vector of outputs, to the ring; `m`: the sums of the first of them.
   void add_row(const float *m, int64_t first, bool last, float *ring) const {
     if (!first) clear(ring, -1, 0, pixels), clear(ring, 0, 0, pixels);
     for (int64_t y = first + 1; y < first + SPAN; ++y) clear(ring, y, 0, 2);
     for (int64_t t = 0; t < across; ++t) {
       vf d[SPAN * SPAN], z[SPAN * SPAN];
-      for (int i = 0; i < SPAN * SPAN; ++i) d[i] = load(m + (at[i] + t) * columns);
+      for (int i = 0; i < SPAN * SPAN; ++i) d[i] = load(m + (place[i] + t) * PANEL);
       gather_phases(d, z);
       for (int y = 0; y < SPAN; ++y) {
         float *to = row(ring, first + y) + (1 + 2 * SIDE * t) * W;
@@ -136,35 +140,44 @@ struct Phases : Filters {
     float *m = v + begin[KINDS * KINDS] * step, *rings = v + floats;
     for (int64_t first = 0; first < rows; first += band) {
       const int64_t some = rows - first < band ? rows - first : band;
-      parallel_for(some * across, 1, [&](int64_t t) {
-        const int64_t r = first + t / across;
-        fill(r / down, r % down * SIDE, t % across * SIDE, [&](int64_t c, const vf *d) {
-          vf e[SPAN * SPAN];
-          spread_phases(d, e);
-          for (int i = 0; i < SPAN * SPAN; ++i) store(v + (at[i] + t) * step + c, e[i]);
-        });
+      parallel_for((some * across + kInRow - 1) / kInRow, 1, [&](int64_t item) {
+        for (int64_t t = item * kInRow; t < some * across && t < (item + 1) * kInRow; ++t) spread(first, t, v, fill);
         return 0;
       });
       multiply_all(some * across, v, m);
       parallel_for(columns / W, 1, [&](int64_t item) {
         for (int64_t r = 0; r < some; ++r)
-          filter_rows(first + r, m + r * across * columns + item * W, rings + item * ring, item * W, take);
+          filter_rows(first + r, m + sums(item * W) + r * across * PANEL, rings + item * ring, item * W, take);
         return 0;
       });
     }
     return FG_OK;
   }
 
+  // The values of the `t`-th tile from a row of tiles on.
+  template <class Fill>
+  void spread(int64_t first, int64_t t, float *v, const Fill &fill) const {
+    const int64_t r = first + t / across;
+    fill(r / down, r % down * SIDE, t % across * SIDE, [&](int64_t c, const vf *d) {
+      vf e[SPAN * SPAN];
+      spread_phases(d, e);
+      for (int i = 0; i < SPAN * SPAN; ++i) {
+        float *to = v + (place[i] + t) * step + c;
+        store(to, e[i]);
+        if (W > 1) __builtin_prefetch(to + W, 1);
+      }
+    });
+  }
+
   // All products of `count` tiles, the longest first.
   void multiply_all(int64_t count, const float *v, float *m) const {
-    int64_t groups = 0;
-    for (int64_t p = 0; p < panels; p += together(p)) ++groups;
-    parallel_for(KINDS * KINDS * groups, 1, [&](int64_t item) {
-      const int k = KINDS * KINDS - 1 - static_cast<int>(item / groups);
-      const int tall = k / KINDS == EVEN ? SIDE : 1, wide = k % KINDS == EVEN ? SIDE : 1;
-      int64_t p = 0;
-      for (int64_t g = item % groups; g; --g) p += together(p);
-      multiply(k, p, (tall * wide - 1) * pitch + count, v + begin[k] * step, m + begin[k] * columns);
+    const int64_t all = KINDS * KINDS * groups;
+    parallel_for(all, 1, [&](int64_t item) {
+      const int64_t left = all - 1 - item, k = left / groups, next = left - fg_threads();
+      const int64_t tall = k / KINDS == EVEN ? SIDE : 1, wide = k % KINDS == EVEN ? SIDE : 1;
+      const Layout layout = {step, PANEL, begin[KINDS * KINDS] * PANEL};
+      multiply<true>(k, left % groups, (tall * wide - 1) * pitch + count, v + begin[k] * step, m + begin[k] * PANEL,
+                     layout, next < 0 ? at(-1, 0) : at(next / groups, next % groups));
       return 0;
     });
   }

@@ -26,8 +26,8 @@ FILTER = (
     (1 / 24, -1 / 12, 1 / 6),
     (0.0, 0.0, 1.0),
 )
-# Even pixels of a transposed convolution: the polynomial of the outer weights at 0, 1/2 (an 18th of it), -1 (a ninth), 2 (a
-# 36th) and infinity, points that round less than 0, 1, -1, 2 and infinity do.  Odd pixels: the weight between.
+# Even pixels of a transposed convolution: the polynomial of the outer weights at 0, 1/2 (an 18th of it), -1 (a ninth),
+# 2 (a 36th) and infinity, points that round less than 0, 1, -1, 2 and infinity do.  Odd pixels: the weight between.
 TRANSPOSED = (
     (1.0, 0.0, 0.0),
     (1 / 18, 0.0, 1 / 36),

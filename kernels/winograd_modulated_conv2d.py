@@ -3,7 +3,7 @@
 The layer of :mod:`.modulated_conv2d`, with the algorithm of :mod:`.winograd_conv2d`.  At twice the size it is a
 transposed convolution of stride 2 and then a filter of four by four taps.  Along an axis, the even pixels of the first
 are a product of polynomials, four pixels by the outer two weights, and five of their values make its five coefficients
-(Toom & Cook); the odd ones are pixels by the middle weight.  So four by four pixels take 81 products of channels for 144.
+(Toom & Cook); the odd ones are pixels by the middle weight.  So 4 x 4 pixels take 81 products of channels for 144.
 """
 
 from __future__ import annotations
@@ -66,7 +66,14 @@ def allocate(
     return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),)
 
 
-VALUES = ((1.0, 0.0, 0.0, 0.0), (8.0, 4.0, 2.0, 1.0), (1.0, -1.0, 1.0, -1.0), (1.0, 2.0, 4.0, 8.0), (0.0, 0.0, 0.0, 1.0))
+# Of a polynomial of four coefficients, at the points of winograd_filters.TRANSPOSED; of one of five, from such values.
+VALUES = (
+    (1.0, 0.0, 0.0, 0.0),
+    (8.0, 4.0, 2.0, 1.0),
+    (1.0, -1.0, 1.0, -1.0),
+    (1.0, 2.0, 4.0, 8.0),
+    (0.0, 0.0, 0.0, 1.0),
+)
 COEFFICIENTS = (
     (1.0, 0.0, 0.0, 0.0, 0.0),
     (-1.5, 4.0, -2.0, -2.0, 1.0),
@@ -203,6 +210,7 @@ CASES = [
     _case("strided", (2, 16, 3, 5), 16, layout="strided", up=True),
     _case("several blocks", (3, 33, 33, 19), 70, small=False),
     _case("several blocks, twice the size", (3, 33, 17, 19), 70, up=True, small=False),
+    _case("rows longer than a block, twice the size", (1, 5, 9, 270), 18, up=True, small=False),
     _case("pairs", (2, 5, 3, 4), 7, pairs=True),
     _case("pairs, float32 parameters", (2, 37, 7, 11), 48, pairs=True, parameters="fp32"),
     _case("pairs, neither noise nor bias", (3, 33, 33, 19), 70, pairs=True, noise=False, bias=False, small=False),

@@ -98,6 +98,7 @@ def test_bits_do_not_depend_on_threads_or_batch() -> None:
         ({"styles": torch.ones(1, 15)}, "styles"),
         ({"squares": torch.ones(16, 32)}, "squares"),
         ({"taps": torch.ones(3, 3)}, "taps"),
+        ({"taps": torch.ones(4, 4), "filters": torch.zeros(1, 4, 4, 8, 32, 2)}, "not in pairs"),
         ({"noise": torch.ones(1, 1, 8, 8)}, "noise"),
         ({"bias": torch.ones(31)}, "bias"),
         ({"act": "mish"}, "no activation"),

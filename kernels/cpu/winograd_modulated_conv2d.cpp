@@ -1,6 +1,6 @@
 // levels: scalar avx2 avx512 avx512_bf16 neon
-// A modulated 3x3 convolution by Winograd's algorithm, see winograd.h, or winograd_phases.h where there are taps: a tile's
-// pixels are scaled as it is filled; norm, noise, bias and activation follow as its outputs are stored.
+// A modulated 3x3 convolution by Winograd's algorithm, see winograd.h, or winograd_phases.h where there are taps: a
+// tile's pixels are scaled as it is filled; norm, noise, bias and activation follow as its outputs are stored.
 #include <cstdlib>
 
 #include "abi.h"

@@ -1,9 +1,9 @@
 // A 3x3 convolution transposed, of stride 2, and then a filter of four by four taps: an image of twice the size.
 //
-// Along an axis, the even pixels of the transposed convolution are a product of polynomials: four pixels by the outer two
-// weights make five, from the values at 0, 1/2, -1, 2 and infinity; the odd ones are pixels by the middle weight.  So a
-// tile of 4 x 4 pixels takes 9 x 9 products for 144, by 6 x 6 matrices of filters, and makes 9 x 9 pixels, whose outer ones
-// are added to those of the tiles beside it.  The filter passes over them while they are in the cache.
+// Along an axis, the even pixels of the transposed convolution are a product of polynomials: four pixels by the outer
+// two weights make five, from the values at 0, 1/2, -1, 2 and infinity; the odd ones are pixels by the middle weight.  So
+// a tile of 4 x 4 pixels takes 9 x 9 products for 144, by 6 x 6 matrices of filters, and makes 9 x 9 pixels, whose outer
+// ones are added to those of the tiles beside it.  The filter passes over them while they are in the cache.
 //
 // A pixel's sums run in order, over channels, tiles and taps: neither threads nor batch change a bit.
 #pragma once
@@ -13,7 +13,8 @@ namespace {
 
 constexpr int64_t kSome = 64;  // tiles multiplied at a time, where a row of the image has no more
 constexpr int64_t kInRow = 4;  // tiles that a thread transforms one after the other
-constexpr int SIDE = 4, EVEN = 5, KINDS = 6, SPAN = SIDE + EVEN;  // the last kind: the middle weight, once for each pixel
+constexpr int SIDE = 4, EVEN = 5, SPAN = SIDE + EVEN;  // pixels of a tile; values of even pixels; all values
+constexpr int KINDS = 6;       // of filters along an axis, the last of the middle weight: once for each pixel
 constexpr int64_t RING = 16;  // rows of pixels: nine that a tile makes, three before them, one after
 
 // The values of a polynomial of four coefficients `s` apart, eight of that at 1/2; five come out, `t` apart.
@@ -26,8 +27,8 @@ FG_INLINE void evaluate(const vf *a, int s, vf *o, int t) {
   o[4 * t] = a[3 * s];
 }
 
-// The five coefficients, `t` apart, of the polynomial with these values, where those at 1/2 and 2 are 16 and 1 of 36, that
-// at -1 one of nine.
+// The five coefficients, `t` apart, of the polynomial with these values, where those at 1/2 and 2 are 16 and 1 of 36,
+// that at -1 one of nine.
 FG_INLINE void interpolate(const vf *m, int s, vf *o, int t) {
   const vf half = m[s], minus = m[2 * s], two = m[3 * s], first = m[0], last = m[4 * s];
   const vf more = set1(-1.5f), less = set1(-2.0f), four = set1(4.0f);
@@ -123,15 +124,18 @@ struct Phases : Filters {
       gather_phases(d, z);
       for (int y = 0; y < SPAN; ++y) {
         float *to = row(ring, first + y) + (1 + 2 * SIDE * t) * W;
-        for (int x = 0; x < SPAN; ++x) store(to + x * W, x && y ? z[SPAN * y + x] : add(load(to + x * W), z[SPAN * y + x]));
+        for (int x = 0; x < SPAN; ++x) {
+          const vf own = z[SPAN * y + x];
+          store(to + x * W, x && y ? own : add(load(to + x * W), own));
+        }
       }
     }
     for (int64_t y = first; y < first + SPAN; ++y) clear(ring, y, 2 * width + 2, 2 * width + 3);
     if (last) clear(ring, 2 * height + 1, 0, pixels);
   }
 
-  // fill(sample, y, x, put) hands put(c, d) the 4 x 4 pixels d of channels from c on of the tile that begins at pixel (y,
-  // x).  take(sample, y, o, rows) filters row y of the outputs from o on.
+  // fill(sample, y, x, put) hands put(c, d) the 4 x 4 pixels d of channels from c on of the tile that begins at pixel
+  // (y, x).  take(sample, y, o, rows) filters row y of the outputs from o on.
   template <class Fill, class Take>
   int run(const Fill &fill, const Take &take) const {
     const int64_t floats = begin[KINDS * KINDS] * (step + columns), ring = RING * pixels * W;
@@ -171,9 +175,9 @@ struct Phases : Filters {
 
   // All products of `count` tiles, the longest first.
   void multiply_all(int64_t count, const float *v, float *m) const {
-    const int64_t all = KINDS * KINDS * groups;
+    const int64_t all = KINDS * KINDS * groups, threads = fg_threads();
     parallel_for(all, 1, [&](int64_t item) {
-      const int64_t left = all - 1 - item, k = left / groups, next = left - fg_threads();
+      const int64_t left = all - 1 - item, k = left / groups, next = left - threads;
       const int64_t tall = k / KINDS == EVEN ? SIDE : 1, wide = k % KINDS == EVEN ? SIDE : 1;
       const Layout layout = {step, PANEL, begin[KINDS * KINDS] * PANEL};
       multiply<true>(k, left % groups, (tall * wide - 1) * pitch + count, v + begin[k] * step, m + begin[k] * PANEL,

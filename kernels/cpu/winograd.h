@@ -188,8 +188,13 @@ struct Winograd : Filters {
     const Layout layout = {step, columns, PANEL};
     for (int64_t item = 0; item < POINTS * groups; ++item) {
       const int64_t i = item / groups;
-      multiply<false>(i, item % groups, count, v + i * room * step, m + i * room * columns, layout,
-               at((item + 1) / groups, (item + 1) % groups));
+      const float *from = v + i * room * step;
+      float *to = m + i * room * columns;
+      const Panels next = at((item + 1) / groups, (item + 1) % groups);
+      if (count > 2 * kRows)
+        multiply<true>(i, item % groups, count, from, to, layout, next);
+      else
+        multiply<false>(i, item % groups, count, from, to, layout, next);
     }
     for (int64_t t = 0; t < count; ++t) {
       const int64_t tile = first + t;

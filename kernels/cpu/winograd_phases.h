@@ -120,7 +120,11 @@ struct Phases : Filters {
     for (int64_t y = first + 1; y < first + SPAN; ++y) clear(ring, y, 0, 2);
     for (int64_t t = 0; t < across; ++t) {
       vf d[SPAN * SPAN], z[SPAN * SPAN];
-      for (int i = 0; i < SPAN * SPAN; ++i) d[i] = load(m + (place[i] + t) * PANEL);
+      for (int i = 0; i < SPAN * SPAN; ++i) {
+        const float *from = m + (place[i] + t) * PANEL;
+        d[i] = load(from);
+        if (W > 1) __builtin_prefetch(from + 2 * PANEL);
+      }
       gather_phases(d, z);
       for (int y = 0; y < SPAN; ++y) {
         float *to = row(ring, first + y) + (1 + 2 * SIDE * t) * W;

@@ -144,13 +144,20 @@ def test_a_generator_takes_it_for_every_layer(batch: int, deterministic: bool, c
     assert counts["kernel modulated_conv2d C++"] == 4  # to RGB
 
 
-def test_bfloat16_keeps_large_transposed_convolutions_where_the_cpu_has_products_of_it(monkeypatch) -> None:
+def test_bfloat16_keeps_transposed_convolutions_of_few_pixels_where_the_cpu_has_products_of_it(monkeypatch) -> None:
     from fusegen.kernels.cpu import winograd_modulated_conv2d as launcher
 
     if "avx512_bf16" not in LEVELS:
         pytest.skip("needs products of bfloat16")
-    for level, least, taken in (("avx512_bf16", launcher.LEAST, 7), ("avx512_bf16", 0, 4), ("avx512", 0, 7)):
+    every = ("avx512_bf16", launcher.LEAST, launcher.MANY, 7)
+    for level, least, many, taken in (
+        every,
+        ("avx512_bf16", 0, 17, 6),
+        ("avx512_bf16", 0, 17**2, 4),
+        ("avx512", 0, 17**2, 7),
+    ):
         monkeypatch.setattr(launcher, "LEAST", least)
+        monkeypatch.setattr(launcher, "MANY", many)
         with library.forced(level):
             counts, left = planned(CFG, 1, dtype="bfloat16")
         assert counts[FUSED] == taken and len(left) == 7 - taken and all("bfloat16" in line for line in left)

@@ -1,7 +1,7 @@
 """Benchmark generators: seconds a picture, and from a cold process to the first.
 
 emoji-gan as a user runs it, and StyleGAN2 at its published size for 256 pixels with random weights.  The peers are the
-same networks in plain PyTorch, channels-last, eager and compiled.
+same networks in plain PyTorch, channels-last, eager and compiled, and StyleGAN2 in the form it was published in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fusegen.bench import verify, whole
+from fusegen.bench import stylegan2_published, verify, whole
 from fusegen.bench.picture_models import COLD, Contender, pixels
 from fusegen.bench.row import Row
 from fusegen.kernels import op as registry
@@ -150,9 +150,12 @@ def large_caller(name: str, dtype: str, folder: Path) -> Callable[..., Tensor]:
     """A contender, from the files of :func:`large_files`."""
     if name == "fusegen":
         return compile_program(Bundle.open(folder / "synthesis.fg").program("synthesis"), "cpu", dtype)
+    state = load_file(folder / "synthesis.safetensors")
+    if name == "published":
+        return stylegan2_published.synthesis(state, config_f(256), getattr(torch, dtype))
     with torch.device("meta"):
         net = Synthesis(config_f(256))
-    net.load_state_dict(load_file(folder / "synthesis.safetensors"), assign=True)
+    net.load_state_dict(state, assign=True)
     return peer(net, name == "compile", dtype)
 
 
@@ -178,7 +181,7 @@ def stylegan2_256(
 
 
 EMOJI_GAN = whole.Suite((*EMOJI_BATCHES, COLD), emoji_gan)
-STYLEGAN2_256 = whole.Suite((*LARGE_BATCHES, COLD), stylegan2_256)
+STYLEGAN2_256 = whole.Suite((*LARGE_BATCHES, COLD), stylegan2_256, ("eager", "published", "compile", "fusegen"))
 
 
 def first(name: str, dtype: str, what: str) -> float:

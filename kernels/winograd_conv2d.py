@@ -226,9 +226,10 @@ CASES = [
 
 
 @functools.lru_cache(maxsize=1)
-def unfolded(filters: Tensor, outputs: int, inputs: int) -> Tensor:
+def unfolded(filters: Tensor, outputs: int, inputs: int, transposed: bool = False) -> Tensor:
     """The weight (O, I, 3, 3) that the filters were made of; kept, as the filters are."""
-    made = winograd_filters.FILTER if filters.dim() == 5 else winograd_pair_filters.FILTER
+    plain = winograd_filters.FILTER if filters.dim() == 5 else winograd_pair_filters.FILTER
+    made = winograd_filters.TRANSPOSED if transposed else plain
     g = torch.linalg.pinv(torch.tensor(made, dtype=torch.float64))
     own = flat(filters, inputs).double()[..., :outputs]
     return torch.einsum("ka,abio,lb->oikl", g, own, g).float().contiguous(memory_format=torch.channels_last)

@@ -1,9 +1,9 @@
 """StyleGAN2's layer, a modulated 3x3 convolution at the image's size or at twice that, by Winograd's minimal filtering.
 
-The layer of :mod:`.modulated_conv2d`, with the algorithm of :mod:`.winograd_conv2d`.  At twice the size it is meant to
-be a transposed convolution of stride 2 and then a filter of four by four taps; the two commute, so the filter upsamples
-the image first, where it costs little, and what is left is a plain convolution: 36 products of channels for four
-pixels of the image, as many as the transposed convolution takes.
+The layer of :mod:`.modulated_conv2d`, with the algorithm of :mod:`.winograd_conv2d`.  At twice the size it is a
+transposed convolution of stride 2 and then a filter of four by four taps.  Along an axis, the even pixels of the first
+are a product of polynomials, four pixels by the outer two weights, and five of their values make its five coefficients
+(Toom & Cook); the odd ones are pixels by the middle weight.  So 4 x 4 pixels take 81 products of channels for 144.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fusegen.kernels import winograd_filters, winograd_pair_filters
 from fusegen.kernels.bias_act import finish, finished
 from fusegen.kernels.draw import Draw, laid_out
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, is_channels_last, register
-from fusegen.kernels.winograd_conv2d import check_filters, convolved, unfolded
+from fusegen.kernels.winograd_conv2d import check_filters, convolved, flat, unfolded
 
 SCHEMA = (
     "(Tensor x, Tensor filters, Tensor squares, Tensor styles, int outputs, Tensor? taps=None, Tensor? noise=None,"
@@ -52,6 +52,8 @@ def allocate(
     """
     finish(NAME, act, alpha, gain, clamp)
     check_filters(NAME, x, filters, outputs)
+    if taps is not None and filters.dim() == 6:
+        raise ValueError(f"{NAME}: taps go with filters (6, 6, P, I, 16), not in pairs")
     up = 1 if taps is None else 2
     shape = (x.shape[0], outputs, up * x.shape[2], up * x.shape[3])
     wanted = {"squares": (outputs, x.shape[1]), "styles": tuple(x.shape[:2]), "taps": (4, 4), "bias": (outputs,)}
@@ -64,15 +66,39 @@ def allocate(
     return (torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout),)
 
 
-def _surrounded(x: Tensor, taps: Tensor | None) -> Tensor:
-    """The image and one pixel around it; where there are taps, of the image with a zero after every pixel, correlated
-    with them where they meet any of it."""
-    if taps is None:
-        return F.pad(x, (1, 1, 1, 1))
-    b, c, h, w = x.shape
-    wide = x.new_zeros(b * c, 1, 2 * h, 2 * w)
-    wide[:, :, ::2, ::2] = x.reshape(b * c, 1, h, w)
-    return F.conv2d(F.pad(wide, (3, 2, 3, 2)), taps[None, None].to(x.dtype)).reshape(b, c, 2 * h + 2, 2 * w + 2)
+# Of a polynomial of four coefficients, at the points of winograd_filters.TRANSPOSED; of one of five, from such values.
+VALUES = (
+    (1.0, 0.0, 0.0, 0.0),
+    (8.0, 4.0, 2.0, 1.0),
+    (1.0, -1.0, 1.0, -1.0),
+    (1.0, 2.0, 4.0, 8.0),
+    (0.0, 0.0, 0.0, 1.0),
+)
+COEFFICIENTS = (
+    (1.0, 0.0, 0.0, 0.0, 0.0),
+    (-1.5, 4.0, -2.0, -2.0, 1.0),
+    (-1.5, 2.0, 5.0, 2.0, -1.5),
+    (1.0, -2.0, -2.0, 4.0, -1.5),
+    (0.0, 0.0, 0.0, 0.0, 1.0),
+)
+
+
+def _transposed(x: Tensor, filters: Tensor, outputs: int) -> Tensor:
+    """The transposed convolution, (B, O, 2 H + 1, 2 W + 1), of x (B, I, H, W) in its dtype: each four by four pixels
+    make nine by nine, and these are added up."""
+    batch, inputs, height, width = x.shape
+    down, across = -(-height // 4), -(-width // 4)
+    spread, made = x.new_zeros(9, 4), x.new_zeros(9, 9)
+    spread[:5], spread[5:] = x.new_tensor(VALUES), torch.eye(4)
+    made[::2, :5], made[1::2, 5:] = x.new_tensor(COEFFICIENTS), torch.eye(4)
+    kinds = torch.tensor([0, 1, 2, 3, 4, 5, 5, 5, 5], device=x.device)
+    own = flat(filters, inputs).to(x.dtype)[kinds][:, kinds, :, :outputs]
+    tiles = F.pad(x, (0, 4 * across - width, 0, 4 * down - height)).unflatten(3, (across, 4)).unflatten(2, (down, 4))
+    values = torch.einsum("ai,ncyixj,bj->nyxabc", spread, tiles, spread)
+    pixels = torch.einsum("ka,nyxabo,lb->noklyx", made, torch.einsum("nyxabc,abco->nyxabo", values, own), made)
+    whole = (8 * down + 1, 8 * across + 1)
+    added = F.fold(pixels.reshape(batch, outputs * 81, down * across), whole, kernel_size=9, stride=8)
+    return added[:, :, : 2 * height + 1, : 2 * width + 1]
 
 
 def reference(
@@ -92,15 +118,20 @@ def reference(
 ) -> Tensor:
     """act(conv(styles x) / sqrt(styles^2 squares + eps) + noise + bias), in float32, or float64 where x is.
 
-    ``filters``: :mod:`.winograd_filters` or :mod:`.winograd_pair_filters` of the weight, of the flipped weight where
-    there are taps; ``squares``: the sum of each pair of channels' squared weights.
+    ``filters``: :mod:`.winograd_filters` or :mod:`.winograd_pair_filters` of the weight, the transposed ones of the
+    first where there are taps; ``squares``: the sum of each pair of channels' squared weights.
     """
     (out,) = allocate(x, filters, squares, styles, outputs, taps, noise, bias, act, alpha, gain, clamp, eps)
     if out.numel() == 0:
         return out
     wide = torch.promote_types(x.dtype, torch.float32)
     s = styles.to(wide)
-    y = convolved(_surrounded(x.to(wide) * s[:, :, None, None], taps), filters, outputs)
+    y = x.to(wide) * s[:, :, None, None]
+    if taps is None:
+        y = convolved(F.pad(y, (1, 1, 1, 1)), filters, outputs)
+    else:
+        y = F.pad(_transposed(y, filters, outputs), (1, 1, 1, 1))
+        y = F.conv2d(y, taps.to(wide).expand(outputs, 1, -1, -1), groups=outputs)
     y = y * torch.rsqrt(s.square() @ squares.to(wide).t() + eps)[:, :, None, None]
     y = y if noise is None else y + noise.to(wide)
     y = y if bias is None else y + bias.to(wide)[:, None, None]
@@ -127,7 +158,7 @@ def _arguments(
     scale, taps = 1 + up, (1 + torch.rand(4, 4, generator=g)).to(own) / 6 if up else None
     drawn = (0.3 * torch.randn(noise, 1, scale * h, scale * w, generator=g)).to(own) if noise else None
     offset = (0.3 * torch.randn(outputs, generator=g)).to(own) if bias else None
-    of_weight = winograd_pair_filters.reference(weight.to(x.dtype)) if pairs else winograd_filters.reference(weight)
+    of_weight = winograd_pair_filters.reference(weight.to(x.dtype)) if pairs else winograd_filters.reference(weight, up)
     return [x, of_weight, weight.square().sum((2, 3)), styles, outputs, taps, drawn, offset]
 
 
@@ -179,6 +210,7 @@ CASES = [
     _case("strided", (2, 16, 3, 5), 16, layout="strided", up=True),
     _case("several blocks", (3, 33, 33, 19), 70, small=False),
     _case("several blocks, twice the size", (3, 33, 17, 19), 70, up=True, small=False),
+    _case("rows longer than a block, twice the size", (1, 5, 9, 270), 18, up=True, small=False),
     _case("pairs", (2, 5, 3, 4), 7, pairs=True),
     _case("pairs, float32 parameters", (2, 37, 7, 11), 48, pairs=True, parameters="fp32"),
     _case("pairs, neither noise nor bias", (3, 33, 33, 19), 70, pairs=True, noise=False, bias=False, small=False),
@@ -196,11 +228,12 @@ def _eager(
     act: str, alpha: Any, gain: Any, clamp: Any, eps: float,
 ) -> Tensor:  # fmt: skip
     """The scaled form: one convolution for all samples, after the published filter where there is one."""
-    weight, y = unfolded(filters, outputs, x.shape[1]).to(x.dtype), x * styles[:, :, None, None].to(x.dtype)
+    weight = unfolded(filters, outputs, x.shape[1], taps is not None).to(x.dtype)
+    y = x * styles[:, :, None, None].to(x.dtype)
     if taps is None:
         y = F.conv2d(y, weight, padding=1)
     else:
-        y = F.conv_transpose2d(y, weight.flip(2, 3).transpose(0, 1), stride=2)
+        y = F.conv_transpose2d(y, weight.transpose(0, 1), stride=2)
         y = F.conv2d(F.pad(y, (1, 1, 1, 1)), taps.to(x.dtype).expand(outputs, 1, -1, -1), groups=outputs)
     norm = torch.rsqrt(styles.float().square() @ squares.t() + eps)
     y = y * norm[:, :, None, None].to(x.dtype)
@@ -219,7 +252,8 @@ def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     shape = (*draw.shape(2, 40), *draw.shape(9, 9))
     x = draw.tensor(shape, dtype, layouts=("channels_last", "contiguous"))
     noise, own = draw.choice((0, 1, shape[0])), draw.choice((dtype, torch.float32))
-    up, pairs = draw.flag(), dtype == torch.bfloat16 and draw.flag()
+    up = draw.flag()
+    pairs = not up and dtype == torch.bfloat16 and draw.flag()
     args = _arguments(draw.generator(), x, draw.integer(0, 70), up, noise, draw.flag(), own, pairs)
     return (*args, draw.choice(("linear", "lrelu")), None, draw.choice((None, 0.7)), draw.choice((None, 0.9)), 1e-8)
 
@@ -242,6 +276,6 @@ OP = register(
         alone=alone,
         draw=_draw,
         formula="modulated_conv2d, 3x3, at the image's size or twice that, as A^T (G w G^T . B^T d B) A over tiles d",
-        source="Karras et al. 2020, arXiv:1912.04958; Lavin & Gray 2015, arXiv:1509.09308",
+        source="Karras et al. 2020, arXiv:1912.04958; Lavin & Gray 2015, arXiv:1509.09308; Toom 1963; Cook 1966",
     )
 )

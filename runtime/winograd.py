@@ -33,7 +33,8 @@ class _Form:
     """Winograd's form of convolutions by weights of a dtype.
 
     ``filters``: the op that makes the weight's filters; ``few``: input channels below which the transforms cost what
-    they save; ``given``: the node's arguments that the filters are made of; ``rest``: what else the op is told.
+    they save; ``given``: the node's arguments that the filters are made of, ``more``: what else their op is told;
+    ``rest``: what else the convolution's op is told.
     """
 
     rule: str
@@ -41,15 +42,16 @@ class _Form:
     filters: str
     few: int
     given: tuple[str, ...] = ("weight",)
+    more: tuple[tuple[str, Any], ...] = ()
     rest: tuple[tuple[str, Any], ...] = (("doubled", False),)
 
 
 # Larger tiles where products are of float32.  On a Zen 5 in bfloat16 16 channels took up to twice as long as oneDNN, 24
 # 0.87 times; in int8 32 up to 1.6 times, 48 0.8 to 1.3 times, 64 0.2 (8 x 8 pixels) to 1.0 (64 x 64).
 _FORMS = {
-    torch.float32: _Form(RULE, "winograd_conv2d", "winograd_filters", FEW),
+    torch.float32: _Form(RULE, "winograd_conv2d", "winograd_filters", FEW, more=(("transposed", False),)),
     torch.bfloat16: _Form(RULE, "winograd_conv2d", "winograd_pair_filters", 24),
-    torch.int8: _Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale"), ()),
+    torch.int8: _Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale"), rest=()),
 }
 
 
@@ -108,7 +110,7 @@ class _Folding:
             given = {k: node.args[k] for k in form.given}
             parts = tuple(self.names.fresh(f"{weight}.winograd.{part}") for part in ("filters", "scale")[: len(given)])
             self.made[weight] = dict(zip(("filters", "scale"), map(Ref, parts), strict=False))
-            before = [Node(parts[0], f"fusegen.{form.filters}.default", given, parts)]
+            before = [Node(parts[0], f"fusegen.{form.filters}.default", given | dict(form.more), parts)]
         return [*before, replace(node, op=f"fusegen.{form.op}.default", args={"x": x, **self.made[weight], **tail})]
 
     def _form(self, node: Node) -> _Form | None:

@@ -175,10 +175,8 @@ class _Edit:
         """The filters, and the sum of each pair of channels' squared weights, float32."""
         name, key = weight.name, (weight.name, transposed, kind)
         if key not in self.made:
-            turned = weight
-            if transposed:
-                turned = self._node(f"{name}.flipped", "aten.flip.default", {"self": weight, "dims": (2, 3)})
-            filters = self._node(f"{name}.winograd", f"fusegen.{kind}.default", {"weight": turned})
+            given = {"weight": weight} | ({"transposed": transposed} if kind == "winograd_filters" else {})
+            filters = self._node(f"{name}.winograd", f"fusegen.{kind}.default", given)
             kept = {"non_blocking": False, "copy": False, "memory_format": None}
             wide = self._node(f"{name}.wide", "aten.to.dtype", {"self": weight, "dtype": torch.float32, **kept})
             squared = self._node(f"{name}.squared", "aten.square.default", {"self": wide})

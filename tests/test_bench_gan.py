@@ -24,7 +24,7 @@ def test_the_peer_of_emoji_gan_makes_its_pictures() -> None:
 
 
 def test_the_large_generator_goes_through_its_files(tmp_path: Path, monkeypatch) -> None:
-    """At a small size: both kinds of contender, from a bundle and a state dict, in a batch that was not exported."""
+    """At a small size: each kind of contender, from a bundle and a state dict, in a batch that was not exported."""
     cfg = StyleGAN2Config(16, w_width=16, channels=(24, 20, 16))
     monkeypatch.setattr(gan_models, "config_f", lambda resolution: cfg)
     net = gan_models.large_network()
@@ -32,7 +32,7 @@ def test_the_large_generator_goes_through_its_files(tmp_path: Path, monkeypatch)
     inputs = gan_models.large_inputs(cfg, 4)
     with torch.no_grad():
         want = Synthesis.forward(net, *inputs)
-    for name in ("eager", "fusegen"):
+    for name in ("eager", "published", "fusegen"):
         got = gan_models.large_caller(name, "float32", tmp_path)(*inputs)
         assert verify.check([got], [want], gan_models.LARGE["float32"]).ok, name
 

@@ -17,19 +17,19 @@ import torch
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
 
-HEADER = Path(library.__file__).with_name("abi.h")
+HEADERS = sorted(Path(library.__file__).parent.glob("abi*.h"))
 C_TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=str(library.missing()))
 
 
 def declared(op: str) -> list[tuple[str, type]]:
-    """The fields of fg_<op>_args as abi.h declares them, in order; where it only derives, those of its base."""
-    text = re.sub(r"//.*", "", HEADER.read_text())
+    """The fields of fg_<op>_args as the headers declare them, in order; where it only derives, those of its base."""
+    text = re.sub(r"//.*", "", "".join(header.read_text() for header in HEADERS))
     if base := re.search(rf"struct fg_{op}_args : fg_(\w+)_args \{{\}};", text):
         return declared(base[1])
     found = re.search(rf"struct fg_{op}_args \{{(.*?)\}};", text, re.S)
-    assert found, f"abi.h declares no fg_{op}_args"
+    assert found, f"no header declares fg_{op}_args"
     fields: list[tuple[str, type]] = []
     for line in filter(None, (x.strip() for x in found[1].split(";"))):
         kind, names = re.match(r"(?:const )?(\w+)\s+(.*)", line, re.S).groups()

@@ -45,8 +45,8 @@ def one_by_one(a: dict[str, Tensor], up: bool) -> Tensor:
 
 
 def at_once(a: dict[str, Tensor], up: bool) -> Tensor:
-    weight = a["weight"].flip(2, 3) if up else a["weight"]
-    filters, squares = torch.ops.fusegen.winograd_filters(weight), weight.float().square().sum((2, 3))
+    weight = a["weight"]
+    filters, squares = torch.ops.fusegen.winograd_filters(weight, up), weight.float().square().sum((2, 3))
     rest = (a["taps"] if up else None, a["noise"], a["bias"], "lrelu", None, None, 6.0)
     return torch.ops.fusegen.winograd_modulated_conv2d(a["x"], filters, squares, a["styles"], weight.shape[0], *rest)
 
@@ -98,6 +98,7 @@ def test_bits_do_not_depend_on_threads_or_batch() -> None:
         ({"styles": torch.ones(1, 15)}, "styles"),
         ({"squares": torch.ones(16, 32)}, "squares"),
         ({"taps": torch.ones(3, 3)}, "taps"),
+        ({"taps": torch.ones(4, 4), "filters": torch.zeros(1, 4, 4, 8, 32, 2)}, "not in pairs"),
         ({"noise": torch.ones(1, 1, 8, 8)}, "noise"),
         ({"bias": torch.ones(31)}, "bias"),
         ({"act": "mish"}, "no activation"),
@@ -143,13 +144,20 @@ def test_a_generator_takes_it_for_every_layer(batch: int, deterministic: bool, c
     assert counts["kernel modulated_conv2d C++"] == 4  # to RGB
 
 
-def test_bfloat16_keeps_large_transposed_convolutions_where_the_cpu_has_products_of_it(monkeypatch) -> None:
+def test_bfloat16_keeps_transposed_convolutions_of_few_pixels_where_the_cpu_has_products_of_it(monkeypatch) -> None:
     from fusegen.kernels.cpu import winograd_modulated_conv2d as launcher
 
     if "avx512_bf16" not in LEVELS:
         pytest.skip("needs products of bfloat16")
-    for level, least, taken in (("avx512_bf16", launcher.LEAST, 7), ("avx512_bf16", 0, 4), ("avx512", 0, 7)):
+    every = ("avx512_bf16", launcher.LEAST, launcher.MANY, 7)
+    for level, least, many, taken in (
+        every,
+        ("avx512_bf16", 0, 17, 6),
+        ("avx512_bf16", 0, 17**2, 4),
+        ("avx512", 0, 17**2, 7),
+    ):
         monkeypatch.setattr(launcher, "LEAST", least)
+        monkeypatch.setattr(launcher, "MANY", many)
         with library.forced(level):
             counts, left = planned(CFG, 1, dtype="bfloat16")
         assert counts[FUSED] == taken and len(left) == 7 - taken and all("bfloat16" in line for line in left)

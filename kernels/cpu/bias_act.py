@@ -13,7 +13,7 @@ from fusegen.kernels.op import FLOATS, Kernel
 
 
 class Args(ctypes.Structure):
-    """``fg_bias_act_args`` of abi.h."""
+    """``fg_bias_act_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "bias", "out")),

@@ -15,7 +15,7 @@ from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
 
 class Args(ctypes.Structure):
-    """``fg_filtered_lrelu_args`` of abi.h."""
+    """``fg_filtered_lrelu_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "up_filter", "down_filter", "bias", "out")),

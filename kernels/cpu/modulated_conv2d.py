@@ -22,7 +22,7 @@ _SIZES = (
 
 
 class Args(ctypes.Structure):
-    """``fg_modulated_conv2d_args`` of abi.h."""
+    """``fg_modulated_conv2d_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "weight", "styles", "noise", "bias", "out", "scaled", "product")),

@@ -12,7 +12,7 @@ from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
 
 class Args(ctypes.Structure):
-    """``fg_pixel_shuffle_args`` of abi.h."""
+    """``fg_pixel_shuffle_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "out")),

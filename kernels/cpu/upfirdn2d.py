@@ -14,7 +14,7 @@ from fusegen.kernels.upfirdn2d import axes
 
 
 class Args(ctypes.Structure):
-    """``fg_upfirdn2d_args`` of abi.h."""
+    """``fg_upfirdn2d_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "filter", "out")),

@@ -19,7 +19,7 @@ FEW_PIXELS, MANY_FILTERS = 128, 1 << 18
 
 
 class Args(ctypes.Structure):
-    """``fg_upsample2x_conv_args`` of abi.h."""
+    """``fg_upsample2x_conv_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "out")),

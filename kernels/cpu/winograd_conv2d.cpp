@@ -42,8 +42,7 @@ extern "C" int FG_EXPORT(winograd_conv2d)(const fg_winograd_conv2d_args *a) {
     for (int64_t c = 0; c < a->inputs; c += W) {
       const int some = lanes_left(a->inputs - c);
       vf d[POINTS];
-      for (int i = 0; i < POINTS; ++i)
-        d[i] = !pixel[i] ? set1(0.0f) : some == W ? load(pixel[i] + c) : load_n(pixel[i] + c, some);
+      for (int i = 0; i < POINTS; ++i) d[i] = channels_of(pixel[i], c, some, 4 * a->inputs);
       put(c, d);
     }
   };

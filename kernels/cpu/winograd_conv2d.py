@@ -21,7 +21,7 @@ FEW_PAIR_TILES, MANY_PAIRS = 8, 1 << 18
 
 
 class Args(ctypes.Structure):
-    """``fg_winograd_conv2d_args`` of abi.h."""
+    """``fg_winograd_conv2d_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),

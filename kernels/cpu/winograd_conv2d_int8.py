@@ -17,7 +17,7 @@ _POINTERS = ("x", "filters", "scale", "bias", "residual", "out")
 
 
 class Args(ctypes.Structure):
-    """``fg_winograd_conv2d_int8_args`` of abi.h."""
+    """``fg_winograd_conv2d_int8_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),

@@ -13,7 +13,7 @@ from fusegen.kernels.op import Kernel
 
 
 class Args(ctypes.Structure):
-    """``fg_winograd_int8_filters_args`` of abi.h."""
+    """``fg_winograd_int8_filters_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "filters", "out_scale")),

@@ -1,37 +1,17 @@
 // levels: scalar avx2 avx512 avx512_bf16 neon
-// A modulated 3x3 convolution by Winograd's algorithm, see winograd.h: a tile's pixels are scaled as it is filled, and
-// upsampled where there are taps; norm, noise, bias and activation follow as its outputs are stored.
+// A modulated 3x3 convolution by Winograd's algorithm, see winograd.h, or winograd_phases.h where there are taps: a
+// tile's pixels are scaled as it is filled; norm, noise, bias and activation follow as its outputs are stored.
 #include <cstdlib>
 
 #include "abi.h"
 #include "activation.h"
 #include "moments.h"
-#include "winograd.h"
+#include "winograd_phases.h"
 #if defined(FG_HAS_AVX512_BF16)
 #include "winograd_bf16.h"
 #endif
 
 namespace {
-
-// The channels [c, c + some) of one pixel, scaled; zeros outside of the image.
-template <class T>
-FG_INLINE vf scaled(const T *pixel, int64_t c, vf style, int some) {
-  if (!pixel) return set1(0.0f);
-  return mul(some == W ? load(pixel + c) : load_n(pixel + c, some), style);
-}
-
-// Six by six pixels of the image at twice the size, from an odd row and column on, of four by four of its own.  Along an
-// axis, of the image with a zero after every pixel, an odd pixel meets pixels at taps 1 and 3, an even one at 0 and 2.
-FG_INLINE void upsample(const vf *x, const vf *taps, vf *d) {
-  for (int i = 0; i < 6; ++i)
-    for (int j = 0; j < 6; ++j) {
-      const vf *at = x + i / 2 * 4 + j / 2, *tap = taps + (1 - i % 2) * 4 + 1 - j % 2;
-      vf sum = mul(at[0], tap[0]);
-      sum = fma(at[1], tap[2], sum);
-      sum = fma(at[4], tap[8], sum);
-      d[6 * i + j] = fma(at[5], tap[10], sum);
-    }
-}
 
 // norms[b][o] = 1 / sqrt(sum over i of styles[b][i]^2 squares[o][i] + eps).
 int norms_of(const fg_winograd_modulated_conv2d_args *a, const float *styles, float *norms) {
@@ -49,32 +29,49 @@ int norms_of(const fg_winograd_modulated_conv2d_args *a, const float *styles, fl
   });
 }
 
+// put(c, pixels) for every vector of channels of SIZE by SIZE scaled pixels from (y, x) on.
+template <int SIZE, class T, class Put>
+FG_INLINE void fill_tile(const fg_winograd_modulated_conv2d_args *a, const float *styles, int64_t sample, int64_t y,
+                         int64_t x, const Put &put) {
+  const T *image = static_cast<const T *>(a->x) + sample * a->height * a->width * a->inputs, *from[SIZE * SIZE];
+  pixels_at<SIZE>(image, a->height, a->width, a->inputs, y, x, from);
+  for (int64_t c = 0; c < a->inputs; c += W) {
+    const int some = lanes_left(a->inputs - c);
+    const vf style = load_n(styles + sample * a->inputs + c, some);
+    vf d[SIZE * SIZE];
+    for (int i = 0; i < SIZE * SIZE; ++i) d[i] = mul(channels_of(from[i], c, some, 4 * a->inputs), style);
+    put(c, d);
+  }
+}
+
+// What becomes of the sums of some outputs, all of one sample.
+template <int kAct, class T>
+struct End {
+  Finish finish;
+  vf norm, bias;
+  int some;
+
+  End(const fg_winograd_modulated_conv2d_args *a, const float *norms, const float *biases, int64_t sample, int64_t o)
+      : finish{static_cast<float>(a->alpha), static_cast<float>(a->gain), static_cast<float>(a->clamp)} {
+    some = lanes_left(a->outputs - o);
+    norm = load_n(norms + sample * a->outputs + o, some), bias = load_n(biases + o, some);
+  }
+
+  void operator()(vf sum, float noise, T *to) const {
+    const vf value = finished<kAct, T>(add(add(mul(sum, norm), set1(noise)), bias), finish);
+    if (some == W)
+      store(to, value);
+    else
+      store_n(to, value, some);
+  }
+};
+
 template <int kAct, class T>
 int convolve(const fg_winograd_modulated_conv2d_args *a, const float *styles, const float *norms, const float *biases) {
-  const int64_t up = a->taps ? 2 : 1, height = up * a->height, width = up * a->width;
+  const int64_t height = a->height, width = a->width;
   const Winograd problem(a->filters, a->batch, a->inputs, a->outputs, height, width);
-  const Finish finish = {static_cast<float>(a->alpha), static_cast<float>(a->gain), static_cast<float>(a->clamp)};
-  vf taps[16];
-  for (int i = 0; i < 16; ++i) taps[i] = set1(parameter(a->taps, a->taps_dtype, i, 0.0f));
   const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
-    const T *image = static_cast<const T *>(a->x) + sample * a->height * a->width * a->inputs, *from[POINTS];
-    if (up == 1) {
-      pixels_at<6>(image, a->height, a->width, a->inputs, y - 1, x - 1, from);
-    } else {
-      pixels_at<4>(image, a->height, a->width, a->inputs, y / 2 - 1, x / 2 - 1, from);
-    }
-    for (int64_t c = 0; c < a->inputs; c += W) {
-      const int some = lanes_left(a->inputs - c);
-      const vf style = load_n(styles + sample * a->inputs + c, some);
-      vf d[POINTS], small[16];
-      if (up == 1) {
-        for (int i = 0; i < POINTS; ++i) d[i] = scaled(from[i], c, style, some);
-      } else {
-        for (int i = 0; i < 16; ++i) small[i] = scaled(from[i], c, style, some);
-        upsample(small, taps, d);
-      }
-      put(c, d);
-    }
+    fill_tile<6, T>(a, styles, sample, y - 1, x - 1, put);
   };
   const auto take = [&](int64_t sample, int64_t y, int64_t x, const auto &get) {
     const int64_t rows = height - y < 4 ? height - y : 4, wide = width - x < 4 ? width - x : 4;
@@ -87,21 +84,37 @@ int convolve(const fg_winograd_modulated_conv2d_args *a, const float *styles, co
     }
     T *out = static_cast<T *>(a->out) + (sample * height * width + first) * a->outputs;
     for (int64_t o = 0; o < a->outputs; o += W) {
-      const int some = lanes_left(a->outputs - o);
-      const vf norm = load_n(norms + sample * a->outputs + o, some), bias = load_n(biases + o, some);
+      const End<kAct, T> end(a, norms, biases, sample, o);
       vf z[16];
       get(o, z);
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < wide; ++j) {
-          const vf value = add(add(mul(z[4 * i + j], norm), set1(noise[4 * i + j])), bias);
-          T *to = out + (i * width + j) * a->outputs + o;
-          if (some == W) {
-            store(to, finished<kAct, T>(value, finish));
-          } else {
-            store_n(to, finished<kAct, T>(value, finish), some);
-          }
-        }
+        for (int64_t j = 0; j < wide; ++j) end(z[4 * i + j], noise[4 * i + j], out + (i * width + j) * a->outputs + o);
     }
+  };
+  return problem.run(fill, take);
+}
+
+// At twice the size; `noises`: as many floats as there is noise.
+template <int kAct, class T>
+int upsample(const fg_winograd_modulated_conv2d_args *a, const float *styles, const float *norms, const float *biases,
+             float *noises) {
+  const int64_t height = 2 * a->height, width = 2 * a->width;
+  const Phases problem(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width);
+  vf taps[16];
+  for (int i = 0; i < 16; ++i) taps[i] = set1(parameter(a->taps, a->taps_dtype, i, 0.0f));
+  parallel_for((a->noise_batch ? a->batch : 1) * height, 64, [&](int64_t y) {
+    for (int64_t i = y * width; i < (y + 1) * width; ++i) noises[i] = parameter(a->noise, a->noise_dtype, i, 0.0f);
+    return 0;
+  });
+  const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
+    fill_tile<4, T>(a, styles, sample, y, x, put);
+  };
+  const auto take = [&](int64_t sample, int64_t y, int64_t o, const float *const *rows) {
+    if (o >= a->outputs) return;
+    const End<kAct, T> end(a, norms, biases, sample, o);
+    const float *noise = noises + sample * a->noise_batch + y * width;
+    T *to = static_cast<T *>(a->out) + (sample * height + y) * width * a->outputs + o;
+    filter_row(rows, taps, width, [&](int64_t x, vf sum) { end(sum, noise[x], to + x * a->outputs); });
   };
   return problem.run(fill, take);
 }
@@ -150,14 +163,19 @@ int layer(const fg_winograd_modulated_conv2d_args *a, float *memory) {
   }
 #endif
   if (a->pairs) return FG_BAD_ARGUMENT;
-  return with_activation(a->act, [&](auto act) { return convolve<decltype(act)::value, T>(a, styles, norms, biases); });
+  return with_activation(a->act, [&](auto act) {
+    constexpr int kAct = decltype(act)::value;
+    return a->taps ? upsample<kAct, T>(a, styles, norms, biases, biases + a->outputs)
+                   : convolve<kAct, T>(a, styles, norms, biases);
+  });
 }
 
 }  // namespace
 
 extern "C" int FG_EXPORT(winograd_modulated_conv2d)(const fg_winograd_modulated_conv2d_args *a) {
   if (!a->batch || !a->outputs || !a->height || !a->width) return FG_OK;
-  const int64_t floats = a->batch * (2 * a->inputs + 32 + a->outputs) + a->outputs;
+  const int64_t noise = a->taps ? (a->noise_batch ? a->batch : 1) * 4 * a->height * a->width : 0;
+  const int64_t floats = a->batch * (2 * a->inputs + 32 + a->outputs) + a->outputs + noise;
   float *memory = static_cast<float *>(std::malloc(static_cast<size_t>(floats) * sizeof(float)));
   if (!memory) return FG_NO_MEMORY;
   int code = FG_BAD_ARGUMENT;

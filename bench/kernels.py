@@ -72,7 +72,7 @@ def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.
     bound = job.op.tolerance[job.dtype]
     for name in names:
         margin = 1.0 if name == "fusegen" else PEER_MARGIN
-        limit = contenders.BOUNDS.get(name) or Tolerance(bound.rms * margin, bound.peak * margin)
+        limit = contenders.BOUNDS.get((job.op.name, name)) or Tolerance(bound.rms * margin, bound.peak * margin)
         row, call = _gate(job, name, expected, limit)
         if row is not None:
             rows[name] = row

@@ -67,7 +67,7 @@ def test_int8_is_quantized_as_it_loads_and_raced_where_its_bound_was_measured(
     monkeypatch.setattr(peers, "compile_program", lambda program, *how, **more: asked.append((how, more)))
     peers.opened(folder, "int8"), peers.opened(folder, "bfloat16")
     assert asked == [(("cpu", "bfloat16"), {"quantize": "int8"}), (("cpu", "bfloat16"), {})]
-    assert suites._pairs(suites.QUANTIZED, [], [])[-1] == ("fusegen", "int8")
+    assert suites._pairs(suites.QUANTIZED, ["openvino", "fusegen"], [])[-1] == ("fusegen", "int8")
     assert [name for name, s in suites.SUITES.items() if suites.QUANTIZED in s.cases] == [picture.UNET]
 
 
@@ -184,6 +184,11 @@ def test_a_contender_that_dies_is_a_row(tmp_path: Path, monkeypatch: pytest.Monk
     rows = suites._rows(job, 0.01)
     assert [(r.contender, r.ok, r.median_s) for r in rows] == [("eager", False, None), ("openvino", False, None)]
     assert all("no memory left" in r.note for r in rows)
+
+
+def test_only_others_may_be_off_by_more_than_the_bound() -> None:
+    assert suites.bound("fusegen", "bfloat16") == suites.BOUNDS["bfloat16"]
+    assert suites.bound("openvino", "bfloat16").rms == suites.PEER_MARGIN * suites.BOUNDS["bfloat16"].rms
 
 
 def test_the_tiles_of_a_large_picture_are_as_many_as_are_counted() -> None:

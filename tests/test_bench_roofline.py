@@ -50,7 +50,7 @@ def test_onednn_is_gated_by_a_bound_of_its_own(case: str) -> None:
     rows = kernels.run(_job("linear_int8", case), ["onednn"], seconds=0.01)
     assert [(r.contender, r.ok) for r in rows] == [("onednn", True)], rows
     bound = registry.get("linear_int8").tolerance[torch.float32]
-    assert bound.rms * kernels.PEER_MARGIN < (rows[0].error_rms or 0.0) < contenders.BOUNDS["onednn"].rms
+    assert bound.rms * kernels.PEER_MARGIN < (rows[0].error_rms or 0.0) < contenders.BOUNDS["linear_int8", "onednn"].rms
 
 
 def test_memory_is_timed_beside_what_goes_beyond_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:

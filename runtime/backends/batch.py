@@ -43,6 +43,7 @@ _CUT = {
     "attention_int8": ("q", "k", "v"),
     "upsample_bilinear2d": ("input",),
 }
+_OURS = ("attention", "attention_int8")  # ops of ours whose references multiply a batch at once
 _REDUCTIONS = set(
     "mean sum var std amax amin argmax argmin prod norm linalg_vector_norm cumsum max min any all".split()
 )
@@ -51,7 +52,7 @@ _REDUCTIONS = set(
 def cut(op: str, metas: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The arguments to cut along dimension 0, ``()`` where nothing needs to be done, None where nothing is known."""
     base = op.split(".")[1]
-    if base in _MOVES or base in _ROWS or (op.startswith("fusegen.") and "attention" not in base):
+    if base in _MOVES or base in _ROWS or (op.startswith("fusegen.") and base not in _OURS):
         return ()
     if base in _CUT:
         return _batched(base, metas)

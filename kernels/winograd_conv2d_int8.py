@@ -4,6 +4,8 @@ Tiles of 4 x 4 pixels, two apart, are transformed in float32.  At each of its 16
 by a scale of their own, as :mod:`.linear_int8` does a row of x; the filters are those of :mod:`.winograd_int8_filters`,
 the products and sums between them exact integers.  What is quantized behind the transform, with a scale for each point,
 is not amplified by it (Li et al. 2021, LoWino), and a tile's bits depend on nothing else.
+
+Where x is ``doubled``, a nearest 2x upsampling of it is convolved, in nine products, as in :mod:`.winograd_conv2d`.
 """
 
 from __future__ import annotations
@@ -18,19 +20,23 @@ from fusegen.kernels import winograd_int8_filters
 from fusegen.kernels.draw import Draw, laid_out
 from fusegen.kernels.linear_int8 import codes_of
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, is_channels_last, register
-from fusegen.kernels.winograd_conv2d import flat, images
+from fusegen.kernels.winograd_conv2d import flat, images, larger
 from fusegen.kernels.winograd_int8_filters import GROUP, WORD, ZERO
 
-SCHEMA = "(Tensor x, Tensor filters, Tensor scale, int outputs, Tensor? bias=None, Tensor? residual=None) -> Tensor"
+SCHEMA = (
+    "(Tensor x, Tensor filters, Tensor scale, int outputs, Tensor? bias=None, Tensor? residual=None,"
+    " bool doubled=False) -> Tensor"
+)
 LONGEST = 2**16  # input channels: their products still fit an int32
 
 
 def allocate(
-    x: Tensor, filters: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None
-) -> tuple[Tensor, ...]:
-    """The uninitialised output (B, O, H, W) for x (B, I, H, W), filters (P, 4, 4, ceil(I / 4), 32, 4) uint8, scale
-    (P, 4, 4, 32), bias (O,) and a residual of the output's shape, which is added: channels-last where x is that and not
-    also contiguous, else contiguous.
+    x: Tensor, filters: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None,
+    doubled: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The uninitialised output (B, O, H, W), or (B, O, 2 H, 2 W) where x is ``doubled``, for x (B, I, H, W), filters
+    (P, 4, 4, ceil(I / 4), 32, 4) uint8, scale (P, 4, 4, 32), bias (O,) and a residual of the output's shape, which is
+    added: channels-last where x is that and not also contiguous, else contiguous.
 
     Raises ValueError where they do not fit.
     """
@@ -44,7 +50,7 @@ def allocate(
         )
     if x.shape[1] > LONGEST:
         raise ValueError(f"winograd_conv2d_int8: {x.shape[1]} products a sum are more than {LONGEST}")
-    return (images("winograd_conv2d_int8", x, outputs, bias, residual),)
+    return (images("winograd_conv2d_int8", x, outputs, bias, residual, 2 if doubled else 1),)
 
 
 def _spread(d: Tensor, dim: int) -> Tensor:
@@ -60,18 +66,19 @@ def _gather(m: Tensor, dim: int) -> Tensor:
 
 
 def reference(
-    x: Tensor, filters: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
+    x: Tensor, filters: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None,
+    doubled: bool = False,
+) -> Tensor:  # fmt: skip
     """The transform and the codes in float32, exact integers, and the rest in float32, or float64 where x is.
 
     A point whose largest magnitude is below 2^-100 counts as zero; where it is not finite, its outputs are NaN.
     """
-    (out,) = allocate(x, filters, scale, outputs, bias, residual)
+    (out,) = allocate(x, filters, scale, outputs, bias, residual, doubled)
     if out.numel() == 0:
         return out
     wide = torch.promote_types(x.dtype, torch.float32)
-    height, width = x.shape[2:]
-    tiles = F.pad(x.float(), (1, 3, 1, 3)).unfold(2, 4, 2).unfold(3, 4, 2)
+    height, width = out.shape[2:]
+    tiles = F.pad(larger(x, doubled).float(), (1, 3, 1, 3)).unfold(2, 4, 2).unfold(3, 4, 2)
     tiles = tiles[:, :, : -(-height // 2), : -(-width // 2)].permute(0, 2, 3, 4, 5, 1)
     codes, by = codes_of(_spread(_spread(tiles, 3), 4))
     own = flat(filters, x.shape[1])[..., :outputs].double() - ZERO
@@ -84,23 +91,29 @@ def reference(
 
 
 def cost(
-    x: Tensor, filters: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Cost:
-    """The direct convolution's operations, so that rates compare; each tensor read or written once."""
+    x: Tensor, filters: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None,
+    doubled: bool = False,
+) -> Cost:  # fmt: skip
+    """The direct convolution's operations, so that rates compare, of one that is ``doubled`` those of its four phases
+    of 2 x 2 taps; each tensor read or written once."""
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    written = pixels * outputs * x.element_size()
+    written = (4 if doubled else 1) * pixels * outputs * x.element_size()
     tensors = [t for t in (x, filters, scale, bias, residual) if t is not None]
     moved = sum(t.numel() * t.element_size() for t in tensors) + written
-    return Cost(flops=18 * pixels * x.shape[1] * outputs, bytes=moved, written=written, products="int8")
+    flops = (32 if doubled else 18) * pixels * x.shape[1] * outputs
+    return Cost(flops=flops, bytes=moved, written=written, products="int8")
 
 
-def _arguments(g: Generator, x: Tensor, outputs: int, bias: str, residual: bool) -> tuple[Any, ...]:
+def _arguments(
+    g: Generator, x: Tensor, outputs: int, bias: str, residual: bool, doubled: bool = False
+) -> tuple[Any, ...]:
     filters, scale = winograd_int8_filters.reference(*winograd_int8_filters.random_weight(g, outputs, x.shape[1]))
     offset = torch.randn(outputs, generator=g).to(x.dtype if bias == "same" else torch.float32)
-    more = torch.randn(x.shape[0], outputs, *x.shape[2:], generator=g).to(x.dtype) if residual else None
+    size = (n * (2 if doubled else 1) for n in x.shape[2:])
+    more = torch.randn(x.shape[0], outputs, *size, generator=g).to(x.dtype) if residual else None
     if more is not None and is_channels_last(x):
         more = more.contiguous(memory_format=torch.channels_last)
-    return (x, filters, scale, outputs, offset if bias != "no" else None, more)
+    return (x, filters, scale, outputs, offset if bias != "no" else None, more, doubled)
 
 
 def random_image(g: Generator, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> Tensor:
@@ -119,10 +132,10 @@ def random_image(g: Generator, shape: tuple[int, ...], dtype: torch.dtype, kind:
 
 def _case(
     name: str, shape: tuple[int, ...], outputs: int, *, kind: str = "channels_last", bias: str = "fp32",
-    residual: bool = False, bench: bool = False, small: bool = True,
+    residual: bool = False, doubled: bool = False, bench: bool = False, small: bool = True,
 ) -> Case:  # fmt: skip
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        return _arguments(g, random_image(g, shape, dtype, kind), outputs, bias, residual)
+        return _arguments(g, random_image(g, shape, dtype, kind), outputs, bias, residual, doubled)
 
     return Case(name, build, dtypes=(torch.bfloat16,) if bench else FLOATS, bench=bench, small=small)
 
@@ -148,23 +161,32 @@ CASES = [
     _case("contiguous", (2, 16, 6, 6), 16, kind="contiguous"),
     _case("strided", (2, 16, 3, 5), 16, kind="strided"),
     _case("several blocks", (3, 33, 33, 19), 70, residual=True, small=False),
+    _case("doubled", (2, 34, 3, 5), 37, doubled=True, residual=True),
+    _case("doubled, one pixel", (1, 3, 1, 1), 5, doubled=True, bias="no"),
+    _case("doubled, broken", (3, 24, 8, 9), 40, kind="broken", doubled=True),
+    _case("doubled, extremes", (4, 24, 5, 5), 40, kind="extremes", bias="same", doubled=True),
+    _case("doubled, several blocks", (2, 66, 19, 13), 70, doubled=True, small=False),
     *(
         _case("x".join(map(str, shape)), shape, shape[1], bench=True, small=False)
         for shape in ((2, 128, 16, 16), (2, 320, 64, 64), (2, 640, 32, 32), (2, 1280, 16, 16), (2, 1280, 8, 8))
+    ),
+    *(
+        _case("x".join(map(str, shape)) + ", doubled", shape, shape[1], doubled=True, bench=True, small=False)
+        for shape in ((2, 1280, 8, 8), (2, 640, 32, 32))
     ),
 ]
 
 
 def _alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
-    x, filters, scale, outputs, bias, residual = args
-    return (x[b : b + 1], filters, scale, outputs, bias, None if residual is None else residual[b : b + 1])
+    x, filters, scale, outputs, bias, residual, doubled = args
+    return (x[b : b + 1], filters, scale, outputs, bias, None if residual is None else residual[b : b + 1], doubled)
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     shape = (*draw.shape(2, 80), *draw.shape(11, 11))
     x = draw.tensor(shape, dtype, layouts=("channels_last", "contiguous"))
     bias = draw.choice(("fp32", "same", "no"))
-    return _arguments(draw.generator(), x, draw.integer(0, 70), bias, draw.flag())
+    return _arguments(draw.generator(), x, draw.integer(0, 70), bias, draw.flag(), draw.flag())
 
 
 OP = register(

@@ -51,15 +51,20 @@ def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | Non
     return propagate(without_dead(replace(program, nodes=tuple(nodes)))[0]) if count else program
 
 
+def doubles(node: Node, program: Program) -> bool:
+    """Whether ``node`` is a nearest upsampling to twice the height and the width."""
+    if node.op != "aten.upsample_nearest2d.vec" or node.args["scale_factors"] not in (None, (2.0, 2.0)):
+        return False
+    small, large = (spec_of(program, name).sizes for name in (node.args["input"].name, node.outputs[0]))
+    return large[2:] == (2 * small[2], 2 * small[3])
+
+
 def _fits(conv: Node, before: Node, program: Program) -> bool:
     """Whether ``conv`` is a plain 3x3 convolution by a weight of the program, and ``before`` doubles both sides."""
     weight = conv.args["weight"]
-    if before.op != "aten.upsample_nearest2d.vec" or before.outputs[0] in program.outputs:
-        return False
-    small, large = (spec_of(program, name).sizes for name in (before.args["input"].name, before.outputs[0]))
     return (
-        large[2:] == (2 * small[2], 2 * small[3])
-        and before.args["scale_factors"] in (None, (2.0, 2.0))
+        doubles(before, program)
+        and before.outputs[0] not in program.outputs
         and isinstance(weight, Ref)
         and weight.name in program.weights
         and tuple(program.weights[weight.name].shape[2:]) == (3, 3)

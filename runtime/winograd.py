@@ -1,7 +1,8 @@
 """A 3x3 convolution by Winograd's algorithm, where the plan finds a kernel that takes it.
 
 As in :mod:`.upsample`, it is done once sizes and strides are known, and the filters, which depend on the weight alone,
-are worked out once a session.
+are worked out once a session.  One in int8 of a nearest 2x upsampling reads what is upsampled; those of other dtypes
+that module has.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fusegen.kernels.op import Op
 from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, without_dead
 from fusegen.runtime.specialize import propagate, spec_of
+from fusegen.runtime.upsample import doubles
 
 FEW = 16  # input channels below which the transforms cost what they save, in float32
 RULE = "3x3 convolution by Winograd's algorithm"
@@ -33,8 +35,7 @@ class _Form:
     """Winograd's form of convolutions by weights of a dtype.
 
     ``filters``: the op that makes the weight's filters; ``few``: input channels below which the transforms cost what
-    they save; ``given``: the node's arguments that the filters are made of, ``more``: what else their op is told;
-    ``rest``: what else the convolution's op is told.
+    they save; ``given``: the node's arguments that the filters are made of, ``more``: what else their op is told.
     """
 
     rule: str
@@ -43,7 +44,6 @@ class _Form:
     few: int
     given: tuple[str, ...] = ("weight",)
     more: tuple[tuple[str, Any], ...] = ()
-    rest: tuple[tuple[str, Any], ...] = (("doubled", False),)
 
 
 # Larger tiles where products are of float32.  On a Zen 5 in bfloat16 16 channels took up to twice as long as oneDNN, 24
@@ -51,7 +51,7 @@ class _Form:
 _FORMS = {
     torch.float32: _Form(RULE, "winograd_conv2d", "winograd_filters", FEW, more=(("transposed", False),)),
     torch.bfloat16: _Form(RULE, "winograd_conv2d", "winograd_pair_filters", 24),
-    torch.int8: _Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale"), rest=()),
+    torch.int8: _Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale")),
 }
 
 
@@ -99,7 +99,10 @@ class _Folding:
         if form is None or x is None:
             return [node]
         outputs = int(self.program.weights[node.args["weight"].name].shape[0])
-        tail = {"outputs": outputs, "bias": node.args["bias"], "residual": node.args["residual"], **dict(form.rest)}
+        doubled = form.rule == RULE_INT8 and x.name in self.sources and doubles(self.sources[x.name], self.program)
+        if doubled:
+            x = self.sources[x.name].args["input"]
+        tail = {"outputs": outputs, "bias": node.args["bias"], "residual": node.args["residual"], "doubled": doubled}
         why = self._stays(node, form, x, tail)
         if why is not None:
             self.left.setdefault(form.rule, []).append(f"{node.name}: {why}")

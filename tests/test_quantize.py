@@ -188,13 +188,6 @@ def test_a_sample_of_a_convolution_is_its_own() -> None:
     assert torch.equal(session(x)[1:], session(x[1:]))
 
 
-def test_a_convolution_behind_an_upsampling_stays() -> None:
-    module = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(32, 32, 3, padding=1))
-    made = quantize(program(module, torch.randn(1, 32, 4, 4)))
-    (done,) = [a for a in made.applied if a.rule == RULE]
-    assert done.count == 0 and "upsampling" in done.left[0]
-
-
 def test_each_layer_has_an_error_of_its_own() -> None:
     torch.manual_seed(0)
     module, x = Block().eval(), torch.randn(2, 3, 9, 7)

@@ -26,9 +26,11 @@ def last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def convolved(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def convolved(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, doubled: bool = False
+) -> Tensor:
     filters, scale = torch.ops.fusegen.winograd_int8_filters(*codes_of_weight("w", weight))
-    return torch.ops.fusegen.winograd_conv2d_int8(x, filters, scale, weight.shape[0], bias, residual)
+    return torch.ops.fusegen.winograd_conv2d_int8(x, filters, scale, weight.shape[0], bias, residual, doubled)
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 12, 20), (3, 67, 7, 9), (1, 64, 1, 1), (5, 33, 4, 3), (1, 640, 41, 43)])
@@ -46,6 +48,20 @@ def test_it_is_the_convolution_with_the_same_bits_at_every_level(shape: tuple[in
             found.append(convolved(x, weight, bias, residual))
     assert relative(found[0], want) <= 2e-2
     assert all(same_bits(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 6, 10), (3, 67, 7, 9), (1, 64, 1, 1), (1, 640, 21, 23)])
+def test_a_doubled_image_gives_the_bits_of_its_upsampling(shape: tuple[int, ...]) -> None:
+    """Points that vanish have no part in a scale, and add zero."""
+    g = torch.Generator().manual_seed(0)
+    x, bias = last(torch.randn(shape, generator=g)), torch.randn(40, generator=g)
+    weight = torch.randn(40, shape[1], 3, 3, generator=g)
+    large = last(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    residual = last(torch.randn(shape[0], 40, *large.shape[2:], generator=g))
+    for level in LEVELS:
+        with library.forced(level):
+            want = convolved(large, weight, bias, residual)
+            assert same_bits(convolved(x, weight, bias, residual, doubled=True), want)
 
 
 def test_bits_do_not_depend_on_threads_or_batch() -> None:
@@ -170,6 +186,42 @@ def test_few_channels_stay() -> None:
 def test_other_convolutions_stay(options: dict[str, int]) -> None:
     counts, left = planned(Block(**options))
     assert counts[FUSED] == 1 and counts["kernel quantize_uint8 C++"] == 1 and left == []
+
+
+class Larger(nn.Module):
+    """A convolution of what is upsampled, by twice or as the options say."""
+
+    def __init__(self, **options: float):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.options = options or {"scale_factor": 2.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(F.interpolate(torch.tanh(self.first(x)), mode="nearest", **self.options)))
+
+
+@needs_vnni
+def test_an_upsampling_by_two_is_done_in_it() -> None:
+    torch.manual_seed(0)
+    counts, left = planned(Larger())
+    assert counts[FUSED] == 1 and left == []
+    assert not any("upsample" in k or "quantize_uint8" in k for k in counts)
+
+
+@needs_vnni
+def test_another_upsampling_is_not() -> None:
+    torch.manual_seed(0)
+    counts, left = planned(Larger(scale_factor=3.0))
+    assert counts[FUSED] == 1 and left == []
+    assert any("upsample" in k for k in counts)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_an_upsampling_by_two_elsewhere_is_quantized_as_it_comes(level: str) -> None:
+    torch.manual_seed(0)
+    with library.forced(level):
+        counts, _ = planned(Larger())
+    assert (counts.get(FUSED, 0) == 1) == (level == "avx512_bf16")
 
 
 @needs_vnni

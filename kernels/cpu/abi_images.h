@@ -40,13 +40,13 @@ struct fg_winograd_pair_filters_args {
   int64_t inputs, outputs;
 };
 
-// A 3x3 convolution with padding 1 of (batch, height, width, inputs) in int8, + bias + residual; see winograd_int8.h.
+// The same in int8; see winograd_int8.h.
 struct fg_winograd_conv2d_int8_args {
   const void *x, *filters, *scale;  // dense, channels innermost; winograd_int8_filters's
   const void *bias, *residual;      // or null; residual as x
   void *out;
   int64_t dtype, bias_dtype;  // bias: x's or float32
-  int64_t batch, inputs, outputs, height, width;
+  int64_t batch, inputs, outputs, height, width, doubled;
 };
 
 // Its filters of a weight (outputs, inputs, 3, 3) of int8 codes, `scale` (outputs,); see winograd_int8_filters.cpp.

@@ -88,31 +88,17 @@ struct PairWinograd : SmallTiles {
   const float *scales;  // null, or LINE even channels, LINE odd ones, ...: `lines` times for each sample
   bf16 *zeros;          // a pixel outside of the image
 
-  // `height` and `width` are those of the outputs: of images that are doubled, twice theirs.
   PairWinograd(const void *x, const void *filters, const float *scales, int64_t batch, int64_t inputs, int64_t outputs,
                int64_t height, int64_t width)
       : SmallTiles(batch, inputs, outputs, height, width, 2), image(static_cast<const bf16 *>(x)),
         filters(static_cast<const uint32_t *>(filters)), scales(scales) {}
-
-  // The pixels of a tile, null outside of the image: of one that is doubled 3 x 3, the middle ones twice.
-  template <bool DOUBLED>
-  void pixels_of(const Place &at, const bf16 **pixel) const {
-    if constexpr (DOUBLED) {
-      const int64_t down_to = height / 2, wide = width / 2;
-      const bf16 *three[9];
-      pixels_at<3>(image + at.sample * down_to * wide * inputs, down_to, wide, inputs, at.y / 2 - 1, at.x / 2 - 1, three);
-      for (int i = 0; i < SPOTS; ++i) pixel[i] = three[(i / 4 + 1) / 2 * 3 + (i % 4 + 1) / 2];
-    } else {
-      pixels_at<4>(image + at.sample * height * width * inputs, height, width, inputs, at.y - 1, at.x - 1, pixel);
-    }
-  }
 
   // The 16 points of tile `tile` of the images, the `t`-th of its chunk.
   template <bool SCALED, bool DOUBLED>
   void fill(int64_t tile, int64_t t) const {
     const Place at = place(tile);
     const bf16 *pixel[SPOTS];
-    pixels_of<DOUBLED>(at, pixel);
+    pixels_of<DOUBLED>(image, at, pixel);
     for (int i = 0; i < SPOTS; ++i) pixel[i] = pixel[i] ? pixel[i] : zeros;
     const bf16 *next[4];  // the tile to the right has two columns of pixels more
     for (int i = 0; i < 4; ++i) next[i] = pixel[4 * i + 3] + inputs;

@@ -1,5 +1,5 @@
 // levels: scalar avx2 avx512 avx512_bf16 neon
-// A 3x3 convolution in int8 by Winograd's algorithm, with bias and residual; see winograd_int8.h.
+// A 3x3 convolution in int8 by Winograd's algorithm, of an image or of it doubled in size, with bias and residual; see winograd_int8.h.
 #include "abi.h"
 #include "winograd_int8.h"
 
@@ -13,13 +13,14 @@ int convolve(const fg_winograd_conv2d_int8_args *a) {
   const bool wide = a->bias_dtype == FG_FLOAT32;
   T *out = static_cast<T *>(a->out);
   const int64_t outputs = a->outputs;
-  return problem.run([=](int64_t pixel, int64_t o, vf z) __attribute__((always_inline)) {
+  const auto finish = [=](int64_t pixel, int64_t o, vf z) __attribute__((always_inline)) {
     const int64_t to = pixel * outputs + o;
     const int some = lanes_left(outputs - o);
     if (bias) z = add(z, wide ? load_n(bias + o, some) : load_n(own + o, some));
     if (residual) z = add(z, load_n(residual + to, some));
     store_n(out + to, z, some);
-  });
+  };
+  return a->doubled ? problem.template run<true>(finish) : problem.template run<false>(finish);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ class Args(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in _POINTERS),
         *((name, ctypes.c_int64) for name in ("dtype", "bias_dtype")),
-        *((name, ctypes.c_int64) for name in ("batch", "inputs", "outputs", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("batch", "inputs", "outputs", "height", "width", "doubled")),
     ]
 
 
 def decline(
-    x: Tensor, filters: Tensor, scale: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None
+    x: Tensor, filters: Tensor, scale: Tensor, outputs: int, bias: Tensor | None, residual: Tensor | None, doubled: bool
 ) -> str | None:
     if x.dtype not in FLOATS or scale.dtype != torch.float32:
         return f"x is {x.dtype}, scale {scale.dtype}"
@@ -40,18 +41,18 @@ def decline(
         return f"bias is {bias.dtype}, neither float32 nor x's {x.dtype}"
     if not all(t is None or t.is_contiguous() for t in (filters, scale, bias)):
         return "filters, scale or bias are strided"
-    tiles = x.shape[0] * (-(-x.shape[2] // 2)) * (-(-x.shape[3] // 2))
+    tiles = x.shape[0] * math.prod(n if doubled else -(-n // 2) for n in x.shape[2:])
     if tiles < FEW_TILES and x.shape[1] * outputs >= MANY_FILTERS:
         return f"{tiles} tiles are too few for so many filters"
     return None
 
 
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
-    x, _, _, outputs, bias, _ = args
-    batch, inputs, height, width = x.shape
+    x, _, _, outputs, bias, _, doubled = args
+    height, width = outs[0].shape[2:]
     struct = Args(
         out=outs[0].data_ptr(), dtype=DTYPES[x.dtype], bias_dtype=0 if bias is None else DTYPES[bias.dtype],
-        batch=batch, inputs=inputs, outputs=outputs, height=height, width=width,
+        batch=x.shape[0], inputs=x.shape[1], outputs=outputs, height=height, width=width, doubled=doubled,
     )  # fmt: skip
     pointers = {0: "x", 1: "filters", 2: "scale", 4: "bias", 5: "residual"}
     return CpuLaunch("winograd_conv2d_int8", struct, pointers, outs, args)

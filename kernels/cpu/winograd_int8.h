@@ -127,7 +127,7 @@ struct CodeWinograd : SmallTiles {
 
   // Points 4 R to 4 R + 3 of a tile whose pixels are `pixel`, those of row P less those of row Q, or plus where these are 1
   // and 2; `work` has room for four points' channels.
-  template <int R, int P, int Q>
+  template <bool DOUBLED, int R, int P, int Q>
   void fill_row(const T *const *pixel, int64_t t, float *work) const {
     Largest largest[4];
     const int64_t channels = inputs;  // stores of vectors might be to members: what loops read is their own
@@ -144,6 +144,7 @@ struct CodeWinograd : SmallTiles {
       spread_small(d, e, 1);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
+        if (vanishes<DOUBLED>(j)) continue;
         store(to[j] + c, e[j]);
         largest[j].see(e[j]);
       }
@@ -159,7 +160,8 @@ struct CodeWinograd : SmallTiles {
     }
     const int left = static_cast<int>(channels - c);
     if (left) points(c, [&](const T *p) __attribute__((always_inline)) { return load_n(p, left); });
-    for (int j = 0; j < 4; ++j) finish_point(4 * R + j, t, largest[j].value(), work + j * stride);
+    for (int j = 0; j < 4; ++j)
+      if (!vanishes<DOUBLED>(j)) finish_point(4 * R + j, t, largest[j].value(), work + j * stride);
   }
 
   // The codes of a point, by their largest magnitude.
@@ -176,17 +178,18 @@ struct CodeWinograd : SmallTiles {
   }
 
   // The 16 points of tile `tile` of the images, the `t`-th of its chunk.
+  template <bool DOUBLED>
   void fill(int64_t tile, int64_t t, float *work) const {
     const Place at = place(tile);
     const T *pixel[SPOTS];
-    pixels_at<4>(image + at.sample * height * width * inputs, height, width, inputs, at.y - 1, at.x - 1, pixel);
+    pixels_of<DOUBLED>(image, at, pixel);
     for (int i = 0; i < SPOTS; ++i) pixel[i] = pixel[i] ? pixel[i] : zeros;
     for (int j = 0; j < 4; ++j)  // codes are made a line at a time
       for (int64_t c = inputs / W * W; c < lines * WIDE; c += W) store(work + j * stride + c, set1(0.0f));
-    fill_row<0, 0, 2>(pixel, t, work);
-    fill_row<1, 1, 2>(pixel, t, work);
-    fill_row<2, 2, 1>(pixel, t, work);
-    fill_row<3, 1, 3>(pixel, t, work);
+    fill_row<DOUBLED, 0, 0, 2>(pixel, t, work);
+    fill_row<DOUBLED, 1, 1, 2>(pixel, t, work);
+    if (!DOUBLED) fill_row<DOUBLED, 2, 2, 1>(pixel, t, work);
+    fill_row<DOUBLED, 3, 1, 3>(pixel, t, work);
   }
 
   // `count` tiles by one point of a group's filters.
@@ -214,21 +217,22 @@ struct CodeWinograd : SmallTiles {
   }
 
   // One block of the chunk that begins at tile `first`, by one group of outputs.
-  template <class Take>
+  template <bool DOUBLED, class Take>
   void convolve(int64_t first, int64_t t, int64_t count, int64_t group, float *m, const Take &take) const {
     const uint8_t *u = filters + group * SPOTS * words * kGroupBytes;
     const uint32_t *v = spread + t * lines * LINE;
     const int64_t o = group * GROUP, end = outputs - o < GROUP ? outputs - o : GROUP;
-    for (int64_t i = 0; i < SPOTS; ++i, u += words * kGroupBytes, v += part)
-      multiply(count, v, u, total + i * tall + t, by + i * tall + t, scale + (group * SPOTS + i) * GROUP, end <= W,
-               m + i * GROUP);
+    for (int i = 0; i < SPOTS; ++i, u += words * kGroupBytes, v += part)
+      if (!vanishes<DOUBLED>(i))
+        multiply(count, v, u, total + i * tall + t, by + i * tall + t, scale + (group * SPOTS + i) * GROUP, end <= W,
+                 m + i * GROUP);
     for (int64_t i = 0; i < count; ++i) {
       const Place at = place(first + t + i);
       const int64_t begin = (at.sample * height + at.y) * width + at.x;
       const bool right = at.x + 1 < width, under = at.y + 1 < height;
       for (int64_t p = 0; p < end; p += W) {
         vf z[4];
-        gather_tile(m + i * kSums + p, z);
+        gather_tile<DOUBLED>(m + i * kSums + p, z);
         take(begin, o + p, z[0]);
         if (right) take(begin + 1, o + p, z[1]);
         if (under) take(begin + width, o + p, z[2]);
@@ -238,16 +242,16 @@ struct CodeWinograd : SmallTiles {
   }
 
   // take(pixel, o, z) has the sums of the outputs [o, o + W) of that pixel of all images.
-  template <class Take>
+  template <bool DOUBLED, class Take>
   int run(const Take &take) {
     const int64_t points = SPOTS * tall;
     uint32_t *own = reserve(2 * points + lines * WIDE * static_cast<int64_t>(sizeof(T)) / 4);
     if (!own) return FG_NO_MEMORY;
     by = reinterpret_cast<float *>(own), total = reinterpret_cast<int32_t *>(own + points);
     zeros = reinterpret_cast<T *>(own + 2 * points);
-    SmallTiles::run([&](int64_t tile, int64_t t, float *work) { fill(tile, t, work); },
+    SmallTiles::run([&](int64_t tile, int64_t t, float *work) { fill<DOUBLED>(tile, t, work); },
                     [&](int64_t first, int64_t t, int64_t count, int64_t group, float *m) {
-                      convolve(first, t, count, group, m, take);
+                      convolve<DOUBLED>(first, t, count, group, m, take);
                     });
     return FG_OK;
   }

@@ -60,6 +60,7 @@ struct SmallTiles {
   int64_t room;
   int *busy;
 
+  // `height` and `width` are those of the outputs: of images that are doubled, twice theirs.
   SmallTiles(int64_t batch, int64_t inputs, int64_t outputs, int64_t height, int64_t width, int64_t channels)
       : inputs(inputs), outputs(outputs), height(height), width(width) {
     words = (inputs + channels - 1) / channels, lines = (words + LINE - 1) / LINE;
@@ -88,6 +89,19 @@ struct SmallTiles {
   }
 
   Place place(int64_t tile) const { return {tile / (down * across), tile / across % down * 2, tile % across * 2}; }
+
+  // The pixels of a tile of `image`, null outside of it: of one that is doubled 3 x 3, the middle ones twice.
+  template <bool DOUBLED, class T>
+  void pixels_of(const T *image, const Place &at, const T **pixel) const {
+    if constexpr (DOUBLED) {
+      const int64_t down_to = height / 2, wide = width / 2;
+      const T *three[9];
+      pixels_at<3>(image + at.sample * down_to * wide * inputs, down_to, wide, inputs, at.y / 2 - 1, at.x / 2 - 1, three);
+      for (int i = 0; i < SPOTS; ++i) pixel[i] = three[(i / 4 + 1) / 2 * 3 + (i % 4 + 1) / 2];
+    } else {
+      pixels_at<4>(image + at.sample * height * width * inputs, height, width, inputs, at.y - 1, at.x - 1, pixel);
+    }
+  }
 
   // Where the first point of the `t`-th tile of a chunk begins; its lines are ROWS * LINE words apart.
   uint32_t *point_of(int64_t t) const { return spread + t / ROWS * ROWS * lines * LINE + t % ROWS * LINE; }

@@ -96,7 +96,6 @@ class _Quantizer:
 
     def __post_init__(self) -> None:
         self.names, self.weights = Names.of(self.program), dict(self.program.weights)
-        self.sources = {o: n.op for n in self.program.nodes for o in n.outputs}
 
     def node(self, node: Node) -> None:
         """Keep the node, or its int8 form."""
@@ -134,8 +133,6 @@ class _Quantizer:
             return "its channels are in groups"
         if min(found.shape[:2]) < NARROW or math.prod(found.shape[1:]) > LONGEST:
             return f"it has {found.shape[1]} channels, and {found.shape[0]} behind it"
-        if self._upsampled(node):
-            return "it is one with the upsampling before it, which does 4/9 of the work"
         lines = rank(self.program, node.args["input"])
         if node.op == linear.LINEAR and (lines is None or lines < 3):
             return "its rows are few: one a sample"
@@ -156,11 +153,6 @@ class _Quantizer:
         if isinstance(keys, int) and keys < MANY_KEYS:
             return f"its keys are few: {keys}"
         return ""
-
-    def _upsampled(self, node: Node) -> bool:
-        """Whether the layer reads an upsampling by two, which the plan makes one with it."""
-        before = self.sources.get(node.args["input"].name, "")
-        return node.op != linear.LINEAR and before.startswith("aten.upsample_nearest2d.")
 
     def _codes(self, name: str) -> tuple[Ref, Ref]:
         """The weights of codes and scales of a weight, made once."""

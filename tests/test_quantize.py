@@ -133,7 +133,7 @@ def test_a_unet_in_int8_is_close_to_float32() -> None:
     inputs = unet_inputs(3)
     with torch.no_grad():
         want = unet()(*inputs)
-    assert relative(session(*inputs), want) <= 3e-2
+    assert relative(session(*inputs), want) <= 3.5e-2
 
 
 class Block(nn.Module):

@@ -38,9 +38,24 @@ inline void pack_block(const Job &job, int64_t n, int64_t k, int64_t depth, Stri
     }
 }
 
-// Adds the block's `depth` columns, times those of ROWS rows of x from row m on, to their sums; or begins these.
-template <int ROWS>
-inline void multiply(const Job &job, Strip *strip, int64_t m, int64_t k, int64_t depth,
+// Rows [m, m + ROWS) of the output in columns [n, n + 64), from their sums.
+template <class T, int ROWS>
+FG_INLINE void put_tile(const Job &job, int64_t n, int64_t m, const __m512i (&sums)[ROWS][kWide]) {
+  const float *scale = static_cast<const float *>(job.a->scale) + n;
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r) {
+    const vf own = set1(job.scale[m + r]);
+    vf y[kWide];
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) y[v] = mul(to_float(sums[r][v]), mul(own, load(scale + v * W)));
+    tail_of<T>(job.a, job.bias, m + r).put_all(y, n);
+  }
+}
+
+// Adds the block's `depth` columns, times those of ROWS rows of x from row m on, to their sums; or begins these.  What
+// comes of the last block goes to columns [n, n + 64) of the output, all of them: n is -1 where that is not so.
+template <class T, int ROWS>
+inline void multiply(const Job &job, Strip *strip, int64_t n, int64_t m, int64_t k, int64_t depth,
                      Ahead<kDeep / 64> next) {
   const int8_t *x = job.codes + m * job.stride + k;
   int32_t *c = strip->c[m - strip->first];
@@ -64,22 +79,28 @@ inline void multiply(const Job &job, Strip *strip, int64_t m, int64_t k, int64_t
       for (int v = 0; v < kWide; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], w[v], codes);
     }
   }
+  next.rest();
+#pragma GCC unroll 8
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kWide; ++v) asm("" : "+v"(acc[r][v]));  // GCC 12 would keep each sum twice, and spill
+  if (n >= 0) return put_tile<T, ROWS>(job, n, m, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < kWide; ++v) _mm512_store_si512(c + r * kWide * 16 + v * 16, acc[r][v]);
-  next.rest();
 }
 
-inline void any_rows(const Job &job, Strip *strip, int64_t rows, int64_t m, int64_t k, int64_t depth,
+template <class T>
+inline void any_rows(const Job &job, Strip *strip, int64_t rows, int64_t n, int64_t m, int64_t k, int64_t depth,
                      const Ahead<kDeep / 64> &next) {
   switch (rows) {
-    case 1: return multiply<1>(job, strip, m, k, depth, next);
-    case 2: return multiply<2>(job, strip, m, k, depth, next);
-    case 3: return multiply<3>(job, strip, m, k, depth, next);
-    case 4: return multiply<4>(job, strip, m, k, depth, next);
-    case 5: return multiply<5>(job, strip, m, k, depth, next);
-    default: return multiply<kTall>(job, strip, m, k, depth, next);
+    case 1: return multiply<T, 1>(job, strip, n, m, k, depth, next);
+    case 2: return multiply<T, 2>(job, strip, n, m, k, depth, next);
+    case 3: return multiply<T, 3>(job, strip, n, m, k, depth, next);
+    case 4: return multiply<T, 4>(job, strip, n, m, k, depth, next);
+    case 5: return multiply<T, 5>(job, strip, n, m, k, depth, next);
+    default: return multiply<T, kTall>(job, strip, n, m, k, depth, next);
   }
 }
 
@@ -107,14 +128,15 @@ void strip_by(const Job &job, Strip *strip, int64_t n) {
   constexpr int64_t lines = 64 * (kDeep / 64);         // of a block
   for (int64_t k = 0; k < width; k += kDeep) {
     const int64_t depth = job.padded - k < kDeep ? job.padded - k : kDeep;
-    const bool more = k + kDeep < width;
+    const bool more = k + kDeep < width, whole = !more && n + kWide * W <= job.a->out_features;
     pack_block(job, n, k, depth, strip);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t m = strip->first + tile * kTall, rows = strip->last - m < kTall ? strip->last - m : kTall;
       if (!more && job.a->residual) ask_for_residual<T>(job, n, m + kTall, strip->last);
       const int8_t *then = more ? weight_row(job, n) + k + kDeep : weight_row(job, n + 64);
-      any_rows(job, strip, rows, m, k, depth, {then, job.a->width, lines * tile / tiles, lines * (tile + 1) / tiles});
-      if (!more)
+      any_rows<T>(job, strip, rows, whole ? n : -1, m, k, depth,
+                  {then, job.a->width, lines * tile / tiles, lines * (tile + 1) / tiles});
+      if (!more && !whole)
         for (int64_t r = m; r < m + rows; ++r) write_row<T>(job, n, r, strip->c[r - strip->first]);
     }
   }

@@ -17,7 +17,7 @@ struct Gated {
     get_bias(a->gate_bias, a->gate_bias_dtype, column, n, gate_bias);
 #pragma GCC unroll 32
     for (int i = 0; i < GATES; ++i) gates[i] = add(sums[i / PARTS * kParts + i % PARTS], gate_bias[i % PARTS]);
-    activate_all(gates, a->activation);
+    activate_all<bf16>(gates, a->activation);
     const int64_t down = a->out_features;
     bf16 *out = static_cast<bf16 *>(a->out) + at;
 #pragma GCC unroll 32

@@ -27,7 +27,7 @@ struct Plain {
         if (r >= rows) break;
         sums[i] = add(sums[i], load_n(residual + r * down + v * W, columns(n, v)));
       }
-    activate_all(sums, a->activation);
+    activate_all<bf16>(sums, a->activation);
 #pragma GCC unroll 32
     for (int i = 0; i < kRows * kParts; ++i) {
       if (i / kParts >= rows) return;

@@ -95,31 +95,6 @@ FG_INLINE void get_bias(const void *bias, int64_t dtype, int64_t at, int64_t n, 
   }
 }
 
-// Some vectors at a time, step by step; silu.h says why.  Eight at once would not leave room for the sums.
-template <int N>
-FG_INLINE void activate_all(vf (&sums)[N], int64_t kind) {
-  constexpr int TOGETHER = N < kAtOnce / 2 ? N : kAtOnce / 2;
-  if (kind == NONE) return;
-#pragma GCC unroll 32
-  for (int i = 0; i < N; i += TOGETHER) {
-    vf y[TOGETHER];
-#pragma GCC unroll 4
-    for (int j = 0; j < TOGETHER; ++j) y[j] = sums[i + j];
-    if (kind == GELU)
-      gelu<bf16>(y);
-    else if (kind == GELU_TANH)
-      gelu_tanh<bf16>(y);
-    else if (kind == SILU)
-      silu<bf16>(y);
-    else if (kind == QUICK_GELU)
-      quick_gelu<bf16>(y);
-    else
-      for (vf &one : y) one = activate<bf16>(one, kind);
-#pragma GCC unroll 4
-    for (int j = 0; j < TOGETHER; ++j) sums[i + j] = y[j];
-  }
-}
-
 template <class A>
 FG_INLINE const bf16 *row_of(const A *a, int64_t far, int64_t near) {
   return static_cast<const bf16 *>(a->x) + far * a->x_outer + near * a->x_inner;

@@ -4,6 +4,8 @@
 
 namespace {
 
+FG_INLINE int lanes_left(int64_t n) { return n < W ? static_cast<int>(n) : W; }
+
 // body(i, n) for each vector of a row: n is W but for the last.
 template <class F>
 FG_INLINE void vectors(int64_t width, const F &body) {

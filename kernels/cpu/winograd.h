@@ -4,8 +4,8 @@
 // A tile's sums run over the input channels in order, whatever block it is in: neither threads nor batch change a bit.
 // What fills a tile and what becomes of its pixels are the caller's.
 #pragma once
-#include "simd.h"
 #include "threads.h"
+#include "vectors.h"
 
 namespace {
 
@@ -232,7 +232,5 @@ FG_INLINE vf channels_of(const T *pixel, int64_t c, int some, int64_t ahead) {
   if (W > 1) __builtin_prefetch(pixel + c + ahead);
   return some == W ? load(pixel + c) : load_n(pixel + c, some);
 }
-
-FG_INLINE int lanes_left(int64_t n) { return n < W ? static_cast<int>(n) : W; }
 
 }  // namespace

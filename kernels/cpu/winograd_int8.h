@@ -14,38 +14,13 @@ namespace {
 constexpr int64_t WORD = 4, WIDE = LINE * WORD;  // channels of a word, of a line
 constexpr int64_t kGroupBytes = GROUP * WORD;    // of a word's filters
 
-// The largest magnitude of all lanes seen; infinite or NaN where one was.
-struct Largest {
-#if defined(FG_HAS_AVX512)
-  __m512i bits = _mm512_setzero_si512();  // magnitudes are ordered as integers are, NaN behind infinity
-  FG_INLINE __m512i magnitude(vf v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
-  void see(vf v) { bits = _mm512_max_epi32(bits, magnitude(v)); }
-  float value() const { return _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(bits)))); }
-#else
-  vf top = set1(0.0f), bad = set1(0.0f);
-  void see(vf v) {
-    top = max(top, max(v, sub(set1(0.0f), v)));
-    bad = fma(v, set1(0.0f), bad);  // NaN from the first infinity or NaN on
-  }
-  float value() const {
-    const float broken = hsum(bad);
-    return broken == 0.0f ? hmax(top) : broken;
-  }
-#endif
-};
-
 // The codes of `n` floats at p, by `rate`, to the lines of `to`; returns their sum, at levels that ask for it.
 FG_INLINE int32_t put_codes(const float *p, int64_t n, float rate, uint32_t *to) {
   const vf by = set1(rate);
 #if defined(FG_HAS_AVX512_BF16)
-  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   __m512i total = zero_i();
   for (int64_t c = 0; c < n; c += WIDE, to += ROWS * LINE) {
-    __m512i q[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) q[i] = _mm512_cvtps_epi32(mul(load(p + c + i * W), by));
-    const __m512i low = _mm512_packs_epi32(q[0], q[1]), high = _mm512_packs_epi32(q[2], q[3]);
-    const __m512i codes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+    const __m512i codes = codes_of(load(p + c), load(p + c + W), load(p + c + 2 * W), load(p + c + 3 * W), by);
     total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), codes);
     _mm512_storeu_si512(to, codes);
   }

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusegen.kernels import op as registry
 from fusegen.runtime import (
     attention_int8,
+    conv_int8,
     few_rows,
     gated_norm,
     int8_rows,
@@ -119,17 +120,8 @@ def plan(
     :class:`RequestError` if the inputs do not fit and :class:`GraphError` naming a node that cannot run, or cannot be
     made deterministic where that is asked.
     """
-    static, find = backend.lower(specialize(state.check(program), given)), partial(_find, backend, without)
-    if backend.fuses:
-        declined = partial(_declined, find)
-        static = attention_int8.settled(static, declined, backend.unpacked())
-        static = winograd.folded(upsample.folded(static, declined), declined, backend.unpacked())
-        static = int8_rows.folded(static, declined, backend.unpacked())
-        for rule in (winograd_modulated, join, gated_norm):
-            static = rule.folded(static, declined)
-        if backend.few_rows:
-            static = few_rows.folded(static, declined, deterministic)
-            static = many_rows.folded(static, declined, deterministic, backend.unpacked())
+    find = partial(_find, backend, without)
+    static = _lowered(specialize(state.check(program), given), backend, partial(_declined, find), deterministic)
     metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}
     metas |= {name: meta(weight) for name, weight in static.weights.items()}
     depends = _dependence(static)
@@ -143,6 +135,22 @@ def plan(
     steps = [_unplan(s) if s.phase == "constant" or crossing.intersection(s.node.outputs) else s for s in steps]
     layout = lay_out(_intervals(steps, static))
     return Plan(static, backend.name, backend.device, deterministic, tuple(steps), layout, frozenset(crossing), notes)
+
+
+def _lowered(program: Program, backend: Backend, declined: Callable[..., str | None], deterministic: bool) -> Program:
+    """The static ``program`` in the backend's own forms, with our kernels' forms in the place of what they take."""
+    if not backend.fuses:
+        return backend.lower(program)
+    static = backend.lower(conv_int8.settled(program, backend.no_int8_convolutions()))
+    static = attention_int8.settled(static, declined, backend.unpacked())
+    static = winograd.folded(upsample.folded(static, declined), declined, backend.unpacked())
+    static = int8_rows.folded(static, declined, backend.unpacked())
+    for rule in (winograd_modulated, join, gated_norm):
+        static = rule.folded(static, declined)
+    if backend.few_rows:
+        static = few_rows.folded(static, declined, deterministic)
+        static = many_rows.folded(static, declined, deterministic, backend.unpacked())
+    return static
 
 
 def _dependence(program: Program) -> dict[str, tuple[str, ...]]:

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from networks import relative, unet, unet_inputs, unet_program
 from torch import Tensor, nn
 
-from fusegen.runtime import api
+from fusegen.runtime import api, conv_int8
+from fusegen.runtime.conv_int8 import RULE as RULE_PLAIN
 from fusegen.runtime.errors import RequestError
-from fusegen.runtime.program import Program
+from fusegen.runtime.program import Program, TensorSpec
 from fusegen.runtime.quantize import RULE, codes_of_weight, layers, quantize, quantized
+from fusegen.runtime.specialize import specialize
 
 LINEAR = "fusegen.linear_int8.default"
 
@@ -168,15 +170,46 @@ def test_convolutions_run_as_the_op_means(dtype: str) -> None:
         assert names <= {*counts, "library onednn conv2d_int8"}
 
 
-def test_where_the_library_has_no_int8_products_the_meaning_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_where_the_library_has_no_int8_products_convolutions_are_plain(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, bound: float
+) -> None:
+    """Of the weights that the codes stand for, and with what follows them in the product, as ever."""
     torch.manual_seed(0)
     module, x = Block().eval(), torch.randn(2, 3, 9, 7)
     made = quantize(program(module, x))
-    want = api.compile(made, backend="eager")(x)
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    session = api.compile(made)
-    assert relative(session(x), want) <= 1e-5
-    assert session.plan.counts()["aten runtime.conv2d_int8"] == 3
+    session = api.compile(made, dtype=dtype)
+    with torch.no_grad():
+        for layer in (module.same, module.down, module.one):
+            codes, scale = codes_of_weight("w", layer.weight)
+            layer.weight.copy_(codes * scale[:, None, None, None])
+        want = module(x)
+    for _ in range(2):
+        assert relative(session(x), want) <= bound
+    counts = session.plan.counts()
+    assert counts["library onednn conv2d + residual"] == 1 and not any("int8" in name for name in counts)
+    (applied,) = [a for a in session.plan.applied if a.rule == RULE_PLAIN]
+    assert len(applied.left) == 3 and all("VNNI" in line for line in applied.left)
+
+
+def test_convolutions_with_something_behind_them_stay_what_they_are() -> None:
+    """As no quantizing makes them: the op itself, in a module."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            codes, scale = codes_of_weight("w", torch.randn(8, 8, 3, 3))
+            self.register_buffer("codes", codes)
+            self.register_buffer("scale", scale)
+
+        def forward(self, x: Tensor) -> Tensor:
+            where = ("relu", (1, 1), (1, 1), (1, 1))
+            return torch.ops.fusegen.conv2d_int8(x, self.codes, self.scale, None, None, *where)
+
+    torch.manual_seed(0)
+    made = specialize(program(Own(), torch.randn(1, 8, 5, 5)), {"x": TensorSpec((1, 8, 5, 5), torch.float32)})
+    assert conv_int8.settled(made, "for some reason") is made
 
 
 def test_a_sample_of_a_convolution_is_its_own() -> None:

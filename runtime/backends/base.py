@@ -41,6 +41,10 @@ class Backend:
         """Why our kernels do not take layers of many rows in bfloat16, nor 3x3 convolutions and attention in int8."""
         return None
 
+    def no_int8_convolutions(self) -> str | None:
+        """Why convolutions that are not ours do not multiply in int8, or None where they do."""
+        return f"the backend {self.name} has no products of int8 for them"
+
     def hold(self, binding: Binding, op: str, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """``binding`` with what is known of its batch invariance, and cut into samples where that must be made so."""
         cut = batch.cut(op, metas)

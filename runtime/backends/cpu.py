@@ -35,6 +35,10 @@ class Cpu(Backend):
         level = library.level() if library.available() else "none"
         return None if level == "avx512_bf16" else f"at level {level} they are oneDNN's"
 
+    def no_int8_convolutions(self) -> str | None:
+        """oneDNN has them with AVX512-VNNI; without, sums of its products of int8 saturate."""
+        return None if onednn_int8.served() else "this CPU has no AVX512-VNNI"
+
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """oneDNN where it serves, else ATen."""
         if node.op == onednn_int8.CONV:

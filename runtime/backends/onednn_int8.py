@@ -74,12 +74,16 @@ def opened(program: Program) -> Program:
     return replace(program, nodes=tuple(nodes)) if made else program
 
 
+def served() -> bool:
+    """Whether the library is there and this CPU has int8 products that do not saturate."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+
+
 def bind(node: Node, program: Program) -> Binding:
-    """oneDNN's binding where this CPU has int8 products that do not saturate, else the plain call."""
+    """oneDNN's binding where it serves, else the plain call."""
     out = specialize.spec_of(program, node.outputs[0])
     constant = all(node.args[k].name in program.weights for k in ("weight", "scale"))
-    served = torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported() and out.dtype in _DTYPES
-    if not constant or not served or not out.nbytes:
+    if not constant or not served() or out.dtype not in _DTYPES or not out.nbytes:
         return Binding("aten", CONV)
     extra = [k for k in ("residual", "activation") if node.args[k] not in (None, "none")]
     return Binding("library", " + ".join(["onednn conv2d_int8", *extra]), planned=True)

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from fusegen.kernels.draw import LAYOUTS, Draw, laid_out
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
 
-SCHEMA = "(Tensor weight, Tensor? gate=None) -> Tensor"
+SCHEMA = "(Tensor weight, Tensor? gate=None, ScalarType? dtype=None) -> Tensor"
 PANEL = 32  # rows that lie together
 
 
@@ -25,9 +25,12 @@ def panels_of(outputs: int, gated: bool) -> int:
     return -(-outputs // (PANEL // 2 if gated else PANEL))
 
 
-def allocate(weight: Tensor, gate: Tensor | None = None) -> tuple[Tensor, ...]:
+def allocate(
+    weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The uninitialised panels (P, ceil(K / 2), 32, 2) of weight (N, K) or (N, K, 1, 1), a convolution's, and a gate of
-    its shape and dtype: contiguous, zeros behind the last row and column.  Raises ValueError for anything else.
+    its shape and dtype: contiguous, in ``dtype`` or weight's, zeros behind the last row and column.  Raises ValueError
+    for anything else.
     """
     if weight.dim() not in (2, 4) or any(size != 1 for size in weight.shape[2:]):
         raise ValueError(f"linear_panels: weight has shape {tuple(weight.shape)}, not (N, K) or (N, K, 1, 1)")
@@ -36,12 +39,12 @@ def allocate(weight: Tensor, gate: Tensor | None = None) -> tuple[Tensor, ...]:
             f"linear_panels: gate is {gate.dtype} {tuple(gate.shape)}, weight {weight.dtype} {tuple(weight.shape)}"
         )
     shape = (panels_of(weight.shape[0], gate is not None), -(-weight.shape[1] // 2), PANEL, 2)
-    return (torch.empty(shape, dtype=weight.dtype, device=weight.device),)
+    return (torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device),)
 
 
-def reference(weight: Tensor, gate: Tensor | None = None) -> Tensor:
-    """The same values in another order."""
-    (out,) = allocate(weight, gate)
+def reference(weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The same values in another order, rounded to ``dtype``."""
+    (out,) = allocate(weight, gate, dtype)
     if not out.numel():
         return out
     parts = [t.flatten(1) for t in (gate, weight) if t is not None]
@@ -61,17 +64,21 @@ def unpacked(panels: Tensor, outputs: int, width: int, gated: bool = False) -> t
     return tuple(rows[:, i].flatten(0, 1).flatten(1)[:outputs, :width] for i in range(parts))
 
 
-def cost(weight: Tensor, gate: Tensor | None = None) -> Cost:
+def cost(weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | None = None) -> Cost:
     """Every value read and written."""
-    return Cost(flops=0, bytes=2 * weight.numel() * weight.element_size() * (1 if gate is None else 2))
+    values = weight.numel() * (1 if gate is None else 2)
+    return Cost(flops=0, bytes=values * (weight.element_size() + (dtype or weight.dtype).itemsize))
 
 
-def _case(name: str, shape: tuple[int, ...], *, gated: bool = False, layout: str = "contiguous") -> Case:
+def _case(
+    name: str, shape: tuple[int, ...], *, gated: bool = False, layout: str = "contiguous",
+    to: torch.dtype | None = None, bench: bool = False,
+) -> Case:  # fmt: skip
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         weight = laid_out(torch.randn(shape, generator=g).to(dtype), layout)
-        return (weight, torch.randn(shape, generator=g).to(dtype) if gated else None)
+        return (weight, torch.randn(shape, generator=g).to(dtype) if gated else None, to)
 
-    return Case(name, build)
+    return Case(name, build, dtypes=FLOATS if to is None else (torch.float32,), bench=bench)
 
 
 CASES = [
@@ -83,12 +90,19 @@ CASES = [
     _case("no columns", (4, 0), gated=True),
     _case("whole panels", (64, 32)),
     _case("strided", (31, 9), layout="transposed"),
+    _case("rounded", (70, 147), to=torch.bfloat16),
+    _case("rounded, gated", (40, 64), gated=True, to=torch.bfloat16),
+    _case("5120x1280 rounded", (5120, 1280), to=torch.bfloat16, bench=True),
 ]
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     shape = draw.shape(70, 40)
-    return (draw.tensor(shape, dtype, layouts=LAYOUTS), draw.maybe(shape, (dtype,)))
+    return (
+        draw.tensor(shape, dtype, layouts=LAYOUTS),
+        draw.maybe(shape, (dtype,)),
+        draw.choice((None, torch.bfloat16)),
+    )
 
 
 OP = register(

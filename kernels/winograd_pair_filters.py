@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from fusegen.kernels.draw import Draw
-from fusegen.kernels.op import Case, Cost, Op, Tolerance, register
+from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
 
 SCHEMA = "(Tensor weight) -> Tensor"
 GROUP = 32  # output channels that lie together
@@ -21,19 +21,20 @@ FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 def allocate(weight: Tensor) -> tuple[Tensor, ...]:
-    """The uninitialised filters (P, 4, 4, ceil(I / 2), 32, 2) of weight (O, I, 3, 3), contiguous, in weight's dtype: P
-    groups of 32 output channels, input channels in pairs, zeros after the last of either.
+    """The uninitialised filters (P, 4, 4, ceil(I / 2), 32, 2) of weight (O, I, 3, 3), contiguous, in bfloat16 (float64
+    where weight is): P groups of 32 output channels, input channels in pairs, zeros after the last of either.
 
     Raises ValueError for another shape.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
         raise ValueError(f"winograd_pair_filters: weight has shape {tuple(weight.shape)}, not (O, I, 3, 3)")
     groups, pairs = -(-weight.shape[0] // GROUP), -(-weight.shape[1] // 2)
-    return (torch.empty((groups, 4, 4, pairs, GROUP, 2), dtype=weight.dtype, device=weight.device),)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.bfloat16
+    return (torch.empty((groups, 4, 4, pairs, GROUP, 2), dtype=dtype, device=weight.device),)
 
 
 def reference(weight: Tensor) -> Tensor:
-    """G w G^T for every pair of channels, in float32, or float64 where weight is, rounded once to weight's dtype."""
+    """G w G^T for every pair of channels, in float32, or float64 where weight is, rounded once."""
     (out,) = allocate(weight)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     g = torch.tensor(FILTER, dtype=wide.dtype, device=weight.device)
@@ -45,7 +46,7 @@ def reference(weight: Tensor) -> Tensor:
 def cost(weight: Tensor) -> Cost:
     """Nine weights a pair of channels read, 16 written, with 28 additions and seven halvings between."""
     pairs = weight.shape[0] * weight.shape[1]
-    return Cost(flops=35 * pairs, bytes=25 * pairs * weight.element_size())
+    return Cost(flops=35 * pairs, bytes=pairs * (9 * weight.element_size() + 16 * 2))
 
 
 # Cases of filters that lie in groups of GROUP outputs: name, outputs and inputs of the weight, for benchmarks or not.
@@ -64,9 +65,7 @@ def _case(name: str, outputs: int, inputs: int, bench: bool = False) -> Case:
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         return (torch.randn(outputs, inputs, 3, 3, generator=g).to(dtype),)
 
-    return Case(
-        name, build, dtypes=(torch.bfloat16,) if bench else (torch.bfloat16, torch.float32, torch.float16), bench=bench
-    )
+    return Case(name, build, dtypes=(torch.float32,) if bench else FLOATS, bench=bench)
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -80,11 +79,7 @@ OP = register(
         reference=reference,
         allocate=allocate,
         cost=cost,
-        tolerance={
-            torch.bfloat16: Tolerance(rms=4e-3, peak=4.2e-3),
-            torch.float32: Tolerance(rms=1e-6, peak=1e-6),
-            torch.float16: Tolerance(rms=5e-4, peak=5.2e-4),
-        },
+        tolerance=dict.fromkeys(FLOATS, Tolerance(rms=4e-3, peak=4.2e-3)),
         cases=[_case(*size) for size in SIZES],
         alone=None,
         draw=_draw,

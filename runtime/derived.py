@@ -18,10 +18,10 @@ from fusegen.runtime.read import archive
 class Derived:
     """``function`` of other weights: what is known of it without its values, and :meth:`value`, made anew each time."""
 
-    __slots__ = ("_function", "_meta", "_of")
+    __slots__ = ("_meta", "function", "of")
 
     def __init__(self, function: Callable[..., Tensor], *of: Weight):
-        self._function, self._of = function, of
+        self.function, self.of = function, of
         with torch.no_grad(), no_dynamo():
             self._meta = function(*map(meta, of))
 
@@ -32,11 +32,11 @@ class Derived:
     def value(self) -> Tensor:
         """The tensor."""
         with torch.no_grad():
-            return self._function(*map(value, self._of))
+            return self.function(*map(value, self.of))
 
     def sources(self) -> list[Tensor]:
         """The tensors that it is made of in the end."""
-        return [t for w in self._of for t in sources(w)]
+        return [t for w in self.of for t in sources(w)]
 
     @property
     def shape(self) -> torch.Size:
@@ -64,6 +64,12 @@ class Derived:
         return self._meta.dim()
 
 
+class Moved(Derived):
+    """Others' values in another place: of converted ones, what the converted result is."""
+
+    __slots__ = ()
+
+
 class Converted(Derived):
     """A weight in another dtype."""
 
@@ -86,7 +92,17 @@ def converted(weight: Weight, dtype: torch.dtype) -> Weight:
 
 def viewed(function: Callable[[Tensor], Tensor], weight: Weight) -> Weight:
     """A view of a weight: of a tensor at once, since it costs nothing."""
-    return Derived(function, weight) if isinstance(weight, Derived) else function(weight)
+    return Moved(function, weight) if isinstance(weight, Derived) else function(weight)
+
+
+def stored(weight: Weight) -> Weight | None:
+    """What ``weight`` was before it was converted, or its parts were; None where it was not."""
+    if isinstance(weight, Converted):
+        return weight.source
+    parts = [stored(w) for w in weight.of] if isinstance(weight, Moved) else []
+    found = [w for w in parts if w is not None]
+    alike = len(found) == len(parts) and len({w.dtype for w in found}) == 1
+    return Moved(weight.function, *found) if isinstance(weight, Moved) and alike else None
 
 
 def meta(weight: Weight) -> Tensor:

@@ -160,7 +160,7 @@ class _Folding:
         before = []
         if tuple(weights.values()) not in self.panels:
             panels = self.panels[tuple(weights.values())] = self.names.fresh(f"{node.args['weight'].name}.panels")
-            before = [Node(panels, "fusegen.linear_panels.default", weights, (panels,))]
+            before = [Node(panels, "fusegen.linear_panels.default", {**weights, "dtype": None}, (panels,))]
         found = Ref(self.panels[tuple(weights.values())])
         args = {"x": x or node.args["input"], "panels": found, "outputs": outputs, **given}
         return [*before, replace(node, op=f"fusegen.{name}.default", args=args)]

@@ -20,6 +20,7 @@ from fusegen.runtime import (
     join,
     many_rows,
     state,
+    stored,
     upsample,
     winograd,
     winograd_modulated,
@@ -150,7 +151,7 @@ def _lowered(program: Program, backend: Backend, declined: Callable[..., str | N
     if backend.few_rows:
         static = few_rows.folded(static, declined, deterministic)
         static = many_rows.folded(static, declined, deterministic, backend.unpacked())
-    return static
+    return stored.folded(static)
 
 
 def _dependence(program: Program) -> dict[str, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from fusegen.runtime import weights
 from fusegen.runtime.api import capture
 from fusegen.runtime.bundle import Bundle, Manifest
 from fusegen.runtime.compile import compile as compile_program
-from fusegen.runtime.derived import Derived, converted, meta, sources, value, viewed
+from fusegen.runtime.derived import Derived, Moved, converted, meta, sources, stored, value, viewed
 from fusegen.runtime.read import archive
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -52,6 +52,17 @@ def test_a_lossy_conversion_is_not_skipped() -> None:
     assert torch.equal(value(converted(converted(stored, BF16), F32)), stored.bfloat16().float())
     other = torch.randn(64).half()
     assert torch.equal(value(converted(converted(other, BF16), F16)), other.bfloat16().half())
+
+
+def test_what_was_stored_is_found_through_moves_alone() -> None:
+    a, b = torch.randn(3, 5), torch.randn(2, 5)
+    assert stored(converted(a, BF16)) is a and stored(a) is None
+    joined = Moved(lambda *parts: torch.cat(parts), converted(a, BF16), converted(b, BF16))
+    found = stored(viewed(lambda w: w[1:], joined))
+    assert found is not None and torch.equal(value(found), torch.cat([a, b])[1:])
+    assert stored(Derived(torch.neg, converted(a, BF16))) is None
+    for other in (b, b.bfloat16(), converted(b.half(), BF16)):  # of another dtype before, or not converted
+        assert stored(Moved(lambda *parts: torch.cat(parts), converted(a, BF16), other)) is None
 
 
 def test_released_pages_are_read_again(tmp_path: Path) -> None:

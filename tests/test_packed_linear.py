@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
 from fusegen.kernels.linear import ACTIVATIONS
-from fusegen.runtime import api, many_rows
+from fusegen.runtime import api, many_rows, stored
 from fusegen.runtime.backends import cpu
 
 PLAIN, GATED = registry.get("packed_linear"), registry.get("packed_gated_linear")
@@ -151,6 +151,23 @@ def test_a_session_has_them_for_many_rows(at_any_level: None) -> None:
         assert packed(made.plan) == {"packed_linear": 3, "packed_gated_linear": 1}
         assert {a.rule: (a.count, a.left) for a in made.plan.applied}[many_rows.RULE] == (4, ())
     assert sum("linear_panels" in request for request in made.weights.constants) == 4  # for both captures
+
+
+@needs_library
+def test_panels_are_made_of_what_is_stored(at_any_level: None) -> None:
+    """To the bit what a copy in bfloat16 gives, without one."""
+    made = session()
+    got = made(image(2))
+    steps = [s for s in made.plan.steps if s.node.op == "fusegen.linear_panels.default"]
+    assert len(steps) == 4 and all(s.binding.name == "linear_panels C++" for s in steps)
+    for step in steps:
+        assert step.node.args["dtype"] is torch.bfloat16
+        assert {made.plan.program.weights[name].dtype for name in step.node.inputs()} == {torch.float32}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored, "folded", lambda program: program)
+        other = session()
+        assert torch.equal(other(image(2)), got)
+    assert all(s.node.args["dtype"] is None for s in other.plan.steps if s.node.op == "fusegen.linear_panels.default")
 
 
 @needs_library

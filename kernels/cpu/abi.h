@@ -125,6 +125,13 @@ struct fg_linear_args {
   int64_t out_features, activation;
 };
 
+// A weight (outputs, width), and a gate of its shape or null, in panels of bfloat16; see linear_panels.cpp.
+struct fg_linear_panels_args {
+  const void *weight, *gate;  // dense
+  void *out;
+  int64_t dtype, outputs, width;  // float32 or bfloat16
+};
+
 // Linear layers of many rows by a weight in panels; see packed_linear.h.  All but x are dense, biases and residual may be
 // null; of the gated one out_features counts the gates, too few to fill a last panel or not.
 struct fg_packed_linear_args {
@@ -255,7 +262,7 @@ struct fg_qk_norm_rope_args {
   X(layer_norm)       \
   X(linear)           \
   X(linear_int4)      \
-  X(linear_int8)      \
+  X(linear_int8) X(linear_panels) \
   X(modulated_conv2d) \
   X(noise_normal)     \
   X(packed_gated_linear) \

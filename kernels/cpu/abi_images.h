@@ -33,11 +33,11 @@ struct fg_winograd_conv2d_args {
   int64_t doubled;  // in bfloat16 alone
 };
 
-// The filters of a weight (outputs, inputs, 3, 3) for those 4 x 4 points, both in bfloat16; see winograd_pair_filters.cpp.
+// The filters of a weight (outputs, inputs, 3, 3) for those 4 x 4 points in bfloat16; see winograd_pair_filters.cpp.
 struct fg_winograd_pair_filters_args {
-  const void *weight;
+  const void *weight;  // float32 or bfloat16
   void *out;
-  int64_t inputs, outputs;
+  int64_t dtype, inputs, outputs;
 };
 
 // The same in int8; see winograd_int8.h.

@@ -1,5 +1,5 @@
 // levels: scalar avx2 avx512 neon
-// G w G^T in bfloat16 for every pair of channels, laid out for products of pairs; see kernels/winograd_pair_filters.py.
+// G w G^T, rounded to bfloat16, for every pair of channels, laid out for products of pairs; see kernels/winograd_pair_filters.py.
 #include "abi.h"
 #include "simd.h"
 #include "threads.h"
@@ -18,12 +18,13 @@ FG_INLINE void widen(const vf *w, int s, vf *o, int t) {
 }
 
 // Inputs 2 k and 2 k + 1 of 32 outputs from `first` on; `to` is where the first point goes, the others `point` apart.
+template <class T>
 void pair(const fg_winograd_pair_filters_args *a, int64_t first, int64_t k, int64_t point, bf16 *to) {
-  bf16 from[9][LANES] = {};
-  const bf16 *weight = static_cast<const bf16 *>(a->weight);
+  T from[9][LANES] = {};
+  const T *weight = static_cast<const T *>(a->weight);
   for (int64_t o = 0; o < GROUP && first + o < a->outputs; ++o)
     for (int64_t j = 0; j < 2 && 2 * k + j < a->inputs; ++j) {
-      const bf16 *w = weight + ((first + o) * a->inputs + 2 * k + j) * 9;
+      const T *w = weight + ((first + o) * a->inputs + 2 * k + j) * 9;
       for (int i = 0; i < 9; ++i) from[i][2 * o + j] = w[i];
     }
   for (int64_t lane = 0; lane < LANES; lane += W) {
@@ -35,15 +36,24 @@ void pair(const fg_winograd_pair_filters_args *a, int64_t first, int64_t k, int6
   }
 }
 
-}  // namespace
-
-extern "C" int FG_EXPORT(winograd_pair_filters)(const fg_winograd_pair_filters_args *a) {
+template <class T>
+int filters(const fg_winograd_pair_filters_args *a) {
   const int64_t groups = (a->outputs + GROUP - 1) / GROUP, pairs = (a->inputs + 1) / 2, point = pairs * LANES;
   const int64_t parts = (pairs + AT_ONCE - 1) / AT_ONCE;
   return parallel_for(groups * parts, 1, [&](int64_t item) {
     const int64_t group = item / parts, begin = item % parts * AT_ONCE;
     bf16 *to = static_cast<bf16 *>(a->out) + group * 16 * point;
-    for (int64_t k = begin; k < pairs && k < begin + AT_ONCE; ++k) pair(a, group * GROUP, k, point, to + k * LANES);
+    for (int64_t k = begin; k < pairs && k < begin + AT_ONCE; ++k) pair<T>(a, group * GROUP, k, point, to + k * LANES);
     return 0;
   });
+}
+
+}  // namespace
+
+extern "C" int FG_EXPORT(winograd_pair_filters)(const fg_winograd_pair_filters_args *a) {
+  switch (a->dtype) {
+    case FG_FLOAT32: return filters<float>(a);
+    case FG_BFLOAT16: return filters<bf16>(a);
+    default: return FG_BAD_ARGUMENT;
+  }
 }

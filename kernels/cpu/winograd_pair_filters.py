@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusegen.kernels.cpu.library import CpuLaunch
+from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.op import Kernel
 
 
@@ -17,18 +17,19 @@ class Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "out")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+        *((name, ctypes.c_int64) for name in ("dtype", "inputs", "outputs")),
     ]
 
 
 def decline(weight: Tensor) -> str | None:
-    if weight.dtype != torch.bfloat16:
+    if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"weight is {weight.dtype}"
     return None if weight.is_contiguous() else "weight is strided"
 
 
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
-    struct = Args(out=outs[0].data_ptr(), inputs=args[0].shape[1], outputs=args[0].shape[0])
+    outputs, inputs = args[0].shape[:2]
+    struct = Args(out=outs[0].data_ptr(), dtype=DTYPES[args[0].dtype], inputs=inputs, outputs=outputs)
     return CpuLaunch("winograd_pair_filters", struct, {0: "weight"}, outs, args)
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusegen.kernels.linear_int8 import ACTIVATIONS
-from fusegen.runtime.derived import Derived, Weight
+from fusegen.runtime.derived import Moved, Weight
 from fusegen.runtime.program import Applied, Node, Program, Ref, TensorSpec
 from fusegen.runtime.read.operators import complete
 from fusegen.runtime.rewrite import gates as gates_of
@@ -215,7 +215,7 @@ def _merged(
     for k in _MERGED[group[0].op][1:]:
         if args[k] is not None:
             new = names.fresh(f"{args[k].name}.merged")
-            weights[new], args[k] = Derived(_joined, *(program.weights[n.args[k].name] for n in group)), Ref(new)
+            weights[new], args[k] = Moved(_joined, *(program.weights[n.args[k].name] for n in group)), Ref(new)
     sizes = tuple(program.weights[n.args["weight"].name].shape[0] for n in group)
     name = names.fresh(f"{group[0].name}.merged")
     spec = spec_of(program, group[0].outputs[0])

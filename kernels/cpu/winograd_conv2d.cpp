@@ -9,7 +9,7 @@ namespace {
 
 int convolve_pairs(const fg_winograd_conv2d_args *a) {
   PairWinograd problem(a->x, a->filters, nullptr, a->batch, a->inputs, a->outputs, a->height, a->width);
-  const bf16 *residual = static_cast<const bf16 *>(a->residual);
+  const bf16 *residual = problem.beside = static_cast<const bf16 *>(a->residual);
   const auto take = [&](int64_t sample, int64_t pixel, int64_t o, vf low, vf high) {
     const __mmask32 mask = halves_below(a->outputs - o);
     const int64_t to = (sample * a->height * a->width + pixel) * a->outputs + o;

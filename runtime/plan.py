@@ -18,6 +18,7 @@ from fusegen.runtime import (
     int8_rows,
     join,
     many_rows,
+    moments,
     state,
     upsample,
     winograd,
@@ -125,7 +126,7 @@ def plan(
         static = attention_int8.settled(static, declined, backend.unpacked())
         static = winograd.folded(upsample.folded(static, declined), declined, backend.unpacked())
         static = int8_rows.folded(static, declined, backend.unpacked())
-        for rule in (winograd_modulated, join, gated_norm):
+        for rule in (winograd_modulated, join, moments, gated_norm):
             static = rule.folded(static, declined)
         if backend.few_rows:
             static = few_rows.folded(static, declined, deterministic)

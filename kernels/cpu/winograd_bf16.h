@@ -82,6 +82,12 @@ FG_INLINE void spread_row(const F &load_at, vf even, vf odd, uint32_t *to, int64
   }
 }
 
+// Looks at no output; see PairWinograd::run.
+struct Unseen {
+  void add(__m512i) {}
+  void leave(int64_t, int64_t) {}
+};
+
 struct PairWinograd : SmallTiles {
   const bf16 *image;
   const uint32_t *filters;
@@ -162,8 +168,8 @@ struct PairWinograd : SmallTiles {
   }
 
   // One block of the chunk that begins at tile `first`, by one group of outputs.
-  template <bool DOUBLED, class Take>
-  void convolve(int64_t first, int64_t t, int64_t count, int64_t group, float *m, const Take &take) const {
+  template <bool DOUBLED, class Take, class Seen>
+  void convolve(int64_t first, int64_t t, int64_t count, int64_t group, float *m, const Take &take, Seen seen) const {
     const uint32_t *u = filters + group * SPOTS * words * GROUP, *v = spread + t * lines * LINE;
     const int64_t o = group * GROUP;
     for (int i = 0; i < SPOTS; ++i, u += words * GROUP, v += part) {
@@ -181,21 +187,24 @@ struct PairWinograd : SmallTiles {
       gather_tile<DOUBLED>(m + i * kSums + W, z[1]);
       for (int j = 0; j < 4; ++j) {
         const int64_t y = at.y + j / 2, x = at.x + j % 2;
-        if (y < height && x < width) take(at.sample, y * width + x, o, z[0][j], z[1][j]);
+        if (y < height && x < width) seen.add(take(at.sample, y * width + x, o, z[0][j], z[1][j]));
       }
     }
+    seen.leave(first + t, o);
   }
 
-  // take(sample, pixel, o, low, high) has the sums of the outputs [o, o + 16) and [o + 16, o + 32) of that pixel.
-  template <bool DOUBLED = false, class Take>
-  int run(const Take &take) {
+  // take(sample, pixel, o, low, high) has the sums of the outputs [o, o + 16) and [o + 16, o + 32) of that pixel, and
+  // returns what it made of them: 32 elements.  A copy of `seen` for each block of tiles is told them, then leave(tile, o)
+  // with the first tile of the block.
+  template <bool DOUBLED = false, class Take, class Seen = Unseen>
+  int run(const Take &take, const Seen &seen = {}) {
     zeros = reinterpret_cast<bf16 *>(reserve(lines * LINE));
     if (!zeros) return FG_NO_MEMORY;
     const auto fill_one = [&](int64_t tile, int64_t t, float *) {
       scales ? fill<true, DOUBLED>(tile, t) : fill<false, DOUBLED>(tile, t);
     };
     SmallTiles::run(fill_one, [&](int64_t first, int64_t t, int64_t count, int64_t group, float *m) {
-      convolve<DOUBLED>(first, t, count, group, m, take);
+      convolve<DOUBLED>(first, t, count, group, m, take, seen);
     });
     return FG_OK;
   }

@@ -18,7 +18,7 @@ from fusegen.runtime.specialize import propagate, spec_of
 
 RULE = "group norm by the moments that a convolution leaves"
 # Bytes of a sample below which a norm's second reading costs no more than the moments do.  On a Zen 5 in bfloat16 both
-# together took 0.98 to 0.99 of the time from 4 MiB on, 0.99 to 1.02 at 1 to 3 MiB, 1.12 at 640 KiB.
+# together took 0.97 to 1.00 of the time from 4 MiB on, 1.00 to 1.01 at 1 to 3 MiB, 1.12 at 640 KiB.
 LEAST = 1 << 22
 _NORM, _MADE, _LEAVES = (f"fusegen.{n}.default" for n in ("group_norm", "winograd_conv2d", "winograd_conv2d_moments"))
 

@@ -6,6 +6,10 @@ mean and (biased) variance over channels and pixels, scaled and shifted per chan
 ``add``, one value a sample and channel, is added to x first: the time embedding of a residual block, where nothing else
 reads the sum.  ``scale`` and ``shift``, of the same shape, modulate the result before its activation by
 y * (1 + scale) + shift (Dhariwal & Nichol 2021, adaptive group normalization).
+
+``moments``, float64 (B, 2, C), are the mean and (biased) variance of each channel of x over its pixels, where whoever
+made x left them (:mod:`.winograd_conv2d_moments`): the statistics of a run are then those of its channels together
+(Chan, Golub & LeVeque 1979), and x is read once.
 """
 
 from __future__ import annotations
@@ -19,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusegen.kernels.draw import Draw
-from fusegen.kernels.group_norm_cases import CASES
+from fusegen.kernels.group_norm_cases import CASES, moments_of
 from fusegen.kernels.op import Cost, Op, Spelling, Tolerance, is_channels_last, is_last, register
 from fusegen.kernels.rows import alone, size_of
 
 ACTIVATIONS = ("none", "silu")
 SCHEMA = (
     "(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-5,"
-    ' str activation="none", Tensor? add=None, Tensor? scale=None, Tensor? shift=None) -> Tensor'
+    ' str activation="none", Tensor? add=None, Tensor? scale=None, Tensor? shift=None, Tensor? moments=None) -> Tensor'
 )
 
 
@@ -71,6 +75,7 @@ def allocate(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The uninitialised output: of x's shape and dtype, channels innermost where x's are, else contiguous.
 
@@ -80,6 +85,10 @@ def allocate(
     for name, tensor in (("add", add), ("scale", scale), ("shift", shift)):
         if tensor is not None and not fits(tensor.shape, x.shape):
             raise ValueError(f"group_norm: {name} of shape {tuple(tensor.shape)} does not go with x {tuple(x.shape)}")
+    if moments is not None and (moments.dtype, tuple(moments.shape)) != (torch.float64, (x.shape[0], 2, x.shape[1])):
+        raise ValueError(
+            f"group_norm: moments are {moments.dtype} {tuple(moments.shape)}, not {torch.float64} (B, 2, C) of x"
+        )
     return (like(x, x.shape[1]),)
 
 
@@ -93,9 +102,10 @@ def reference(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """Group normalization of x (B, C, *) in float32, or float64 where x is; statistics by two passes."""
-    (out,) = allocate(x, num_groups, weight, bias, eps, activation, add, scale, shift)
+    (out,) = allocate(x, num_groups, weight, bias, eps, activation, add, scale, shift, moments)
     wide = torch.promote_types(x.dtype, torch.float32)
     ones = (1,) * (x.dim() - 2)
 
@@ -104,10 +114,14 @@ def reference(
 
     joined = x.to(wide) if add is None else x.to(wide) + spread(add)
     grouped = joined.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, math.prod(x.shape[2:]))
-    centred = grouped - grouped.mean((2, 3), keepdim=True)
-    centred = centred - centred.mean((2, 3), keepdim=True)  # the rounding of a mean far above the deviation
-    y = centred * torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + eps)
-    y = y.reshape(x.shape)
+    if moments is None:
+        centred = grouped - grouped.mean((2, 3), keepdim=True)
+        centred = centred - centred.mean((2, 3), keepdim=True)  # the rounding of a mean far above the deviation
+        variance = centred.square().mean((2, 3), keepdim=True)
+    else:
+        mean, variance = _together(moments, num_groups, None if add is None else per_channel(add, x))
+        centred, variance = (grouped - mean).to(wide), variance.to(wide)
+    y = (centred * torch.rsqrt(variance + eps)).reshape(x.shape)
     if weight is not None:
         y = y * spread(weight[None])
     if bias is not None:
@@ -115,6 +129,15 @@ def reference(
     y = y if scale is None else y * (1 + spread(scale))
     y = y if shift is None else y + spread(shift)
     return out.copy_(F.silu(y) if activation == "silu" else y)
+
+
+def _together(moments: Tensor, num_groups: int, add: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, G, 1, 1) of each group by those of its channels, with ``add`` (B, C) added, in float64."""
+    means, variances = moments.unbind(1)
+    means = means if add is None else means + add
+    means, variances = (t.unflatten(1, (num_groups, -1))[..., None] for t in (means, variances))
+    mean = means.mean(2, keepdim=True)
+    return mean, (variances + (means - mean).square()).mean(2, keepdim=True)
 
 
 def cost(
@@ -127,13 +150,14 @@ def cost(
     add: Tensor | None = None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> Cost:
     """Five operations an element (sum, centred square, scale, shift), four more for SiLU; x read, y written once.
 
     What is added or modulates has one value a channel: it can be folded into the statistics and the parameters.
     """
     each = 9 if activation == "silu" else 5
-    return Cost(flops=each * x.numel(), bytes=size_of(x, x, weight, bias, add, scale, shift))
+    return Cost(flops=each * x.numel(), bytes=size_of(x, x, weight, bias, add, scale, shift, moments))
 
 
 def _small(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -225,8 +249,9 @@ SPELLINGS = [
 
 
 def _eager(
-    x: Tensor, groups: int, weight: Any, bias: Any, eps: float, activation: str, add: Any, scale: Any, shift: Any
-) -> Tensor:
+    x: Tensor, groups: int, weight: Any, bias: Any, eps: float, activation: str, add: Any, scale: Any, shift: Any,
+    moments: Tensor | None,
+) -> Tensor:  # fmt: skip
     ones = (1,) * (x.dim() - 2)
     add, scale, shift = (t if t is None else t.reshape(*t.shape[:2], *ones) for t in (add, scale, shift))
     y = F.group_norm(x if add is None else x + add, groups, weight, bias, eps)
@@ -242,7 +267,8 @@ def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     weight, bias = draw.maybe(shape[1:2], own), draw.maybe(shape[1:2], own)
     kinds = [draw.choice([None, shape[:2], (1, shape[1]), (*shape[:2], *ones)]) for _ in range(3)]
     more = (k if k is None else draw.dense(k, draw.choice(own), scale=0.3) for k in kinds)
-    return (x, groups, weight, bias, draw.choice((1e-5, 1e-6)), draw.choice(ACTIVATIONS), *more)
+    eps, activation = draw.choice((1e-5, 1e-6)), draw.choice(ACTIVATIONS)
+    return (x, groups, weight, bias, eps, activation, *more, moments_of(x) if draw.flag() else None)
 
 
 OP = register(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ class Inputs:
     unaligned (one element into a buffer).
     ``parameters``: the dtype of weight and bias, "same" as x or "fp32", "bias" for a bias alone, or "no".
     ``add``, ``modulation``: "no", "sample" (B, C), "axes" (B, C, 1, ...), "fp32" (B, C), "one" (1, C); the modulation
-    also "chunk" (B, C, 1, ...) cut out of (B, 2 C, 1, ...).
+    also "chunk" (B, C, 1, ...) cut out of (B, 2 C, 1, ...).  ``moments``: whether x's are given.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Inputs:
     activation: str = "silu"
     add: str = "no"
     modulation: str = "no"
+    moments: bool = False
     small: bool = True
     bench: bool = False
 
@@ -68,20 +69,27 @@ class Inputs:
         return tuple((size * torch.randn(shape, generator=g)).to(own) for _ in range(count))
 
 
+def moments_of(x: Tensor) -> Tensor:
+    """Mean and biased variance of each channel of x (B, C, *) over its pixels: float64 (B, 2, C)."""
+    rows = x.double().flatten(2) if x.dim() > 2 else x.double()[..., None]
+    mean = rows.mean(2)
+    return torch.stack([mean, (rows - mean[..., None]).square().mean(2)], 1)
+
+
 def _case(inputs: Inputs) -> Case:
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         i = inputs
         x, parameters = i.tensor(g, dtype), i.affine(g, dtype)
         (add,), modulation = i.per_channel(g, dtype, i.add, 1, 2.0), i.per_channel(g, dtype, i.modulation, 2, 0.3)
-        return (x, i.groups, *parameters, 1e-5, i.activation, add, *modulation)
+        return (x, i.groups, *parameters, 1e-5, i.activation, add, *modulation, moments_of(x) if i.moments else None)
 
     return Case(inputs.name, build, bench=inputs.bench, small=inputs.small)
 
 
-def _bench(*shape: int, add: str = "no") -> list[Inputs]:
-    name = "x".join(map(str, shape)) + (" add" if add != "no" else "")
-    first = Inputs(name, shape, 32, add=add, bench=True, small=False)
-    return [first, Inputs(f"{name} channels-last", shape, 32, "channels_last", add=add, bench=True, small=False)]
+def _bench(*shape: int, add: str = "no", moments: bool = False) -> list[Inputs]:
+    name = "x".join(map(str, shape)) + (" add" if add != "no" else "") + (" by moments" if moments else "")
+    first = Inputs(name, shape, 32, add=add, moments=moments, bench=True, small=False)
+    return [first, replace(first, name=f"{name} channels-last", layout="channels_last")]
 
 
 _INPUTS = [
@@ -131,6 +139,14 @@ _INPUTS = [
     Inputs("added, large, channels-last", (1, 64, 96, 80), 32, "channels_last", add="sample", small=False),
     Inputs("modulated", (3, 24, 7, 9), 4, modulation="chunk"),
     Inputs("modulated and added, channels-last", (3, 24, 7, 9), 4, "channels_last", add="axes", modulation="chunk"),
+    Inputs("by moments", (2, 12, 7, 9), 4, moments=True),
+    Inputs("by moments, no pixels", (2, 8, 0, 4), 2, moments=True),
+    Inputs("by moments, one pixel", (3, 24, 1, 1), 4, add="sample", moments=True),
+    Inputs("by moments, channels-last", (3, 34, 13, 11), 2, "channels_last", moments=True),
+    Inputs("by moments, mean far above deviation", (2, 16, 16, 16), 4, "channels_last", mean=64.0, moments=True),
+    Inputs("by moments, added", (2, 24, 9, 19), 4, "channels_last", add="fp32", modulation="chunk", moments=True),
+    Inputs("by moments, large", (1, 64, 96, 80), 32, "channels_last", moments=True, small=False),
+    Inputs("by moments, rows of a prime width", (3, 34, 19), 2, "rows", add="axes", moments=True),
     Inputs("modulated, no parameters", (2, 12, 5, 5), 3, parameters="no", modulation="fp32", activation="none"),
 ]
 CASES = [
@@ -143,6 +159,7 @@ CASES = [
         *_bench(2, 960, 64, 64),
         *_bench(1, 128, 256, 256),
         *_bench(1, 128, 512, 512),
+        *(i for shape in ((1, 128, 512, 512), (1, 256, 256, 256)) for i in _bench(*shape, moments=True)[1:]),
         *_bench(16, 64, 32, 32),
         *_bench(16, 160, 8, 8),
         *_bench(2, 320, 64, 64, add="axes"),

@@ -19,6 +19,7 @@ from fusegen.runtime import (
     int8_rows,
     join,
     many_rows,
+    moments,
     state,
     stored,
     upsample,
@@ -146,7 +147,7 @@ def _lowered(program: Program, backend: Backend, declined: Callable[..., str | N
     static = attention_int8.settled(static, declined, backend.unpacked())
     static = winograd.folded(upsample.folded(static, declined), declined, backend.unpacked())
     static = int8_rows.folded(static, declined, backend.unpacked())
-    for rule in (winograd_modulated, join, gated_norm):
+    for rule in (winograd_modulated, join, moments, gated_norm):
         static = rule.folded(static, declined)
     if backend.few_rows:
         static = few_rows.folded(static, declined, deterministic)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fusegen.kernels import group_norm as op
 from fusegen.kernels.cpu import library
 from fusegen.kernels.cpu.group_norm import decline
+from fusegen.kernels.group_norm_cases import moments_of
 from fusegen.kernels.op import pick
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -50,7 +51,8 @@ def test_hard_statistics(kind: str, layout: torch.memory_format) -> None:
     else:
         x = x * 1e-3
     x = x.contiguous(memory_format=layout)
-    _close(kind, torch.ops.fusegen.group_norm(x, 4), x, 4, False)
+    for moments in (None, moments_of(x)):
+        _close(kind, torch.ops.fusegen.group_norm(x, 4, moments=moments), x, 4, False)
 
 
 @pytest.mark.skipif(not library.available(), reason=library.missing() or "")
@@ -94,18 +96,20 @@ def test_samples_that_lie_apart_are_served() -> None:
     x = torch.randn(3, 24, 5, 5)[:, :12]
     assert (
         not x.is_contiguous()
-        and pick(op.OP, "cpu", (x, 4, None, None, 1e-5, "none", None, None, None)).kernel is not None
+        and pick(op.OP, "cpu", (x, 4, None, None, 1e-5, "none", None, None, None, None)).kernel is not None
     )
     _close("apart", torch.ops.fusegen.group_norm(x, 4), x, 4, False)
 
 
 def test_it_declines_with_the_reason() -> None:
-    x, rest = torch.empty(2, 8, 4, 4), (1e-5, "none", None, None, None)
+    x, rest = torch.empty(2, 8, 4, 4), (1e-5, "none", None, None, None, None)
     assert decline(x, 2, None, None, *rest) is None
     assert "neither contiguous nor channels-last" in str(decline(x.transpose(2, 3), 2, None, None, *rest))
     assert "weight is torch.float16" in str(decline(x, 2, torch.empty(8).half(), None, *rest))
     assert "bias is strided" in str(decline(x, 2, None, torch.empty(16)[::2], *rest))
-    assert "add is strided" in str(decline(x, 2, None, None, *rest[:2], torch.empty(8, 2).t(), None, None))
+    assert "add is strided" in str(decline(x, 2, None, None, *rest[:2], torch.empty(8, 2).t(), None, None, None))
+    strided = torch.empty(2, 8, 2, dtype=torch.float64).transpose(1, 2)
+    assert "moments are strided" in str(decline(x, 2, None, None, *rest[:5], strided))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -116,3 +120,5 @@ def test_what_does_not_fit_is_refused() -> None:
         torch.ops.fusegen.group_norm(x, 2, activation="gelu")
     with pytest.raises(ValueError, match="weight has shape"):
         torch.ops.fusegen.group_norm(x, 2, torch.empty(7))
+    with pytest.raises(ValueError, match=r"moments are torch\.float32"):
+        torch.ops.fusegen.group_norm(x, 2, moments=torch.empty(2, 2, 8))

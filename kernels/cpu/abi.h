@@ -86,6 +86,7 @@ struct fg_group_norm_args {
   void *joined;                    // (batch, channels, pixels), dense
   const void *weight, *bias;
   const void *add, *scale, *shift;  // null: none; (batch, channels), the channels' stride is 1
+  const void *moments;              // null: none; doubles (batch, 2, channels): each channel's mean and variance
   void *out;
   int64_t dtype, weight_dtype, bias_dtype, add_dtype, scale_dtype, shift_dtype;
   int64_t batch, channels, groups, pixels;
@@ -278,6 +279,7 @@ struct fg_qk_norm_rope_args {
   X(upsample2x_conv)  \
   X(winograd_conv2d)  \
   X(winograd_conv2d_int8) \
+  X(winograd_conv2d_moments) \
   X(winograd_int8_filters) \
   X(winograd_modulated_conv2d) \
   X(winograd_pair_filters)

@@ -4,6 +4,7 @@
 // sample alone, so neither threads nor batch change a bit.  Where the groups of one work item fit the second-level
 // cache or, one at a time, the last one, the item takes the statistics and normalizes: memory is read once.  Else the two
 // are separate sweeps, over as much at a time as the last cache holds, so that the second finds there what the first read.
+// Where whoever made x left the moments of its channels, one sweep is left.
 // What is added a channel goes into the statistics and the mean, so that it costs nothing an element; what is joined is
 // written chunk by chunk, just before the statistics of the chunk are taken from it.
 #pragma once
@@ -75,6 +76,21 @@ struct Contiguous {
   }
 };
 
+// The moments of a group by those of its channels, each with what is added to it.
+Moments of_group(const Shared &s, int64_t b, int64_t g) {
+  const int64_t channels = s.a->channels, c0 = g * s.width;
+  const double *mean = static_cast<const double *>(s.a->moments) + b * 2 * channels + c0, *variance = mean + channels;
+  const float *added = s.added ? s.added + b * channels + c0 : nullptr;
+  double sum = 0, spread = 0;
+  for (int64_t c = 0; c < s.width; ++c) sum += mean[c] + (added ? static_cast<double>(added[c]) : 0);
+  const double middle = sum / static_cast<double>(s.width);
+  for (int64_t c = 0; c < s.width; ++c) {
+    const double apart = mean[c] + (added ? static_cast<double>(added[c]) : 0) - middle;
+    spread += variance[c] + apart * apart;
+  }
+  return {middle, spread * static_cast<double>(s.a->pixels)};
+}
+
 // The rows of s.channel for groups [g0, g1) of a sample.
 template <bool kLast>
 void finish(const Shared &s, int64_t b, int64_t g0, int64_t g1) {
@@ -84,7 +100,7 @@ void finish(const Shared &s, int64_t b, int64_t g0, int64_t g1) {
   const double last = static_cast<double>((all - (s.chunks - 1) * s.chunk) * unit);
   float *mean = s.channel + b * 3 * a->channels, *scale = mean + a->channels, *shift = scale + a->channels;
   for (int64_t g = g0; g < g1; ++g) {
-    Moments m = merged(s.at(b, 0, g), s.chunks, a->groups, full, last);
+    Moments m = a->moments ? of_group(s, b, g) : merged(s.at(b, 0, g), s.chunks, a->groups, full, last);
     double deviation = 1.0 / __builtin_sqrt(m.m2 / static_cast<double>(a->pixels * s.width) + a->eps);
     for (int64_t c = g * s.width; c < (g + 1) * s.width; ++c) {
       double gain = 1.0 + static_cast<double>(parameter(a->scale, a->scale_dtype, b * a->scale_batch + c, 0.0f));
@@ -186,6 +202,20 @@ int separate_sweeps(const Shared &s, int64_t grain, int64_t group_bytes) {
   return FG_OK;
 }
 
+// The second sweep alone, where the statistics are given; from the end, which whoever made x may have left in a cache.
+template <class Sweep, bool kLast>
+int one_sweep(const Shared &s, int64_t grain) {
+  const fg_group_norm_args *a = s.a;
+  const int64_t blocks = kLast ? 1 : a->groups, width = a->groups / blocks, all = a->batch * blocks * s.chunks;
+  for (int64_t b = 0; b < a->batch; ++b) finish<kLast>(s, b, 0, a->groups);
+  return parallel_for(all, grain, [&](int64_t i) {
+    const int64_t item = all - 1 - i, block = item / s.chunks % blocks;
+    Sweep::apply(s, item / s.chunks / blocks, item % s.chunks, block * width, (block + 1) * width);
+    if (s.streaming) streamed();
+    return 0;
+  });
+}
+
 template <template <class, bool> class Layout, class T, bool kSilu, bool kLast>
 int normalize(const fg_group_norm_args *a) {
   Shared s{a, a->channels / a->groups, 0, kLast ? kRows : kChunk, nullptr, nullptr, nullptr, 0, false};
@@ -205,6 +235,7 @@ int normalize(const fg_group_norm_args *a) {
   const int64_t bytes = a->batch * a->groups * group_bytes;
   s.streaming = streams((a->other ? 4 : 2) * bytes);
   const int64_t grain = bytes < kSmall ? a->batch * a->groups * s.chunks + 1 : 1;
+  if (a->moments) return one_sweep<Layout<T, kSilu>, kLast>(s, grain);
   const int64_t step = groups_an_item<kLast>(a, group_bytes, element);
   if (step) return whole_groups<Layout<T, kSilu>, kLast>(s, step, grain, group_bytes);
   return separate_sweeps<Layout<T, kSilu>, kLast>(s, grain, group_bytes);

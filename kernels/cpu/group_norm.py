@@ -15,14 +15,14 @@ from fusegen.kernels.op import FLOATS, Kernel, is_last
 
 _PARAMETERS = ("weight", "bias")
 _PER_SAMPLE = ("add", "scale", "shift")
-ROLES = {"x": 0, "weight": 2, "bias": 3, "add": 6, "scale": 7, "shift": 8}
+ROLES = {"x": 0, "weight": 2, "bias": 3, "add": 6, "scale": 7, "shift": 8, "moments": 9}
 
 
 class Args(ctypes.Structure):
     """``fg_group_norm_args`` of abi.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "other", "joined", *_PARAMETERS, *_PER_SAMPLE, "out")),
+        *((name, ctypes.c_void_p) for name in ("x", "other", "joined", *_PARAMETERS, *_PER_SAMPLE, "moments", "out")),
         *((name, ctypes.c_int64) for name in ("dtype", *(f"{n}_dtype" for n in (*_PARAMETERS, *_PER_SAMPLE)))),
         *((name, ctypes.c_int64) for name in ("batch", "channels", "groups", "pixels", "split", "concat")),
         *((f"{name}_batch", ctypes.c_int64) for name in ("x", "other", *_PER_SAMPLE)),
@@ -67,7 +67,9 @@ def fill(out: Tensor, roles: Mapping[str, int], args: tuple[Any, ...], groups: i
 
 
 def decline(*args: Any) -> str | None:
-    return unfit(args[0], ROLES, args)
+    moments = args[ROLES["moments"]]
+    strided = moments is not None and not moments.is_contiguous()
+    return unfit(args[0], ROLES, args) or ("moments are strided" if strided else None)
 
 
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:

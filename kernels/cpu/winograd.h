@@ -156,11 +156,13 @@ struct Winograd : Filters {
   int64_t down, across, tiles;  // of a sample, of the batch
   int64_t block, room;
 
-  Winograd(const void *filters, int64_t batch, int64_t inputs, int64_t outputs, int64_t height, int64_t width)
+  // `even`: blocks are cut so that every thread has as much to do; else by the sizes alone.
+  Winograd(const void *filters, int64_t batch, int64_t inputs, int64_t outputs, int64_t height, int64_t width,
+           bool even = true)
       : Filters(filters, inputs, outputs), height(height), width(width) {
     down = (height + 3) / 4, across = (width + 3) / 4, tiles = batch * down * across;
     // Every block reads all filters: where they are large, it takes more tiles.
-    const int64_t share = (tiles + fg_threads() - 1) / fg_threads(), bytes = POINTS * 4 * inputs * columns;
+    const int64_t share = even ? (tiles + fg_threads() - 1) / fg_threads() : tiles, bytes = POINTS * 4 * inputs * columns;
     const int64_t most = bytes <= kFew ? kRows : bytes <= kMany ? 2 * kRows : 6 * kRows, parts = (share + most - 1) / most;
     block = share >= most ? (share + parts - 1) / parts : share;
     room = (block + kRows - 1) / kRows * kRows | 1;  // points in other sets of a cache

@@ -82,11 +82,18 @@ FG_INLINE void spread_row(const F &load_at, vf even, vf odd, uint32_t *to, int64
   }
 }
 
+// Looks at no output; see PairWinograd::run.
+struct Unseen {
+  void add(__m512i) {}
+  void leave(int64_t, int64_t) {}
+};
+
 struct PairWinograd : SmallTiles {
   const bf16 *image;
   const uint32_t *filters;
   const float *scales;  // null, or LINE even channels, LINE odd ones, ...: `lines` times for each sample
   bf16 *zeros;          // a pixel outside of the image
+  const bf16 *beside = nullptr;  // null, or what `take` reads beside the sums, laid out as the outputs are
 
   PairWinograd(const void *x, const void *filters, const float *scales, int64_t batch, int64_t inputs, int64_t outputs,
                int64_t height, int64_t width)
@@ -134,12 +141,25 @@ struct PairWinograd : SmallTiles {
     }
   }
 
+  // Fetches what lies beside the outputs from o on of tiles [from, to): four lines a tile, which nothing foresees.  Were it
+  // not inlined at once, the compiler would drop its calls: to it they have no effect.
+  inline __attribute__((always_inline)) void fetch(int64_t from, int64_t to, int64_t o) const {
+    for (int64_t tile = from; tile < to; ++tile) {
+      const Place at = place(tile);
+      const bf16 *p = beside + ((at.sample * height + at.y) * width + at.x) * outputs + o;
+      const int64_t right = at.x + 1 < width ? outputs : 0, below = at.y + 1 < height ? width * outputs : 0;
+      __builtin_prefetch(p), __builtin_prefetch(p + right);
+      __builtin_prefetch(p + below), __builtin_prefetch(p + below + right);
+    }
+  }
+
   // One block of the chunk that begins at tile `first`, by one group of outputs.
-  template <bool DOUBLED, class Take>
-  void convolve(int64_t first, int64_t t, int64_t count, int64_t group, float *m, const Take &take) const {
+  template <bool DOUBLED, class Take, class Seen>
+  void convolve(int64_t first, int64_t t, int64_t count, int64_t group, float *m, const Take &take, Seen seen) const {
     const uint32_t *u = filters + group * SPOTS * words * GROUP, *v = spread + t * lines * LINE;
     const int64_t o = group * GROUP;
     for (int i = 0; i < SPOTS; ++i, u += words * GROUP, v += part) {
+      if (beside) fetch(first + t + count * i / SPOTS, first + t + count * (i + 1) / SPOTS, o);
       if (vanishes<DOUBLED>(i)) continue;
       if (outputs - o > W)
         multiply<2>(count, v, u, m + i * GROUP);
@@ -153,21 +173,24 @@ struct PairWinograd : SmallTiles {
       gather_tile<DOUBLED>(m + i * kSums + W, z[1]);
       for (int j = 0; j < 4; ++j) {
         const int64_t y = at.y + j / 2, x = at.x + j % 2;
-        if (y < height && x < width) take(at.sample, y * width + x, o, z[0][j], z[1][j]);
+        if (y < height && x < width) seen.add(take(at.sample, y * width + x, o, z[0][j], z[1][j]));
       }
     }
+    seen.leave(first + t, o);
   }
 
-  // take(sample, pixel, o, low, high) has the sums of the outputs [o, o + 16) and [o + 16, o + 32) of that pixel.
-  template <bool DOUBLED = false, class Take>
-  int run(const Take &take) {
+  // take(sample, pixel, o, low, high) has the sums of the outputs [o, o + 16) and [o + 16, o + 32) of that pixel, and
+  // returns what it made of them: 32 elements.  A copy of `seen` for each block of tiles is told them, then leave(tile, o)
+  // with the first tile of the block.
+  template <bool DOUBLED = false, class Take, class Seen = Unseen>
+  int run(const Take &take, const Seen &seen = {}) {
     zeros = reinterpret_cast<bf16 *>(reserve(lines * LINE));
     if (!zeros) return FG_NO_MEMORY;
     const auto fill_one = [&](int64_t tile, int64_t t, float *) {
       scales ? fill<true, DOUBLED>(tile, t) : fill<false, DOUBLED>(tile, t);
     };
     SmallTiles::run(fill_one, [&](int64_t first, int64_t t, int64_t count, int64_t group, float *m) {
-      convolve<DOUBLED>(first, t, count, group, m, take);
+      convolve<DOUBLED>(first, t, count, group, m, take, seen);
     });
     return FG_OK;
   }

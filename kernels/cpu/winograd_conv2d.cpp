@@ -1,68 +1,12 @@
 // levels: scalar avx2 avx512 avx512_bf16 neon
 // A 3x3 convolution by Winograd's algorithm, with bias and residual; see winograd.h.
-#include "abi.h"
-#include "winograd.h"
-#if defined(FG_HAS_AVX512_BF16)
-#include "winograd_bf16.h"
-
-namespace {
-
-int convolve_pairs(const fg_winograd_conv2d_args *a) {
-  PairWinograd problem(a->x, a->filters, nullptr, a->batch, a->inputs, a->outputs, a->height, a->width);
-  const bf16 *residual = static_cast<const bf16 *>(a->residual);
-  const auto take = [&](int64_t sample, int64_t pixel, int64_t o, vf low, vf high) {
-    const __mmask32 mask = halves_below(a->outputs - o);
-    const int64_t to = (sample * a->height * a->width + pixel) * a->outputs + o;
-    if (a->bias && a->bias_dtype == FG_FLOAT32) {
-      const float *bias = static_cast<const float *>(a->bias) + o;
-      low = add(low, _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), bias));
-      high = add(high, _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> W), bias + W));
-    }
-    if (a->bias && a->bias_dtype == FG_BFLOAT16) plus(static_cast<const bf16 *>(a->bias) + o, mask, low, high);
-    if (residual) plus(residual + to, mask, low, high);
-    _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + to, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-  };
-  return a->doubled ? problem.run<true>(take) : problem.run(take);
-}
-
-}  // namespace
-#endif
+#include "winograd_conv2d.h"
 
 extern "C" int FG_EXPORT(winograd_conv2d)(const fg_winograd_conv2d_args *a) {
   if (!a->batch || !a->outputs || !a->height || !a->width) return FG_OK;
 #if defined(FG_HAS_AVX512_BF16)
-  if (a->dtype == FG_BFLOAT16) return convolve_pairs(a);
+  if (a->dtype == FG_BFLOAT16) return convolve_pairs(a, Unseen());
 #endif
   if (a->dtype != FG_FLOAT32 || a->doubled) return FG_BAD_ARGUMENT;
-  const Winograd problem(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width);
-  const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
-    const float *image = static_cast<const float *>(a->x) + sample * a->height * a->width * a->inputs;
-    const float *pixel[POINTS];
-    pixels_at<6>(image, a->height, a->width, a->inputs, y - 1, x - 1, pixel);
-    for (int64_t c = 0; c < a->inputs; c += W) {
-      const int some = lanes_left(a->inputs - c);
-      vf d[POINTS];
-      for (int i = 0; i < POINTS; ++i) d[i] = channels_of(pixel[i], c, some, 4 * a->inputs);
-      put(c, d);
-    }
-  };
-  const float *bias = static_cast<const float *>(a->bias), *residual = static_cast<const float *>(a->residual);
-  const auto take = [&](int64_t sample, int64_t y, int64_t x, const auto &get) {
-    const int64_t start = ((sample * a->height + y) * a->width + x) * a->outputs;
-    const int64_t rows = a->height - y < 4 ? a->height - y : 4, wide = a->width - x < 4 ? a->width - x : 4;
-    for (int64_t o = 0; o < a->outputs; o += W) {
-      const int some = lanes_left(a->outputs - o);
-      const vf offset = bias ? load_n(bias + o, some) : set1(0.0f);
-      vf z[16];
-      get(o, z);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < wide; ++j) {
-          const int64_t at = start + (i * a->width + j) * a->outputs + o;
-          vf value = add(z[4 * i + j], offset);
-          if (residual) value = add(value, load_n(residual + at, some));
-          store_n(static_cast<float *>(a->out) + at, value, some);
-        }
-    }
-  };
-  return problem.run(fill, take);
+  return convolve_floats(a, [](int64_t, int64_t, int64_t, const vf *) {});
 }

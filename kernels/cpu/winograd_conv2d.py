@@ -27,6 +27,7 @@ class Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "filters", "bias", "residual", "out")),
         *((name, ctypes.c_int64) for name in ("dtype", "bias_dtype")),
         *((name, ctypes.c_int64) for name in ("batch", "inputs", "outputs", "height", "width", "doubled")),
+        ("moments", ctypes.c_void_p),
     ]
 
 
@@ -80,14 +81,20 @@ def too_many(pairs: int, tiles: int) -> str | None:
     return None
 
 
-def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
+def launch(op: str, outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
+    """``op`` bound to its arguments and outputs: the images, and moments where it leaves them."""
     x, _, outputs, bias, _, doubled = args
     height, width = outs[0].shape[2:]
     struct = Args(
         out=outs[0].data_ptr(), dtype=DTYPES[x.dtype], bias_dtype=0 if bias is None else DTYPES[bias.dtype],
         batch=x.shape[0], inputs=x.shape[1], outputs=outputs, height=height, width=width, doubled=doubled,
+        moments=outs[1].data_ptr() if len(outs) > 1 else None,
     )  # fmt: skip
-    return CpuLaunch("winograd_conv2d", struct, {0: "x", 1: "filters", 3: "bias", 4: "residual"}, outs, args)
+    return CpuLaunch(op, struct, {0: "x", 1: "filters", 3: "bias", 4: "residual"}, outs, args)
+
+
+def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
+    return launch("winograd_conv2d", outs, args)
 
 
 KERNELS = [Kernel("winograd_conv2d C++", "cpu", decline, bind)]

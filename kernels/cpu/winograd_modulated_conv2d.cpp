@@ -134,7 +134,9 @@ int convolve_pairs(const fg_winograd_modulated_conv2d_args *a, const float *scal
       return finished<kAct, bf16>(add(add(mul(sum, norm), noise), _mm512_maskz_loadu_ps(some, biases + first)), finish);
     };
     low = end(low, o, static_cast<__mmask16>(mask)), high = end(high, o + W, static_cast<__mmask16>(mask >> W));
-    _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + to, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    const __m512i made = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + to, mask, made);
+    return made;
   });
 }
 

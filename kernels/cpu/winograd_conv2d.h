@@ -1,0 +1,71 @@
+// A 3x3 convolution by Winograd's algorithm, with bias and residual; see winograd.h.  `seen` is shown what is written, tile
+// by tile.
+#pragma once
+#include "abi.h"
+#include "winograd.h"
+#if defined(FG_HAS_AVX512_BF16)
+#include "winograd_bf16.h"
+#endif
+
+namespace {
+
+#if defined(FG_HAS_AVX512_BF16)
+template <class Seen>
+int convolve_pairs(const fg_winograd_conv2d_args *a, const Seen &seen) {
+  PairWinograd problem(a->x, a->filters, nullptr, a->batch, a->inputs, a->outputs, a->height, a->width);
+  const bf16 *residual = problem.beside = static_cast<const bf16 *>(a->residual);
+  const auto take = [&](int64_t sample, int64_t pixel, int64_t o, vf low, vf high) {
+    const __mmask32 mask = halves_below(a->outputs - o);
+    const int64_t to = (sample * a->height * a->width + pixel) * a->outputs + o;
+    if (a->bias && a->bias_dtype == FG_FLOAT32) {
+      const float *bias = static_cast<const float *>(a->bias) + o;
+      low = add(low, _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), bias));
+      high = add(high, _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> W), bias + W));
+    }
+    if (a->bias && a->bias_dtype == FG_BFLOAT16) plus(static_cast<const bf16 *>(a->bias) + o, mask, low, high);
+    if (residual) plus(residual + to, mask, low, high);
+    const __m512i made = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + to, mask, made);
+    return made;
+  };
+  return a->doubled ? problem.run<true>(take, seen) : problem.run(take, seen);
+}
+#endif
+
+template <class Seen>
+int convolve_floats(const fg_winograd_conv2d_args *a, const Seen &seen) {
+  const Winograd problem(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width, !a->moments);
+  const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
+    const float *image = static_cast<const float *>(a->x) + sample * a->height * a->width * a->inputs;
+    const float *pixel[POINTS];
+    pixels_at<6>(image, a->height, a->width, a->inputs, y - 1, x - 1, pixel);
+    for (int64_t c = 0; c < a->inputs; c += W) {
+      const int some = lanes_left(a->inputs - c);
+      vf d[POINTS];
+      for (int i = 0; i < POINTS; ++i) d[i] = channels_of(pixel[i], c, some, 4 * a->inputs);
+      put(c, d);
+    }
+  };
+  const float *bias = static_cast<const float *>(a->bias), *residual = static_cast<const float *>(a->residual);
+  const auto take = [&](int64_t sample, int64_t y, int64_t x, const auto &get) {
+    const int64_t start = ((sample * a->height + y) * a->width + x) * a->outputs;
+    const int64_t rows = a->height - y < 4 ? a->height - y : 4, wide = a->width - x < 4 ? a->width - x : 4;
+    for (int64_t o = 0; o < a->outputs; o += W) {
+      const int some = lanes_left(a->outputs - o);
+      const vf offset = bias ? load_n(bias + o, some) : set1(0.0f);
+      vf z[16];
+      get(o, z);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < wide; ++j) {
+          const int64_t at = start + (i * a->width + j) * a->outputs + o;
+          vf &value = z[4 * i + j] = add(z[4 * i + j], offset);
+          if (residual) value = add(value, load_n(residual + at, some));
+          store_n(static_cast<float *>(a->out) + at, value, some);
+        }
+      seen(y, x, o, z);
+    }
+  };
+  return problem.run(fill, take);
+}
+
+}  // namespace

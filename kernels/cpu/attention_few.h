@@ -21,6 +21,7 @@ constexpr int ROWS = 16;         // queries of an item over one head of the keys
 constexpr int MOST_ROWS = 32;    // and over all of its heads, an even number of each
 constexpr int64_t FEW_DIM = 256;  // the largest head dimension
 constexpr int WIDE = FEW_DIM + 32;  // room for a row along the head dimension; rows fall in other cache sets
+constexpr int BLOCK = 32;    // scores that become weights in one go
 constexpr int LEAD = 8192;   // bytes from the key in use to the one asked for,
 constexpr int PAUSE = 8192;  // more of them while weights are computed,
 constexpr int FAR = 16384;   // and to the page that is met next, whose address takes long to find
@@ -41,19 +42,24 @@ FG_INLINE int run_of(const Head &h, int64_t j, int most) {
 }
 
 // What is asked for ahead of time: rows of `length` bytes, in the order of memory, whatever the order of the products.
+// It is asked for line by line, as evenly as the products come: where groups of queries multiply the same bytes one
+// after another, each asks for a part of them.
 struct Ahead {
-  const char *at;
-  int64_t stride;
-  int length, left;
+  const char *at, *end;
+  int64_t length, between;
+  int every, due = 0;
 
-  inline __attribute__((always_inline)) void ask(int size) {  // a line, or as much of it as the products take
-    __builtin_prefetch(at);
-    at += size, left -= size;
-    if (left <= 0) at += stride - (length - left), left = length;
+  Ahead(const char *at, int64_t stride, int64_t length, int groups)
+      : at(at), end(at + length), length(length), between(stride - length), every(64 * groups) {}
+
+  inline __attribute__((always_inline)) void ask(int size) {  // for as much as `size` bytes that are multiplied
+    for (due -= size; due < 0; due += every) line();
   }
-};
-struct Nothing {  // where another has asked
-  inline __attribute__((always_inline)) void ask(int) {}
+  inline __attribute__((always_inline)) void line() {
+    __builtin_prefetch(at);
+    at += 64;
+    if (at >= end) at = end + between, end = at + length;
+  }
 };
 
 }  // namespace
@@ -82,35 +88,38 @@ constexpr int64_t SHORT = 16;  // head dimensions below which products of pairs 
 constexpr int64_t PART_HEAD = 16;
 FG_INLINE int64_t part_size(int64_t dim) { return PART_HEAD + (dim + W - 1) / W * W; }
 
-// The scores s[n] of a query become its weights exp2(score - maximum), rounded as the products take them; the maximum and
-// their sum go to `part`.
+// What is added to the scores of W keys of which there are n, from a mask.
+inline vf mask_of(const fg_attention_args *a, int64_t mask, int n) {
+  float added[W];
+  for (int j = 0; j < W; ++j) added[j] = j < n ? LOG2E * mask_at(a, mask + j * a->mask_key) : 0.0f;
+  return load(added);
+}
+
+// The scores s[n] of a query become its weights exp2(score - maximum), rounded and laid out as the products take them;
+// the maximum (in units of log 2) and their sum go to `part`.
 template <class F>
 void weigh_row(const Head &h, int64_t head, int64_t row, int64_t k0, int n, float *s, float *part) {
   const fg_attention_args *a = h.a;
-  float rate = static_cast<float>(a->scale) * LOG2E;
-  int64_t mask = h.batch * a->mask_batch + head * a->mask_head + row * a->mask_row;
-  int64_t shut = first_open(h, row) - k0, open = last_open(h, row) - k0;
-  float bend = h.e.softcap > 0.0f ? static_cast<float>(a->scale) / h.e.softcap : 0.0f;
+  const int64_t mask = h.batch * a->mask_batch + head * a->mask_head + row * a->mask_row;
+  const int64_t shut = first_open(h, row) - k0, last = last_open(h, row) - k0, open = last < n ? last : n;
+  const float scale = static_cast<float>(a->scale), cap = h.e.softcap;
+  const vf rate = set1(cap > 0.0f ? scale / cap : scale * LOG2E);
   vf highest = set1(-infinity()), sum = set1(0.0f);
   for (int r = 0; r < n; r += W) {
-    vf x = mul(load(s + r), set1(rate));
-    if (h.e.softcap > 0.0f) x = capped(mul(load(s + r), set1(bend)), set1(h.e.softcap * LOG2E));
-    if (a->mask) {
-      float added[W];
-      for (int j = 0; j < W; ++j) added[j] = r + j < n ? LOG2E * mask_at(a, mask + (k0 + r + j) * a->mask_key) : 0.0f;
-      x = add(x, load(added));
-    }
+    vf x = mul(load(s + r), rate);
+    if (cap > 0.0f) x = capped(x, set1(cap * LOG2E));
+    if (a->mask) x = add(x, mask_of(a, mask + (k0 + r) * a->mask_key, n - r));
     store(s + r, x);
-    for (int j = W; j > 0 && r + j > open; --j) s[r + j - 1] = -infinity();
-    for (int j = 0; j < W && r + j < shut; ++j) s[r + j] = -infinity();
-    highest = max(load(s + r), highest);
+    if (r < shut || r + W > open) {
+      for (int j = 0; j < W; ++j)
+        if (r + j < shut || r + j >= open) s[r + j] = -infinity();
+      x = load(s + r);
+    }
+    highest = max(x, highest);
   }
-  float most = hmax(highest), shift = most < LOWEST ? 0.0f : most;  // all closed: any finite shift gives exp2(-inf)
-  for (int r = 0; r < n; r += W) {
-    vf p = F::weight(exp2_falling<5>(sub(load(s + r), set1(shift))));
-    store(s + r, p);
-    sum = add(sum, p);
-  }
+  for (int r = (n + W - 1) / W * W; r % BLOCK; r += W) store(s + r, set1(-infinity()));
+  const float most = hmax(highest), shift = most < LOWEST ? 0.0f : most;  // all closed: any finite one gives exp2(-inf)
+  for (int r = 0; r < n; r += BLOCK) sum = F::weigh(s, r, set1(shift), sum);
   part[0] = most;
   part[1] = hsum(sum);
 }
@@ -136,7 +145,8 @@ struct Pieces {
   const fg_attention_args *const a = item.of[0].a;
   const int dim = static_cast<int>(a->dim), rows = item.rows, tall = (rows + 1) / 2 * 2;
   const int bytes = item.heads * dim * static_cast<int>(sizeof(T)), lead = fours(LEAD), pause = PAUSE / bytes / 4 * 4;
-  const int page = fours(HALF), most = fours(RUN) < KEYS ? fours(RUN) : KEYS;
+  const int page = bytes < HALF ? HALF / bytes : 1, far = fours(FAR) > 2 * lead ? fours(FAR) : 2 * lead;
+  const int most = fours(RUN) < KEYS ? fours(RUN) : KEYS;
   alignas(64) float o[MOST_ROWS * WIDE], s[MOST_ROWS * ROW];
   alignas(64) char q[MOST_ROWS * WIDE * 4];
   int64_t k0;
@@ -159,31 +169,34 @@ struct Pieces {
   const T *v(int g) const { return reinterpret_cast<const T *>(item.of[g].v); }
 
   // From the row at `at` of the first head on, that of all heads.
-  Ahead rows_from(const T *first, const T *last, int64_t at, int64_t stride) const {
+  Ahead rows_from(const T *first, const T *last, int64_t at, int64_t stride, int groups) const {
     const int64_t size = sizeof(T);
-    const int length = static_cast<int>((last - first + dim) * size);
-    return {reinterpret_cast<const char *>(first + at), stride * size, length, length};
+    return {reinterpret_cast<const char *>(first + at), stride * size, (last - first + dim) * size, groups};
   }
-  Ahead keys_from(int64_t r) const { return rows_from(k(0), k(item.heads - 1), k_at(r), a->k_row); }
-  Ahead values_from(int64_t r) const { return rows_from(v(0), v(item.heads - 1), v_at(r), a->v_row); }
+  Ahead keys_from(int64_t r, int groups) const {
+    return rows_from(k(0), k(item.heads - 1), k_at(r), a->k_row, groups);
+  }
+  Ahead values_from(int64_t r, int groups) const {
+    return rows_from(v(0), v(item.heads - 1), v_at(r), a->v_row, groups);
+  }
 
   // What is `by` keys behind key r, or, `second`, behind value r, as the piece is gone through.
-  Ahead behind(bool second, int r, int by) const {
+  Ahead behind(bool second, int r, int by, int groups) const {
     const int at = r + by;
-    if (!second) return at < n ? keys_from(at) : values_from(at - n < n ? at - n : n - 1);
-    if (at < n) return values_from(at);
-    return k0 + at < item.end ? keys_from(at) : values_from(n - 1);
+    if (!second) return at < n ? keys_from(at, groups) : values_from(at - n < n ? at - n : n - 1, groups);
+    if (at < n) return values_from(at, groups);
+    return k0 + at < item.end ? keys_from(at, groups) : values_from(n - 1, groups);
   }
   // Of the pages that are met in a while a line each.
   void touch(bool second, int r, int count) const {
-    for (int i = 0; i < count; i += page) __builtin_prefetch(behind(second, r + i, fours(FAR)).at);
+    for (int i = 0; i < count; i += page) __builtin_prefetch(behind(second, r + i, far, 1).at);
   }
 
   void scores() {
     for (int r = 0, count; r < n; r += count) {
       count = run_of(item.of[0], k0 + r, n - r < most ? n - r : most);
       touch(false, r, count);
-      Ahead ahead = behind(false, r, lead);
+      Ahead ahead = behind(false, r, lead, F::groups(rows));
       const int64_t here = k_at(r);
       for (int g = 0; g < item.heads; ++g)
         F::scores(q + g * tall * WIDE * 4, rows, k(g) + here, ahead, a->k_row, count, dim, s + g * tall * ROW + r);
@@ -194,32 +207,27 @@ struct Pieces {
   void weights(float *parts, int64_t size, int64_t apart) {
     const int lines = (bytes + 63) / 64 * (lead + pause < n ? pause : n > lead ? n - lead : 0);
     const int queries = item.heads * rows;
-    Ahead ahead = values_from(lead < n ? lead : 0);
+    Ahead ahead = values_from(lead < n ? lead : 0, 1);
     for (int i = 0; i < queries; ++i) {
-      for (int line = lines * i / queries; line < lines * (i + 1) / queries; ++line) ahead.ask(64);
+      for (int line = lines * i / queries; line < lines * (i + 1) / queries; ++line) ahead.line();
       const int g = i / rows, m = i % rows;
       float *own = s + (g * tall + m) * ROW;
       weigh_row<F>(item.of[g], item.of[g].head + item.head(m), item.row(m), k0, n, own, parts + g * apart + m * size);
-      F::take_weights(own, n);
     }
   }
 
   void values() {
+    const int wide = rows <= 4 ? 2 : 4;
     memset(o, 0, static_cast<size_t>(item.heads) * tall * WIDE * 4);
     for (int r = 0, count; r < n; r += count) {
       count = F::whole_run(run_of(item.of[0], k0 + r, n - r < most ? n - r : most), n - r);
       touch(true, r, count);
-      Ahead ahead = behind(true, r, lead + pause);
+      Ahead ahead = behind(true, r, lead + pause, groups_of(wide, rows));
       const int64_t here = v_at(r), step = count > 1 ? v_at(r + 1) - here : 0;
       for (int g = 0; g < item.heads; ++g)
-        in_groups(rows <= 4 ? 2 : 4, rows, [&](auto M, int m) {
-          const float *p = s + (g * tall + m) * ROW;
-          float *to = o + (g * tall + m) * WIDE;
-          Nothing nothing;
-          if (m)
-            F::template blends<M.value>(p, r, v(g) + here, nothing, step, count, dim, to);
-          else
-            F::template blends<M.value>(p, r, v(g) + here, ahead, step, count, dim, to);
+        in_groups(wide, rows, [&](auto M, int m) {
+          const int i = g * tall + m;
+          F::template blends<M.value>(s + i * ROW, r, v(g) + here, ahead, step, count, dim, o + i * WIDE);
         });
     }
   }

@@ -39,8 +39,8 @@ struct PairScores {
   }
 
   // G pairs of queries by R keys, R being 1 or whole fours.
-  template <int G, int R, class A>
-  FG_INLINE void tile(const char *q, const char *k, A &ahead, int64_t stride, int bytes, float *to) {
+  template <int G, int R>
+  FG_INLINE void tile(const char *q, const char *k, Ahead &ahead, int64_t stride, int bytes, float *to) {
     constexpr int SUMS = R < 4 ? 4 : R;
     vf sum[G][SUMS];
 #pragma GCC unroll 4
@@ -61,13 +61,12 @@ struct PairScores {
     auto whole = [](const char *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); };
     int d = 0;
     for (; d + 2 * UNIT <= bytes; d += 2 * UNIT) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) ahead.ask(64);
+      ahead.ask(R * 64);
       step(d, whole);
       step(d + UNIT, whole);
     }
     if (d < bytes) {
-      for (int r = 0; r < R; ++r) ahead.ask(64);
+      ahead.ask(R * 64);
       for (; d + UNIT <= bytes; d += UNIT) step(d, whole);
       if (d < bytes) step(d, [&](const char *p) { return _mm256_maskz_loadu_epi8(bytes_below(bytes - d), p); });
     }
@@ -98,14 +97,16 @@ struct PairScores {
     }
   }
 
-  template <int G, class A>
-  FG_INLINE void tiles(const char *q, const char *k, A &ahead, int64_t stride, int count, int bytes, float *to) {
+  template <int G>
+  FG_INLINE void tiles(const char *q, const char *k, Ahead &ahead, int64_t stride, int count, int bytes, float *to) {
     constexpr int R = G == 2 ? 8 : 4;
     int r = 0;
     for (; r + R <= count; r += R) tile<G, R>(q, k + r * stride, ahead, stride, bytes, to + r);
     if (R > 4 && r + 4 <= count) tile<G, 4>(q, k + r * stride, ahead, stride, bytes, to + r), r += 4;
     for (; r < count; ++r) tile<G, 1>(q, k + r * stride, ahead, stride, bytes, to + r);
   }
+
+  static int groups(int rows) { return groups_of(4, (rows + 1) / 2); }  // that scores() makes
 
   // to[m * ROW + r] = q[m] . k[r] for the rows m of a key head, and one more where they are odd, and `count` keys.
   static void scores(const char *q, int rows, const T *keys, Ahead &ahead, int64_t step, int count, int dim,
@@ -114,17 +115,16 @@ struct PairScores {
     const int64_t stride = step * static_cast<int64_t>(sizeof(T));
     const int bytes = dim * static_cast<int>(sizeof(T));
     in_groups(4, (rows + 1) / 2, [&](auto G, int g) {
-      Nothing nothing;
-      if (g)
-        tiles<G.value>(q + g * PAIR, k, nothing, stride, count, bytes, to + 2 * g * ROW);
-      else
-        tiles<G.value>(q, k, ahead, stride, count, bytes, to);
+      Ahead own = ahead;  // in registers
+      tiles<G.value>(q + g * PAIR, k, own, stride, count, bytes, to + 2 * g * ROW);
+      ahead = own;
     });
   }
 };
 
 struct PairFew : FloatFew<float> {
   using Pairs = PairScores<float>;
+  static int groups(int rows) { return Pairs::groups(rows); }
   static void take_query(const float *from, int dim, int m, char *to) { Pairs::take_query(from, dim, m, to); }
   static void scores(const char *q, int rows, const float *k, Ahead &ahead, int64_t stride, int count, int dim,
                      float *to) {

@@ -15,16 +15,16 @@
 namespace {
 
 constexpr int64_t FEW = 4;       // queries up to which this is the faster way
-constexpr int PIECE = 512;       // keys of a piece
+constexpr int PIECE = 1024;     // keys of a piece
 constexpr int ROW = PIECE + 16;  // floats from a query's scores to the next one's: in other cache sets
 constexpr int ROWS = 16;         // queries of an item over one head of the keys,
 constexpr int MOST_ROWS = 32;    // and over all of its heads, an even number of each
 constexpr int64_t FEW_DIM = 256;  // the largest head dimension
 constexpr int WIDE = FEW_DIM + 32;  // room for a row along the head dimension; rows fall in other cache sets
 constexpr int BLOCK = 32;    // scores that become weights in one go
-constexpr int LEAD = 8192;   // bytes from the key in use to the one asked for,
-constexpr int PAUSE = 8192;  // more of them while weights are computed,
-constexpr int FAR = 16384;   // and to the page that is met next, whose address takes long to find
+constexpr int LEAD = 8192;   // bytes from the key in use to the one asked for, twice that where heads lie side by side;
+                             // as far again to the page that is met next, whose address takes long to find
+constexpr int PAUSE = 8192;  // more of them while weights are computed
 constexpr int HALF = 2048;   // bytes of half a page
 constexpr int RUN = 8192;    // bytes that products take at a time,
 constexpr int KEYS = 32;     // and their keys at the most
@@ -144,9 +144,11 @@ struct Pieces {
   const Item &item;
   const fg_attention_args *const a = item.of[0].a;
   const int dim = static_cast<int>(a->dim), rows = item.rows, tall = (rows + 1) / 2 * 2;
-  const int bytes = item.heads * dim * static_cast<int>(sizeof(T)), lead = fours(LEAD), pause = PAUSE / bytes / 4 * 4;
-  const int page = bytes < HALF ? HALF / bytes : 1, far = fours(FAR) > 2 * lead ? fours(FAR) : 2 * lead;
+  const int bytes = item.heads * dim * static_cast<int>(sizeof(T));
+  const int lead = fours(item.heads > 1 ? 2 * LEAD : LEAD), pause = PAUSE / bytes / 4 * 4;
+  const int page = bytes < HALF ? HALF / bytes : 1;  // keys
   const int most = fours(RUN) < KEYS ? fours(RUN) : KEYS;
+  const int64_t all = a->heads / a->kv_heads * a->queries;  // queries of a key head
   alignas(64) float o[MOST_ROWS * WIDE], s[MOST_ROWS * ROW];
   alignas(64) char q[MOST_ROWS * WIDE * 4];
   int64_t k0;
@@ -189,7 +191,7 @@ struct Pieces {
   }
   // Of the pages that are met in a while a line each.
   void touch(bool second, int r, int count) const {
-    for (int i = 0; i < count; i += page) __builtin_prefetch(behind(second, r + i, far, 1).at);
+    for (int i = 0; i < count; i += page) __builtin_prefetch(behind(second, r + i, 2 * lead, 1).at);
   }
 
   void scores() {
@@ -204,7 +206,7 @@ struct Pieces {
   }
 
   // Weights and what stands before them in a part; meanwhile the values that come next are on their way.
-  void weights(float *parts, int64_t size, int64_t apart) {
+  void weights(float *parts, int64_t apart) {
     const int lines = (bytes + 63) / 64 * (lead + pause < n ? pause : n > lead ? n - lead : 0);
     const int queries = item.heads * rows;
     Ahead ahead = values_from(lead < n ? lead : 0, 1);
@@ -212,7 +214,7 @@ struct Pieces {
       for (int line = lines * i / queries; line < lines * (i + 1) / queries; ++line) ahead.line();
       const int g = i / rows, m = i % rows;
       float *own = s + (g * tall + m) * ROW;
-      weigh_row<F>(item.of[g], item.of[g].head + item.head(m), item.row(m), k0, n, own, parts + g * apart + m * size);
+      weigh_row<F>(item.of[g], item.of[g].head + item.head(m), item.row(m), k0, n, own, parts + (g * all + m) * apart);
     }
   }
 
@@ -232,27 +234,27 @@ struct Pieces {
     }
   }
 
-  // The n keys from k0 on.  Each query leaves a part of `size` floats; a key head's stand `apart` from the next one's.
-  void run(int64_t begin, int count, float *parts, int64_t size, int64_t apart) {
+  // The n keys from k0 on.  Each query leaves a part, `apart` floats from the next one's; a key head's stand together.
+  void run(int64_t begin, int count, float *parts, int64_t apart) {
     k0 = begin, n = count;
     scores();
-    weights(parts, size, apart);
+    weights(parts, apart);
     values();
     for (int g = 0; g < item.heads; ++g)
       for (int m = 0; m < rows; ++m)
-        F::give(o + (g * tall + m) * WIDE, dim, parts + g * apart + m * size + PART_HEAD);
+        F::give(o + (g * tall + m) * WIDE, dim, parts + (g * all + m) * apart + PART_HEAD);
   }
 };
 
-// One query's output from its parts, `apart` floats from one piece's to the next.
+// One query's output from its parts, `size` floats each, one after another.
 template <class T>
-void few_join(const float *parts, int64_t apart, int64_t pieces, int dim, float sink, T *out) {
+void few_join(const float *parts, int64_t size, int64_t pieces, int dim, float sink, T *out) {
   alignas(64) float o[WIDE] = {}, factor[W];
   float most = sink * LOG2E, total = 0.0f;
-  for (int64_t i = 0; i < pieces; ++i) most = parts[i * apart] > most ? parts[i * apart] : most;
+  for (int64_t i = 0; i < pieces; ++i) most = parts[i * size] > most ? parts[i * size] : most;
   float shift = most < LOWEST ? 0.0f : most;
   for (int64_t i = 0; i < pieces; ++i) {
-    const float *part = parts + i * apart;
+    const float *part = parts + i * size;
     store(factor, exp2_falling<5>(set1(part[0] - shift)));
     total += factor[0] * part[1];
     for (int d = 0; d < dim; d += W) store(o + d, fma(set1(factor[0]), load(part + PART_HEAD + d), load(o + d)));
@@ -285,7 +287,7 @@ int64_t heads_together(const fg_attention_args *a, const F &head_at, int64_t row
 
 // The pieces [i, i + span), counted from the sequence's first on, of an item that knows its heads and rows.
 template <class E>
-void some_pieces(Item *item, int64_t i, int64_t span, float *parts, int64_t size, int64_t between) {
+void some_pieces(Item *item, int64_t i, int64_t span, float *parts, int64_t apart) {
   const Head &h = item->of[0];
   const int64_t last = h.a->queries - 1, first = pieces_of(h).first + i, end = last_open(h, last);
   const int64_t lowest = first_open(h, 0) & ~int64_t{15};  // down to 16: what is added to what stays
@@ -295,13 +297,11 @@ void some_pieces(Item *item, int64_t i, int64_t span, float *parts, int64_t size
   for (int64_t own = first; own * PIECE < item->end; ++own) {
     int64_t begin = own * PIECE < lowest ? lowest : own * PIECE;
     int64_t n = (item->end < (own + 1) * PIECE ? item->end : (own + 1) * PIECE) - begin;
-    int64_t rows = h.a->heads / h.a->kv_heads * h.a->queries;
-    if (n > 0) over.run(begin, static_cast<int>(n), parts + (i + own - first) * between, size, rows * size);
+    if (n > 0) over.run(begin, static_cast<int>(n), parts + (i + own - first) * part_size(h.a->dim), apart);
   }
 }
 
-// All of a problem by the engine E; `head_at(batch, head)` gives a Head.  A sequence's parts stand from its first piece
-// on.
+// All of a problem by the engine E; `head_at(batch, head)` gives a Head.  A query's parts stand one after another.
 template <class E, class F>
 int few_by(const fg_attention_args *a, const F &head_at) {
   using T = typename E::element;
@@ -310,8 +310,8 @@ int few_by(const fg_attention_args *a, const F &head_at) {
     Range own = pieces_of(head_at(batch, 0));
     pieces = own.last - own.first > pieces ? own.last - own.first : pieces;
   }
-  int64_t size = part_size(a->dim), apart = a->batch * a->kv_heads * rows * size;
-  float *parts = static_cast<float *>(fg_scratch(static_cast<size_t>(apart * pieces * 4)));
+  int64_t size = part_size(a->dim), apart = pieces * size;
+  float *parts = static_cast<float *>(fg_scratch(static_cast<size_t>(a->batch * a->kv_heads * rows * apart * 4)));
   if (!parts && pieces) return FG_NO_MEMORY;
   int64_t together = heads_together<T>(a, head_at, rows, pieces), groups = (a->kv_heads + together - 1) / together;
   int64_t all = a->batch * groups * blocks, span = all * pieces / (16 * fg_threads());  // pieces of an item
@@ -325,7 +325,7 @@ int few_by(const fg_attention_args *a, const F &head_at) {
     item.first = block * ROWS;
     item.rows = static_cast<int>(rows - item.first < ROWS ? rows - item.first : ROWS);
     for (int g = 0; g < item.heads; ++g) item.of[g] = head_at(batch, (kv + g) * shared);
-    some_pieces<E>(&item, i, span, parts + ((batch * a->kv_heads + kv) * rows + item.first) * size, size, apart);
+    some_pieces<E>(&item, i, span, parts + ((batch * a->kv_heads + kv) * rows + item.first) * apart, apart);
     return FG_OK;
   };
   int64_t work = PIECE * a->dim * (rows < ROWS ? rows : ROWS) * together * span;
@@ -334,7 +334,7 @@ int few_by(const fg_attention_args *a, const F &head_at) {
     int64_t pair = item / a->queries, row = item % a->queries;
     Head h = head_at(pair / a->heads, pair % a->heads);
     Range own = pieces_of(h);
-    few_join(parts + item * size, apart, own.last - own.first, static_cast<int>(a->dim), h.e.sink,
+    few_join(parts + item * apart, size, own.last - own.first, static_cast<int>(a->dim), h.e.sink,
              reinterpret_cast<T *>(h.out) + row * a->out_row);
     return FG_OK;
   });

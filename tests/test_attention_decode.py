@@ -97,10 +97,11 @@ def test_bits_do_not_depend_on_where_or_beside_whom_a_sequence_lies(level: str, 
 
 @needs_library
 @pytest.mark.parametrize("window", [0, 600])
+@pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_drafts_have_the_bits_of_single_steps(dtype: torch.dtype, window: int) -> None:
+def test_drafts_have_the_bits_of_single_steps(dtype: torch.dtype, heads: int, window: int) -> None:
     """Speculative decoding verifies several tokens at once: each must come out as it would alone."""
-    q, (k, v) = queries(2, 4, 5, 64, dtype), cache(2, 2, 1300, 64, dtype)
+    q, (k, v) = queries(2, heads, 5, 64, dtype), cache(2, 2, 1300, 64, dtype)
     lengths = torch.tensor([1300, 700])
     whole = decode(q, k, v, lengths, window=window)
     for i in range(5):

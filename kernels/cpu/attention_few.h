@@ -15,15 +15,16 @@
 namespace {
 
 constexpr int64_t FEW = 4;       // queries up to which this is the faster way
-constexpr int PIECE = 512;       // keys of a piece
+constexpr int PIECE = 1024;     // keys of a piece
 constexpr int ROW = PIECE + 16;  // floats from a query's scores to the next one's: in other cache sets
 constexpr int ROWS = 16;         // queries of an item over one head of the keys,
 constexpr int MOST_ROWS = 32;    // and over all of its heads, an even number of each
 constexpr int64_t FEW_DIM = 256;  // the largest head dimension
 constexpr int WIDE = FEW_DIM + 32;  // room for a row along the head dimension; rows fall in other cache sets
-constexpr int LEAD = 8192;   // bytes from the key in use to the one asked for,
-constexpr int PAUSE = 8192;  // more of them while weights are computed,
-constexpr int FAR = 16384;   // and to the page that is met next, whose address takes long to find
+constexpr int BLOCK = 32;    // scores that become weights in one go
+constexpr int LEAD = 8192;   // bytes from the key in use to the one asked for, twice that where heads lie side by side;
+                             // as far again to the page that is met next, whose address takes long to find
+constexpr int PAUSE = 8192;  // more of them while weights are computed
 constexpr int HALF = 2048;   // bytes of half a page
 constexpr int RUN = 8192;    // bytes that products take at a time,
 constexpr int KEYS = 32;     // and their keys at the most
@@ -41,19 +42,24 @@ FG_INLINE int run_of(const Head &h, int64_t j, int most) {
 }
 
 // What is asked for ahead of time: rows of `length` bytes, in the order of memory, whatever the order of the products.
+// It is asked for line by line, as evenly as the products come: where groups of queries multiply the same bytes one
+// after another, each asks for a part of them.
 struct Ahead {
-  const char *at;
-  int64_t stride;
-  int length, left;
+  const char *at, *end;
+  int64_t length, between;
+  int every, due = 0;
 
-  inline __attribute__((always_inline)) void ask(int size) {  // a line, or as much of it as the products take
-    __builtin_prefetch(at);
-    at += size, left -= size;
-    if (left <= 0) at += stride - (length - left), left = length;
+  Ahead(const char *at, int64_t stride, int64_t length, int groups)
+      : at(at), end(at + length), length(length), between(stride - length), every(64 * groups) {}
+
+  inline __attribute__((always_inline)) void ask(int size) {  // for as much as `size` bytes that are multiplied
+    for (due -= size; due < 0; due += every) line();
   }
-};
-struct Nothing {  // where another has asked
-  inline __attribute__((always_inline)) void ask(int) {}
+  inline __attribute__((always_inline)) void line() {
+    __builtin_prefetch(at);
+    at += 64;
+    if (at >= end) at = end + between, end = at + length;
+  }
 };
 
 }  // namespace
@@ -82,35 +88,38 @@ constexpr int64_t SHORT = 16;  // head dimensions below which products of pairs 
 constexpr int64_t PART_HEAD = 16;
 FG_INLINE int64_t part_size(int64_t dim) { return PART_HEAD + (dim + W - 1) / W * W; }
 
-// The scores s[n] of a query become its weights exp2(score - maximum), rounded as the products take them; the maximum and
-// their sum go to `part`.
+// What is added to the scores of W keys of which there are n, from a mask.
+inline vf mask_of(const fg_attention_args *a, int64_t mask, int n) {
+  float added[W];
+  for (int j = 0; j < W; ++j) added[j] = j < n ? LOG2E * mask_at(a, mask + j * a->mask_key) : 0.0f;
+  return load(added);
+}
+
+// The scores s[n] of a query become its weights exp2(score - maximum), rounded and laid out as the products take them;
+// the maximum (in units of log 2) and their sum go to `part`.
 template <class F>
 void weigh_row(const Head &h, int64_t head, int64_t row, int64_t k0, int n, float *s, float *part) {
   const fg_attention_args *a = h.a;
-  float rate = static_cast<float>(a->scale) * LOG2E;
-  int64_t mask = h.batch * a->mask_batch + head * a->mask_head + row * a->mask_row;
-  int64_t shut = first_open(h, row) - k0, open = last_open(h, row) - k0;
-  float bend = h.e.softcap > 0.0f ? static_cast<float>(a->scale) / h.e.softcap : 0.0f;
+  const int64_t mask = h.batch * a->mask_batch + head * a->mask_head + row * a->mask_row;
+  const int64_t shut = first_open(h, row) - k0, last = last_open(h, row) - k0, open = last < n ? last : n;
+  const float scale = static_cast<float>(a->scale), cap = h.e.softcap;
+  const vf rate = set1(cap > 0.0f ? scale / cap : scale * LOG2E);
   vf highest = set1(-infinity()), sum = set1(0.0f);
   for (int r = 0; r < n; r += W) {
-    vf x = mul(load(s + r), set1(rate));
-    if (h.e.softcap > 0.0f) x = capped(mul(load(s + r), set1(bend)), set1(h.e.softcap * LOG2E));
-    if (a->mask) {
-      float added[W];
-      for (int j = 0; j < W; ++j) added[j] = r + j < n ? LOG2E * mask_at(a, mask + (k0 + r + j) * a->mask_key) : 0.0f;
-      x = add(x, load(added));
-    }
+    vf x = mul(load(s + r), rate);
+    if (cap > 0.0f) x = capped(x, set1(cap * LOG2E));
+    if (a->mask) x = add(x, mask_of(a, mask + (k0 + r) * a->mask_key, n - r));
     store(s + r, x);
-    for (int j = W; j > 0 && r + j > open; --j) s[r + j - 1] = -infinity();
-    for (int j = 0; j < W && r + j < shut; ++j) s[r + j] = -infinity();
-    highest = max(load(s + r), highest);
+    if (r < shut || r + W > open) {
+      for (int j = 0; j < W; ++j)
+        if (r + j < shut || r + j >= open) s[r + j] = -infinity();
+      x = load(s + r);
+    }
+    highest = max(x, highest);
   }
-  float most = hmax(highest), shift = most < LOWEST ? 0.0f : most;  // all closed: any finite shift gives exp2(-inf)
-  for (int r = 0; r < n; r += W) {
-    vf p = F::weight(exp2_falling<5>(sub(load(s + r), set1(shift))));
-    store(s + r, p);
-    sum = add(sum, p);
-  }
+  for (int r = (n + W - 1) / W * W; r % BLOCK; r += W) store(s + r, set1(-infinity()));
+  const float most = hmax(highest), shift = most < LOWEST ? 0.0f : most;  // all closed: any finite one gives exp2(-inf)
+  for (int r = 0; r < n; r += BLOCK) sum = F::weigh(s, r, set1(shift), sum);
   part[0] = most;
   part[1] = hsum(sum);
 }
@@ -135,8 +144,11 @@ struct Pieces {
   const Item &item;
   const fg_attention_args *const a = item.of[0].a;
   const int dim = static_cast<int>(a->dim), rows = item.rows, tall = (rows + 1) / 2 * 2;
-  const int bytes = item.heads * dim * static_cast<int>(sizeof(T)), lead = fours(LEAD), pause = PAUSE / bytes / 4 * 4;
-  const int page = fours(HALF), most = fours(RUN) < KEYS ? fours(RUN) : KEYS;
+  const int bytes = item.heads * dim * static_cast<int>(sizeof(T));
+  const int lead = fours(item.heads > 1 ? 2 * LEAD : LEAD), pause = PAUSE / bytes / 4 * 4;
+  const int page = bytes < HALF ? HALF / bytes : 1;  // keys
+  const int most = fours(RUN) < KEYS ? fours(RUN) : KEYS;
+  const int64_t all = a->heads / a->kv_heads * a->queries;  // queries of a key head
   alignas(64) float o[MOST_ROWS * WIDE], s[MOST_ROWS * ROW];
   alignas(64) char q[MOST_ROWS * WIDE * 4];
   int64_t k0;
@@ -159,31 +171,34 @@ struct Pieces {
   const T *v(int g) const { return reinterpret_cast<const T *>(item.of[g].v); }
 
   // From the row at `at` of the first head on, that of all heads.
-  Ahead rows_from(const T *first, const T *last, int64_t at, int64_t stride) const {
+  Ahead rows_from(const T *first, const T *last, int64_t at, int64_t stride, int groups) const {
     const int64_t size = sizeof(T);
-    const int length = static_cast<int>((last - first + dim) * size);
-    return {reinterpret_cast<const char *>(first + at), stride * size, length, length};
+    return {reinterpret_cast<const char *>(first + at), stride * size, (last - first + dim) * size, groups};
   }
-  Ahead keys_from(int64_t r) const { return rows_from(k(0), k(item.heads - 1), k_at(r), a->k_row); }
-  Ahead values_from(int64_t r) const { return rows_from(v(0), v(item.heads - 1), v_at(r), a->v_row); }
+  Ahead keys_from(int64_t r, int groups) const {
+    return rows_from(k(0), k(item.heads - 1), k_at(r), a->k_row, groups);
+  }
+  Ahead values_from(int64_t r, int groups) const {
+    return rows_from(v(0), v(item.heads - 1), v_at(r), a->v_row, groups);
+  }
 
   // What is `by` keys behind key r, or, `second`, behind value r, as the piece is gone through.
-  Ahead behind(bool second, int r, int by) const {
+  Ahead behind(bool second, int r, int by, int groups) const {
     const int at = r + by;
-    if (!second) return at < n ? keys_from(at) : values_from(at - n < n ? at - n : n - 1);
-    if (at < n) return values_from(at);
-    return k0 + at < item.end ? keys_from(at) : values_from(n - 1);
+    if (!second) return at < n ? keys_from(at, groups) : values_from(at - n < n ? at - n : n - 1, groups);
+    if (at < n) return values_from(at, groups);
+    return k0 + at < item.end ? keys_from(at, groups) : values_from(n - 1, groups);
   }
   // Of the pages that are met in a while a line each.
   void touch(bool second, int r, int count) const {
-    for (int i = 0; i < count; i += page) __builtin_prefetch(behind(second, r + i, fours(FAR)).at);
+    for (int i = 0; i < count; i += page) __builtin_prefetch(behind(second, r + i, 2 * lead, 1).at);
   }
 
   void scores() {
     for (int r = 0, count; r < n; r += count) {
       count = run_of(item.of[0], k0 + r, n - r < most ? n - r : most);
       touch(false, r, count);
-      Ahead ahead = behind(false, r, lead);
+      Ahead ahead = behind(false, r, lead, F::groups(rows));
       const int64_t here = k_at(r);
       for (int g = 0; g < item.heads; ++g)
         F::scores(q + g * tall * WIDE * 4, rows, k(g) + here, ahead, a->k_row, count, dim, s + g * tall * ROW + r);
@@ -191,60 +206,55 @@ struct Pieces {
   }
 
   // Weights and what stands before them in a part; meanwhile the values that come next are on their way.
-  void weights(float *parts, int64_t size, int64_t apart) {
+  void weights(float *parts, int64_t apart) {
     const int lines = (bytes + 63) / 64 * (lead + pause < n ? pause : n > lead ? n - lead : 0);
     const int queries = item.heads * rows;
-    Ahead ahead = values_from(lead < n ? lead : 0);
+    Ahead ahead = values_from(lead < n ? lead : 0, 1);
     for (int i = 0; i < queries; ++i) {
-      for (int line = lines * i / queries; line < lines * (i + 1) / queries; ++line) ahead.ask(64);
+      for (int line = lines * i / queries; line < lines * (i + 1) / queries; ++line) ahead.line();
       const int g = i / rows, m = i % rows;
       float *own = s + (g * tall + m) * ROW;
-      weigh_row<F>(item.of[g], item.of[g].head + item.head(m), item.row(m), k0, n, own, parts + g * apart + m * size);
-      F::take_weights(own, n);
+      weigh_row<F>(item.of[g], item.of[g].head + item.head(m), item.row(m), k0, n, own, parts + (g * all + m) * apart);
     }
   }
 
   void values() {
+    const int wide = rows <= 4 ? 2 : 4;
     memset(o, 0, static_cast<size_t>(item.heads) * tall * WIDE * 4);
     for (int r = 0, count; r < n; r += count) {
       count = F::whole_run(run_of(item.of[0], k0 + r, n - r < most ? n - r : most), n - r);
       touch(true, r, count);
-      Ahead ahead = behind(true, r, lead + pause);
+      Ahead ahead = behind(true, r, lead + pause, groups_of(wide, rows));
       const int64_t here = v_at(r), step = count > 1 ? v_at(r + 1) - here : 0;
       for (int g = 0; g < item.heads; ++g)
-        in_groups(rows <= 4 ? 2 : 4, rows, [&](auto M, int m) {
-          const float *p = s + (g * tall + m) * ROW;
-          float *to = o + (g * tall + m) * WIDE;
-          Nothing nothing;
-          if (m)
-            F::template blends<M.value>(p, r, v(g) + here, nothing, step, count, dim, to);
-          else
-            F::template blends<M.value>(p, r, v(g) + here, ahead, step, count, dim, to);
+        in_groups(wide, rows, [&](auto M, int m) {
+          const int i = g * tall + m;
+          F::template blends<M.value>(s + i * ROW, r, v(g) + here, ahead, step, count, dim, o + i * WIDE);
         });
     }
   }
 
-  // The n keys from k0 on.  Each query leaves a part of `size` floats; a key head's stand `apart` from the next one's.
-  void run(int64_t begin, int count, float *parts, int64_t size, int64_t apart) {
+  // The n keys from k0 on.  Each query leaves a part, `apart` floats from the next one's; a key head's stand together.
+  void run(int64_t begin, int count, float *parts, int64_t apart) {
     k0 = begin, n = count;
     scores();
-    weights(parts, size, apart);
+    weights(parts, apart);
     values();
     for (int g = 0; g < item.heads; ++g)
       for (int m = 0; m < rows; ++m)
-        F::give(o + (g * tall + m) * WIDE, dim, parts + g * apart + m * size + PART_HEAD);
+        F::give(o + (g * tall + m) * WIDE, dim, parts + (g * all + m) * apart + PART_HEAD);
   }
 };
 
-// One query's output from its parts, `apart` floats from one piece's to the next.
+// One query's output from its parts, `size` floats each, one after another.
 template <class T>
-void few_join(const float *parts, int64_t apart, int64_t pieces, int dim, float sink, T *out) {
+void few_join(const float *parts, int64_t size, int64_t pieces, int dim, float sink, T *out) {
   alignas(64) float o[WIDE] = {}, factor[W];
   float most = sink * LOG2E, total = 0.0f;
-  for (int64_t i = 0; i < pieces; ++i) most = parts[i * apart] > most ? parts[i * apart] : most;
+  for (int64_t i = 0; i < pieces; ++i) most = parts[i * size] > most ? parts[i * size] : most;
   float shift = most < LOWEST ? 0.0f : most;
   for (int64_t i = 0; i < pieces; ++i) {
-    const float *part = parts + i * apart;
+    const float *part = parts + i * size;
     store(factor, exp2_falling<5>(set1(part[0] - shift)));
     total += factor[0] * part[1];
     for (int d = 0; d < dim; d += W) store(o + d, fma(set1(factor[0]), load(part + PART_HEAD + d), load(o + d)));
@@ -277,7 +287,7 @@ int64_t heads_together(const fg_attention_args *a, const F &head_at, int64_t row
 
 // The pieces [i, i + span), counted from the sequence's first on, of an item that knows its heads and rows.
 template <class E>
-void some_pieces(Item *item, int64_t i, int64_t span, float *parts, int64_t size, int64_t between) {
+void some_pieces(Item *item, int64_t i, int64_t span, float *parts, int64_t apart) {
   const Head &h = item->of[0];
   const int64_t last = h.a->queries - 1, first = pieces_of(h).first + i, end = last_open(h, last);
   const int64_t lowest = first_open(h, 0) & ~int64_t{15};  // down to 16: what is added to what stays
@@ -287,13 +297,11 @@ void some_pieces(Item *item, int64_t i, int64_t span, float *parts, int64_t size
   for (int64_t own = first; own * PIECE < item->end; ++own) {
     int64_t begin = own * PIECE < lowest ? lowest : own * PIECE;
     int64_t n = (item->end < (own + 1) * PIECE ? item->end : (own + 1) * PIECE) - begin;
-    int64_t rows = h.a->heads / h.a->kv_heads * h.a->queries;
-    if (n > 0) over.run(begin, static_cast<int>(n), parts + (i + own - first) * between, size, rows * size);
+    if (n > 0) over.run(begin, static_cast<int>(n), parts + (i + own - first) * part_size(h.a->dim), apart);
   }
 }
 
-// All of a problem by the engine E; `head_at(batch, head)` gives a Head.  A sequence's parts stand from its first piece
-// on.
+// All of a problem by the engine E; `head_at(batch, head)` gives a Head.  A query's parts stand one after another.
 template <class E, class F>
 int few_by(const fg_attention_args *a, const F &head_at) {
   using T = typename E::element;
@@ -302,8 +310,8 @@ int few_by(const fg_attention_args *a, const F &head_at) {
     Range own = pieces_of(head_at(batch, 0));
     pieces = own.last - own.first > pieces ? own.last - own.first : pieces;
   }
-  int64_t size = part_size(a->dim), apart = a->batch * a->kv_heads * rows * size;
-  float *parts = static_cast<float *>(fg_scratch(static_cast<size_t>(apart * pieces * 4)));
+  int64_t size = part_size(a->dim), apart = pieces * size;
+  float *parts = static_cast<float *>(fg_scratch(static_cast<size_t>(a->batch * a->kv_heads * rows * apart * 4)));
   if (!parts && pieces) return FG_NO_MEMORY;
   int64_t together = heads_together<T>(a, head_at, rows, pieces), groups = (a->kv_heads + together - 1) / together;
   int64_t all = a->batch * groups * blocks, span = all * pieces / (16 * fg_threads());  // pieces of an item
@@ -317,7 +325,7 @@ int few_by(const fg_attention_args *a, const F &head_at) {
     item.first = block * ROWS;
     item.rows = static_cast<int>(rows - item.first < ROWS ? rows - item.first : ROWS);
     for (int g = 0; g < item.heads; ++g) item.of[g] = head_at(batch, (kv + g) * shared);
-    some_pieces<E>(&item, i, span, parts + ((batch * a->kv_heads + kv) * rows + item.first) * size, size, apart);
+    some_pieces<E>(&item, i, span, parts + ((batch * a->kv_heads + kv) * rows + item.first) * apart, apart);
     return FG_OK;
   };
   int64_t work = PIECE * a->dim * (rows < ROWS ? rows : ROWS) * together * span;
@@ -326,7 +334,7 @@ int few_by(const fg_attention_args *a, const F &head_at) {
     int64_t pair = item / a->queries, row = item % a->queries;
     Head h = head_at(pair / a->heads, pair % a->heads);
     Range own = pieces_of(h);
-    few_join(parts + item * size, apart, own.last - own.first, static_cast<int>(a->dim), h.e.sink,
+    few_join(parts + item * apart, size, own.last - own.first, static_cast<int>(a->dim), h.e.sink,
              reinterpret_cast<T *>(h.out) + row * a->out_row);
     return FG_OK;
   });

@@ -11,17 +11,13 @@ struct Bf16Few : PairScores<bf16> {
 
   FG_INLINE __mmask32 halves_below(int n) { return n >= 32 ? ~0u : (1u << n) - 1u; }
 
-  // The sum of the rounded weights divides what they weighed: their common error cancels.
-  FG_INLINE vf weight(vf p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(p)), 16));
-  }
-
-  // The weights s[n] become bfloat16, in place; zeros up to a whole vector.
-  static void take_weights(float *s, int n) {
-    for (int r = 0; r < n; r += 32) {
-      vf low = load(s + r), high = r + W < n ? load(s + r + W) : set1(0.0f);
-      _mm512_storeu_si512(reinterpret_cast<bf16 *>(s) + r, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    }
+  // The scores from s[r] on become BLOCK weights in bfloat16, in s as an array of those.  The sum of the rounded
+  // weights, two a lane, divides what they weighed: their common error cancels.
+  FG_INLINE vf weigh(float *s, int r, vf shift, vf sum) {
+    vf low = exp2_falling<5>(sub(load(s + r), shift)), high = exp2_falling<5>(sub(load(s + r + W), shift));
+    __m512bh p = _mm512_cvtne2ps_pbh(high, low);
+    _mm512_storeu_si512(reinterpret_cast<bf16 *>(s) + r, (__m512i)p);
+    return _mm512_dpbf16_ps(sum, p, (__m512bh)_mm512_set1_epi16(0x3f80));
   }
 
   // How many of `count` keys that lie one after another are taken in one go, `left` being those up to the end: pairs
@@ -33,8 +29,8 @@ struct Bf16Few : PairScores<bf16> {
   // o[m] += sum over n keys of p[m][key] v[key], for M queries and C steps of dims, the last of `lanes`, 32 where all
   // are WHOLE.  In o a step's sums stand as give() takes them: those of dims 8 i to 8 i + 3, then those of 8 i + 4 to
   // 8 i + 7.
-  template <int M, int C, bool WHOLE, class A>
-  FG_INLINE void blend(const bf16 *p, const bf16 *v, A &ahead, int64_t stride, int n, int lanes, float *o) {
+  template <int M, int C, bool WHOLE>
+  FG_INLINE void blend(const bf16 *p, const bf16 *v, Ahead &ahead, int64_t stride, int n, int lanes, float *o) {
     vf sum[M][2 * C];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
@@ -45,9 +41,8 @@ struct Bf16Few : PairScores<bf16> {
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
         const bf16 *at = v + r * stride + c * 32;
+        ahead.ask(2 * 64);
         const __mmask32 mask = WHOLE || c + 1 < C ? ~0u : halves_below(lanes);
-        ahead.ask(64);
-        ahead.ask(64);
         __m512i even = mask == ~0u ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi16(mask, at);
         __m512i odd = _mm512_setzero_si512();
         if (second) odd = mask == ~0u ? _mm512_loadu_si512(at + stride) : _mm512_maskz_loadu_epi16(mask, at + stride);
@@ -73,16 +68,18 @@ struct Bf16Few : PairScores<bf16> {
   }
 
   // All dims of the n keys from the piece's key r on; of one or two queries whole rows, as far as registers hold them.
-  template <int M, class A>
-  static void blends(const float *s, int r, const bf16 *v, A &ahead, int64_t stride, int n, int dim, float *o) {
+  template <int M>
+  static void blends(const float *s, int r, const bf16 *v, Ahead &ahead, int64_t stride, int n, int dim, float *o) {
     constexpr int MOST = M <= 2 ? 4 : 2;
     const bf16 *p = reinterpret_cast<const bf16 *>(s) + r;
+    Ahead own = ahead;
     int d = 0;
-    for (; d + MOST * 32 <= dim; d += MOST * 32) blend<M, MOST, true>(p, v + d, ahead, stride, n, 32, o + d);
-    if (d < dim) rest<M, MOST>(p, v + d, ahead, stride, n, dim - d, o + d);
+    for (; d + MOST * 32 <= dim; d += MOST * 32) blend<M, MOST, true>(p, v + d, own, stride, n, 32, o + d);
+    if (d < dim) rest<M, MOST>(p, v + d, own, stride, n, dim - d, o + d);
+    ahead = own;
   }
-  template <int M, int C, class A>
-  FG_INLINE void rest(const bf16 *p, const bf16 *v, A &ahead, int64_t stride, int n, int left, float *o) {
+  template <int M, int C>
+  FG_INLINE void rest(const bf16 *p, const bf16 *v, Ahead &ahead, int64_t stride, int n, int left, float *o) {
     if (left > (C - 1) * 32) return blend<M, C, false>(p, v, ahead, stride, n, (left - 1) % 32 + 1, o);
     if constexpr (C > 1) rest<M, C - 1>(p, v, ahead, stride, n, left, o);
   }

@@ -12,6 +12,11 @@ FG_INLINE void in_groups(int most, int rows, const F &body) {
   if (m < rows) body(std::integral_constant<int, 1>(), m);
 }
 
+// How many groups that makes.
+FG_INLINE int groups_of(int most, int rows) {
+  return most >= 4 ? rows / 4 + rows % 4 / 2 + rows % 2 : rows / 2 + rows % 2;
+}
+
 // The sums over the lanes of four vectors, each added up in hsum's order.
 FG_INLINE void hsum4(const vf (&x)[4], float *to) {
 #if defined(FG_HAS_AVX512)
@@ -27,8 +32,8 @@ FG_INLINE void hsum4(const vf (&x)[4], float *to) {
 }
 
 // to[m * ROW + r] = q[m] . k[r] for M queries, R keys; `ahead` is what will be read later.
-template <int M, int R, class T, class A>
-FG_INLINE void dots(const float *q, const T *k, A &ahead, int64_t stride, int dim, float *to) {
+template <int M, int R, class T>
+FG_INLINE void dots(const float *q, const T *k, Ahead &ahead, int64_t stride, int dim, float *to) {
   vf sum[M][R];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
@@ -61,8 +66,8 @@ FG_INLINE void dots(const float *q, const T *k, A &ahead, int64_t stride, int di
   }
 }
 
-template <int M, class T, class A>
-void all_dots(const float *q, const T *k, A &ahead, int64_t stride, int n, int dim, float *s) {
+template <int M, class T>
+void all_dots(const float *q, const T *k, Ahead &ahead, int64_t stride, int n, int dim, float *s) {
   if (n == 4)
     dots<M, 4>(q, k, ahead, stride, dim, s);
   else
@@ -83,22 +88,27 @@ struct FloatFew {
       n = count - r < 4 ? count - r : 4;
       in_groups(4, rows, [&](auto M, int m) {
         const float *from = reinterpret_cast<const float *>(q) + m * WIDE;
-        Nothing nothing;
-        if (m)
-          all_dots<M.value>(from, k + r * stride, nothing, stride, n, dim, to + m * ROW + r);
-        else
-          all_dots<M.value>(from, k + r * stride, ahead, stride, n, dim, to + m * ROW + r);
+        all_dots<M.value>(from, k + r * stride, ahead, stride, n, dim, to + m * ROW + r);
       });
     }
   }
 
-  FG_INLINE vf weight(vf p) { return p; }  // as it will be multiplied
-  static void take_weights(float *, int) {}
+  static int groups(int rows) { return groups_of(4, rows); }  // that scores() makes
+
+  // The scores from s[r] on become BLOCK weights; `sum`, of each lane, with theirs.
+  FG_INLINE vf weigh(float *s, int r, vf shift, vf sum) {
+    for (int end = r + BLOCK; r < end; r += W) {
+      vf p = exp2_falling<5>(sub(load(s + r), shift));
+      store(s + r, p);
+      sum = add(sum, p);
+    }
+    return sum;
+  }
   static int whole_run(int count, int) { return count; }
 
   // o[m] += sum over n keys of p[m][key] v[key], for M queries and C vectors of dims, the last of `lanes`.
-  template <int M, int C, class A>
-  FG_INLINE void blend(const float *p, const T *v, A &ahead, int64_t stride, int n, int lanes, float *o) {
+  template <int M, int C>
+  FG_INLINE void blend(const float *p, const T *v, Ahead &ahead, int64_t stride, int n, int lanes, float *o) {
     vf sum[M][C];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
@@ -108,7 +118,7 @@ struct FloatFew {
       vf x[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
-        ahead.ask(W * sizeof(T));
+        if (c % 2 == 0) ahead.ask((c + 1 < C ? 2 : 1) * W * sizeof(T));
         x[c] = c + 1 < C ? load(v + r * stride + c * W) : part(v + r * stride + c * W, lanes);
       }
 #pragma GCC unroll 4
@@ -125,16 +135,18 @@ struct FloatFew {
   }
 
   // All dims of the n keys from the piece's key r on; of one or two queries whole rows, as far as registers hold them.
-  template <int M, class A>
-  static void blends(const float *p, int r, const T *v, A &ahead, int64_t stride, int n, int dim, float *o) {
+  template <int M>
+  static void blends(const float *p, int r, const T *v, Ahead &ahead, int64_t stride, int n, int dim, float *o) {
     constexpr int MOST = W == 16 && M <= 2 ? 8 : 4;
     p += r;
+    Ahead own = ahead;
     int d = 0;
-    for (; d + MOST * W < dim; d += MOST * W) blend<M, MOST>(p, v + d, ahead, stride, n, W, o + d);
-    rest<M, MOST>(p, v + d, ahead, stride, n, dim - d, o + d);
+    for (; d + MOST * W < dim; d += MOST * W) blend<M, MOST>(p, v + d, own, stride, n, W, o + d);
+    rest<M, MOST>(p, v + d, own, stride, n, dim - d, o + d);
+    ahead = own;
   }
-  template <int M, int C, class A>
-  FG_INLINE void rest(const float *p, const T *v, A &ahead, int64_t stride, int n, int left, float *o) {
+  template <int M, int C>
+  FG_INLINE void rest(const float *p, const T *v, Ahead &ahead, int64_t stride, int n, int left, float *o) {
     if (left > (C - 1) * W) return blend<M, C>(p, v, ahead, stride, n, (left - 1) % W + 1, o);
     if constexpr (C > 1) rest<M, C - 1>(p, v, ahead, stride, n, left, o);
   }

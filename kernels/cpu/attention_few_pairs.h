@@ -27,6 +27,7 @@ struct PairScores {
   static constexpr int PAIR = 2 * WIDE * 4;  // bytes from two queries to the next two
 
   FG_INLINE __mmask32 bytes_below(int n) { return n >= UNIT ? ~0u : (1u << n) - 1u; }
+  FG_INLINE __m256i unit(const char *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); }
 
   // Query m's row in its place beside its neighbour's.
   static void take_query(const T *from, int dim, int m, char *to) {
@@ -39,18 +40,18 @@ struct PairScores {
   }
 
   // G pairs of queries by R keys, R being 1 or whole fours.
-  template <int G, int R, class A>
-  FG_INLINE void tile(const char *q, const char *k, A &ahead, int64_t stride, int bytes, float *to) {
+  template <int G, int R>
+  FG_INLINE void tile(const char *q, const char *k, Ahead &ahead, int64_t stride, int bytes, float *to) {
     constexpr int SUMS = R < 4 ? 4 : R;
     vf sum[G][SUMS];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g)
 #pragma GCC unroll 8
       for (int r = 0; r < SUMS; ++r) sum[g][r] = set1(0.0f);
-    auto step = [&](int d, auto unit) __attribute__((always_inline)) {
+    auto step = [&](int d, auto take) __attribute__((always_inline)) {
       vf x[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) x[r] = _mm512_castsi512_ps(_mm512_broadcast_i64x4(unit(k + r * stride + d)));
+      for (int r = 0; r < R; ++r) x[r] = _mm512_castsi512_ps(_mm512_broadcast_i64x4(take(k + r * stride + d)));
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
         vf own = load(reinterpret_cast<const float *>(q + g * PAIR + d * 2));
@@ -58,17 +59,15 @@ struct PairScores {
         for (int r = 0; r < R; ++r) sum[g][r] = dot_bytes(sum[g][r], own, x[r], static_cast<const T *>(nullptr));
       }
     };
-    auto whole = [](const char *p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p)); };
     int d = 0;
     for (; d + 2 * UNIT <= bytes; d += 2 * UNIT) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) ahead.ask(64);
-      step(d, whole);
-      step(d + UNIT, whole);
+      ahead.ask(R * 64);
+      step(d, unit);
+      step(d + UNIT, unit);
     }
     if (d < bytes) {
-      for (int r = 0; r < R; ++r) ahead.ask(64);
-      for (; d + UNIT <= bytes; d += UNIT) step(d, whole);
+      ahead.ask(R * 64);
+      for (; d + UNIT <= bytes; d += UNIT) step(d, unit);
       if (d < bytes) step(d, [&](const char *p) { return _mm256_maskz_loadu_epi8(bytes_below(bytes - d), p); });
     }
 #pragma GCC unroll 2
@@ -98,14 +97,35 @@ struct PairScores {
     }
   }
 
-  template <int G, class A>
-  FG_INLINE void tiles(const char *q, const char *k, A &ahead, int64_t stride, int count, int bytes, float *to) {
-    constexpr int R = G == 2 ? 8 : 4;
+  // One query by eight keys, two of them side by side: its eight sums for each are tile()'s.  Of whole units.
+  FG_INLINE void alone(const char *q, const char *k, Ahead &ahead, int64_t stride, int bytes, float *to) {
+    vf sum[4] = {set1(0.0f), set1(0.0f), set1(0.0f), set1(0.0f)};
+    for (int d = 0; d < bytes; d += UNIT) {
+      ahead.ask(8 * UNIT);
+      vf own = _mm512_castsi512_ps(_mm512_broadcast_i64x4(unit(q + d * 2)));
+#pragma GCC unroll 4
+      for (int r = 0; r < 4; ++r) {
+        const char *at = k + 2 * r * stride + d;
+        __m512i two = _mm512_inserti64x4(_mm512_castsi256_si512(unit(at)), unit(at + stride), 1);
+        sum[r] = dot_bytes(sum[r], own, _mm512_castsi512_ps(two), static_cast<const T *>(nullptr));
+      }
+    }
+    vf all = fold(sum);  // two quarters of keys 0, 2, 4 and 6, two of keys 1, 3, 5 and 7
+    vf scores = add(_mm512_shuffle_f32x4(all, all, 0x88), _mm512_shuffle_f32x4(all, all, 0xdd));
+    const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm256_storeu_ps(to, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, scores)));
+  }
+
+  template <int G>
+  FG_INLINE void tiles(const char *q, const char *k, Ahead &ahead, int64_t stride, int count, int bytes, float *to) {
+    constexpr int R = G <= 2 ? 8 : 4;
     int r = 0;
     for (; r + R <= count; r += R) tile<G, R>(q, k + r * stride, ahead, stride, bytes, to + r);
     if (R > 4 && r + 4 <= count) tile<G, 4>(q, k + r * stride, ahead, stride, bytes, to + r), r += 4;
     for (; r < count; ++r) tile<G, 1>(q, k + r * stride, ahead, stride, bytes, to + r);
   }
+
+  static int groups(int rows) { return groups_of(4, (rows + 1) / 2); }  // that scores() makes
 
   // to[m * ROW + r] = q[m] . k[r] for the rows m of a key head, and one more where they are odd, and `count` keys.
   static void scores(const char *q, int rows, const T *keys, Ahead &ahead, int64_t step, int count, int dim,
@@ -113,18 +133,25 @@ struct PairScores {
     const char *k = reinterpret_cast<const char *>(keys);
     const int64_t stride = step * static_cast<int64_t>(sizeof(T));
     const int bytes = dim * static_cast<int>(sizeof(T));
+    if (rows == 1 && bytes % UNIT == 0) {
+      Ahead own = ahead;
+      int r = 0;
+      for (; r + 8 <= count; r += 8) alone(q, k + r * stride, own, stride, bytes, to + r);
+      tiles<1>(q, k + r * stride, own, stride, count - r, bytes, to + r);
+      ahead = own;
+      return;
+    }
     in_groups(4, (rows + 1) / 2, [&](auto G, int g) {
-      Nothing nothing;
-      if (g)
-        tiles<G.value>(q + g * PAIR, k, nothing, stride, count, bytes, to + 2 * g * ROW);
-      else
-        tiles<G.value>(q, k, ahead, stride, count, bytes, to);
+      Ahead own = ahead;  // in registers
+      tiles<G.value>(q + g * PAIR, k, own, stride, count, bytes, to + 2 * g * ROW);
+      ahead = own;
     });
   }
 };
 
 struct PairFew : FloatFew<float> {
   using Pairs = PairScores<float>;
+  static int groups(int rows) { return Pairs::groups(rows); }
   static void take_query(const float *from, int dim, int m, char *to) { Pairs::take_query(from, dim, m, to); }
   static void scores(const char *q, int rows, const float *k, Ahead &ahead, int64_t stride, int count, int dim,
                      float *to) {

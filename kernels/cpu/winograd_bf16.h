@@ -141,25 +141,13 @@ struct PairWinograd : SmallTiles {
     }
   }
 
-  // Fetches what lies beside the outputs from o on of tiles [from, to): four lines a tile, which nothing foresees.  Were it
-  // not inlined at once, the compiler would drop its calls: to it they have no effect.
-  inline __attribute__((always_inline)) void fetch(int64_t from, int64_t to, int64_t o) const {
-    for (int64_t tile = from; tile < to; ++tile) {
-      const Place at = place(tile);
-      const bf16 *p = beside + ((at.sample * height + at.y) * width + at.x) * outputs + o;
-      const int64_t right = at.x + 1 < width ? outputs : 0, below = at.y + 1 < height ? width * outputs : 0;
-      __builtin_prefetch(p), __builtin_prefetch(p + right);
-      __builtin_prefetch(p + below), __builtin_prefetch(p + below + right);
-    }
-  }
-
   // One block of the chunk that begins at tile `first`, by one group of outputs.
   template <bool DOUBLED, class Take, class Seen>
   void convolve(int64_t first, int64_t t, int64_t count, int64_t group, float *m, const Take &take, Seen seen) const {
     const uint32_t *u = filters + group * SPOTS * words * GROUP, *v = spread + t * lines * LINE;
     const int64_t o = group * GROUP;
     for (int i = 0; i < SPOTS; ++i, u += words * GROUP, v += part) {
-      if (beside) fetch(first + t + count * i / SPOTS, first + t + count * (i + 1) / SPOTS, o);
+      if (beside) fetch(beside, first + t + count * i / SPOTS, first + t + count * (i + 1) / SPOTS, o);
       if (vanishes<DOUBLED>(i)) continue;
       if (outputs - o > W)
         multiply<2>(count, v, u, m + i * GROUP);

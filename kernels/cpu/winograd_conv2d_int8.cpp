@@ -8,7 +8,7 @@ namespace {
 template <class T>
 int convolve(const fg_winograd_conv2d_int8_args *a) {
   CodeWinograd<T> problem(a->x, a->filters, a->scale, a->batch, a->inputs, a->outputs, a->height, a->width);
-  const T *residual = static_cast<const T *>(a->residual), *own = static_cast<const T *>(a->bias);
+  const T *residual = problem.beside = static_cast<const T *>(a->residual), *own = static_cast<const T *>(a->bias);
   const float *bias = static_cast<const float *>(a->bias);
   const bool wide = a->bias_dtype == FG_FLOAT32;
   T *out = static_cast<T *>(a->out);

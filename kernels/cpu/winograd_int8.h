@@ -91,6 +91,7 @@ struct CodeWinograd : SmallTiles {
   float *by;                   // (point, tile): of a tile's codes
   int32_t *total;              // the sums of those
   T *zeros;                    // a pixel outside of the image
+  const T *beside = nullptr;   // null, or what `take` reads beside the sums, laid out as the outputs are
 
   CodeWinograd(const void *x, const void *filters, const void *scale, int64_t batch, int64_t inputs, int64_t outputs,
                int64_t height, int64_t width)
@@ -197,10 +198,12 @@ struct CodeWinograd : SmallTiles {
     const uint8_t *u = filters + group * SPOTS * words * kGroupBytes;
     const uint32_t *v = spread + t * lines * LINE;
     const int64_t o = group * GROUP, end = outputs - o < GROUP ? outputs - o : GROUP;
-    for (int i = 0; i < SPOTS; ++i, u += words * kGroupBytes, v += part)
+    for (int i = 0; i < SPOTS; ++i, u += words * kGroupBytes, v += part) {
+      if (beside) fetch(beside, first + t + count * i / SPOTS, first + t + count * (i + 1) / SPOTS, o);
       if (!vanishes<DOUBLED>(i))
         multiply(count, v, u, total + i * tall + t, by + i * tall + t, scale + (group * SPOTS + i) * GROUP, end <= W,
                  m + i * GROUP);
+    }
     for (int64_t i = 0; i < count; ++i) {
       const Place at = place(first + t + i);
       const int64_t begin = (at.sample * height + at.y) * width + at.x;

@@ -106,6 +106,19 @@ struct SmallTiles {
   // Where the first point of the `t`-th tile of a chunk begins; its lines are ROWS * LINE words apart.
   uint32_t *point_of(int64_t t) const { return spread + t / ROWS * ROWS * lines * LINE + t % ROWS * LINE; }
 
+  // Fetches what lies `beside` the outputs, laid out as they are, from o on of tiles [from, to): four lines a tile, which
+  // nothing foresees.  Were it not inlined at once, the compiler would drop its calls: to it they have no effect.
+  template <class T>
+  inline __attribute__((always_inline)) void fetch(const T *beside, int64_t from, int64_t to, int64_t o) const {
+    for (int64_t tile = from; tile < to; ++tile) {
+      const Place at = place(tile);
+      const T *p = beside + ((at.sample * height + at.y) * width + at.x) * outputs + o;
+      const int64_t right = at.x + 1 < width ? outputs : 0, below = at.y + 1 < height ? width * outputs : 0;
+      __builtin_prefetch(p), __builtin_prefetch(p + right);
+      __builtin_prefetch(p + below), __builtin_prefetch(p + below + right);
+    }
+  }
+
   // f(work): with memory that no other thread uses meanwhile.
   template <class F>
   void with_work(const F &f) const {

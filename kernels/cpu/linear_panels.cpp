@@ -16,20 +16,20 @@ FG_INLINE void halves(const float *from, int64_t n, bf16 *to) {
 
 // Pairs [k, last) of panel p: the rows of the gate first, where there is one, as many as of the weight then.
 template <class T>
-void turn(const fg_linear_panels_args *a, int64_t p, int64_t k, int64_t last, uint32_t *out) {
+void turn(const fg_linear_panels_args *a, int64_t p, int64_t k, int64_t last, bf16 *out) {
   const int64_t own = a->gate ? kRows / 2 : kRows;
-  uint32_t words[kRows][kPairs + 1] = {};  // an odd number apart
+  bf16 rows[kRows][2 * kPairs + 2] = {};  // an odd number of pairs apart
   for (; k < last; k += kPairs) {
     const int64_t columns = a->width - 2 * k < 2 * kPairs ? a->width - 2 * k : 2 * kPairs;
     for (int64_t r = 0; r < kRows; ++r) {
       const int64_t row = p * own + r % own;
       const T *weight = static_cast<const T *>(a->gate && r < own ? a->gate : a->weight);
       if (row >= a->outputs) continue;
-      words[r][(columns - 1) / 2] = 0;  // of the last column alone the other half
-      halves(weight + row * a->width + 2 * k, columns, reinterpret_cast<bf16 *>(words[r]));
+      halves(weight + row * a->width + 2 * k, columns, rows[r]);
+      rows[r][columns] = {};  // what pairs with the last column, where it is one alone
     }
     for (int64_t i = 0; i < kPairs && k + i < last; ++i)
-      for (int64_t r = 0; r < kRows; ++r) out[(k + i) * kRows + r] = words[r][i];
+      for (int64_t r = 0; r < kRows; ++r) memcpy(out + ((k + i) * kRows + r) * 2, rows[r] + 2 * i, 4);
   }
 }
 
@@ -39,7 +39,7 @@ int panels(const fg_linear_panels_args *a) {
   const int64_t parts = (pairs + kItem - 1) / kItem;
   return parallel_for((a->outputs + own - 1) / own * parts, 1, [&](int64_t item) {
     const int64_t p = item / parts, k = item % parts * kItem;
-    turn<T>(a, p, k, k + kItem < pairs ? k + kItem : pairs, static_cast<uint32_t *>(a->out) + p * pairs * kRows);
+    turn<T>(a, p, k, k + kItem < pairs ? k + kItem : pairs, static_cast<bf16 *>(a->out) + p * pairs * kRows * 2);
     return 0;
   });
 }

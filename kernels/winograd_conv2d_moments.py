@@ -18,21 +18,12 @@ from fusegen.kernels.op import Cost, Op, Tolerance, register
 SCHEMA = winograd_conv2d.SCHEMA.removesuffix("Tensor") + "(Tensor, Tensor)"
 
 
-def allocate(
-    x: Tensor,
-    filters: Tensor,
-    outputs: int,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    doubled: bool = False,
-) -> tuple[Tensor, ...]:
-    """The uninitialised output of :mod:`.winograd_conv2d`, and its channels' moments: float64 (B, 2, O).
-
-    Raises ValueError where the arguments do not fit.
+def allocate(*args: Any) -> tuple[Tensor, ...]:
+    """The uninitialised output of :mod:`.winograd_conv2d`, whose arguments these are, and its moments, float64
+    (B, 2, O).  Raises ValueError where the arguments do not fit.
     """
-    winograd_conv2d.check_filters("winograd_conv2d_moments", x, filters, outputs)
-    out = winograd_conv2d.images("winograd_conv2d_moments", x, outputs, bias, residual, 2 if doubled else 1)
-    return out, torch.empty((x.shape[0], 2, outputs), dtype=torch.float64, device=x.device)
+    (out,) = winograd_conv2d.allocate(*args)
+    return out, torch.empty((out.shape[0], 2, out.shape[1]), dtype=torch.float64, device=out.device)
 
 
 def reference(*args: Any) -> tuple[Tensor, Tensor]:
@@ -47,7 +38,8 @@ def cost(*args: Any) -> Cost:
 
 
 def _eager(*args: Any) -> tuple[Tensor, Tensor]:
-    out = winograd_conv2d._eager(*args)
+    assert winograd_conv2d.OP.eager is not None
+    out = winograd_conv2d.OP.eager(*args)
     return out, moments_of(out)
 
 
@@ -60,10 +52,10 @@ OP = register(
         cost=cost,
         # A variance has twice the relative error of what it is taken of, and that may be of bfloat16.
         tolerance={**winograd_conv2d.OP.tolerance, torch.float64: Tolerance(rms=1.2e-2, peak=2.4e-2)},
-        cases=winograd_conv2d.CASES,
+        cases=winograd_conv2d.OP.cases,
         eager=_eager,
-        alone=winograd_conv2d._alone,
-        draw=winograd_conv2d._draw,
+        alone=winograd_conv2d.OP.alone,
+        draw=winograd_conv2d.OP.draw,
         formula="y = winograd_conv2d(...); mean and variance over its pixels, each sample and channel",
         source="Lavin & Gray 2015, arXiv:1509.09308; Chan, Golub & LeVeque 1979",
     )

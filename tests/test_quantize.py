@@ -135,7 +135,7 @@ def test_a_unet_in_int8_is_close_to_float32() -> None:
     inputs = unet_inputs(3)
     with torch.no_grad():
         want = unet()(*inputs)
-    assert relative(session(*inputs), want) <= 3.5e-2
+    assert relative(session(*inputs), want) <= 3e-2
 
 
 class Block(nn.Module):
@@ -219,6 +219,15 @@ def test_a_sample_of_a_convolution_is_its_own() -> None:
     made = quantize(api.capture(module, (x,), dynamic={"x": {0: ("batch", 1, 8)}}), keep=("first", "last"))
     session = api.compile(made, deterministic=True)
     assert torch.equal(session(x)[1:], session(x[1:]))
+
+
+@pytest.mark.parametrize(("channels", "count"), [(64, 0), (96, 1)])
+def test_a_convolution_behind_an_upsampling_stays_where_it_has_few_channels(channels: int, count: int) -> None:
+    """Below 96 int8 gains nothing over the form of both that bfloat16 has."""
+    up = nn.Upsample(scale_factor=2, mode="nearest")
+    made = quantize(program(nn.Sequential(up, nn.Conv2d(channels, 32, 3, padding=1)), torch.randn(1, channels, 4, 4)))
+    (done,) = [a for a in made.applied if a.rule == RULE]
+    assert done.count == count and ["upsampling" in line for line in done.left] == [True] * (1 - count)
 
 
 def test_each_layer_has_an_error_of_its_own() -> None:

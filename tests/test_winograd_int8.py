@@ -193,7 +193,7 @@ class Larger(nn.Module):
 
     def __init__(self, **options: float):
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.first, self.second = nn.Conv2d(3, 96, 3, padding=1), nn.Conv2d(96, 64, 3, padding=1)
         self.options = options or {"scale_factor": 2.0}
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 Tiles of 6 x 6 pixels, four apart, and the filters (:mod:`.winograd_filters`) are multiplied in the transformed domain
 (Lavin & Gray 2015, F(4 x 4, 3 x 3)), in float32: these transforms amplify what the products round.  In bfloat16 tiles
-are 4 x 4 pixels, two apart, and the filters those of :mod:`.winograd_pair_filters` (F(2 x 2, 3 x 3), 16 products for
-four pixels, not 36), whose shape says so; a kernel may round a transformed tile to bfloat16.
+are 4 x 4 pixels, two apart (F(2 x 2, 3 x 3), 16 products for four pixels, not 36), and the filters are made here, and
+rounded, of the weight's taps (:mod:`.winograd_taps`), whose shape says so; a kernel may round a transformed tile to
+bfloat16.
 
 Where x is ``doubled``, a nearest 2x upsampling of it is convolved.  Of tiles of 4 x 4 pixels the two middle rows and
 columns are then the same, and 7 of the 16 points, which are their differences, zero: 9 products are left.
@@ -16,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
-from fusegen.kernels import winograd_filters, winograd_pair_filters
-from fusegen.kernels.draw import Draw, laid_out
-from fusegen.kernels.op import Case, Cost, Op, Tolerance, is_channels_last, register
+from fusegen.kernels import winograd_filters, winograd_taps
+from fusegen.kernels.op import Cost, Op, Tolerance, is_channels_last, register
+from fusegen.kernels.winograd_conv2d_cases import CASES, draw
 from fusegen.kernels.winograd_filters import PANEL
-from fusegen.kernels.winograd_pair_filters import GROUP
+from fusegen.kernels.winograd_taps import GROUP
 
 SCHEMA = (
     "(Tensor x, Tensor filters, int outputs, Tensor? bias=None, Tensor? residual=None, bool doubled=False) -> Tensor"
@@ -55,8 +56,8 @@ def allocate(
     doubled: bool = False,
 ) -> tuple[Tensor, ...]:
     """The uninitialised output (B, O, H, W), or (B, O, 2 H, 2 W) where x is ``doubled``, for x (B, I, H, W), filters
-    (6, 6, P, I, 16) or (P, 4, 4, ceil(I / 2), 32, 2), bias (O,) and a residual of the output's shape, which is added:
-    channels-last where x is that and not also contiguous, else contiguous.
+    (6, 6, P, I, 16) or taps (P, ceil(I / 2), 3, 3, 32, 2), bias (O,) and a residual of the output's shape, which is
+    added: channels-last where x is that and not also contiguous, else contiguous.
 
     Raises ValueError where they do not fit.
     """
@@ -82,11 +83,11 @@ def check_filters(op: str, x: Tensor, filters: Tensor, outputs: int) -> None:
     """Raises ValueError, which names ``op``, where filters of neither kind fit the images."""
     if x.dim() != 4 or tuple(filters.shape) not in (
         (6, 6, -(-outputs // PANEL), x.shape[1], PANEL),
-        (-(-outputs // GROUP), 4, 4, -(-x.shape[1] // 2), GROUP, 2),
+        (-(-outputs // GROUP), -(-x.shape[1] // 2), 3, 3, GROUP, 2),
     ):
         raise ValueError(
             f"{op}: x {tuple(x.shape)}, filters {tuple(filters.shape)} and {outputs} outputs are not (B, I, H, W), "
-            "(6, 6, P, I, 16) or (P, 4, 4, ceil(I / 2), 32, 2), and at most 16 P or 32 P"
+            "(6, 6, P, I, 16) or (P, ceil(I / 2), 3, 3, 32, 2), and at most 16 P or 32 P"
         )
 
 
@@ -129,10 +130,8 @@ def convolved(padded: Tensor, filters: Tensor, outputs: int) -> Tensor:
 
 
 def flat(filters: Tensor, inputs: int) -> Tensor:
-    """Either layout, or words of more inputs than two, as (6, 6, I, O) or (4, 4, I, O), with what pads the outputs."""
-    if filters.dim() == 5:
-        return filters.transpose(2, 3).flatten(3)
-    return filters.permute(1, 2, 3, 5, 0, 4).flatten(4).flatten(2, 3)[:, :, :inputs]
+    """The filters of either layout as (6, 6, I, O) or (4, 4, I, O), with what pads the outputs."""
+    return filters.transpose(2, 3).flatten(3) if filters.dim() == 5 else winograd_taps.filters_of(filters, inputs)
 
 
 def cost(
@@ -153,85 +152,13 @@ def cost(
     )
 
 
-def _arguments(
-    g: Generator, x: Tensor, outputs: int, bias: bool, residual: bool, doubled: bool = False
-) -> tuple[Any, ...]:
-    inputs = x.shape[1]
-    weight = torch.randn(outputs, inputs, 3, 3, generator=g) / (9 * max(inputs, 1)) ** 0.5
-    pairs = x.dtype == torch.bfloat16
-    filters = (winograd_pair_filters if pairs else winograd_filters).reference(weight.to(x.dtype))
-    offset = torch.randn(outputs, generator=g).to(x.dtype) if bias else None
-    size = (n * (2 if doubled else 1) for n in x.shape[2:])
-    more = torch.randn(x.shape[0], outputs, *size, generator=g).to(x.dtype) if residual else None
-    if more is not None and is_channels_last(x):
-        more = more.contiguous(memory_format=torch.channels_last)
-    return (x, filters, outputs, offset, more, doubled)
-
-
-def _case(
-    name: str,
-    shape: tuple[int, ...],
-    outputs: int,
-    *,
-    layout: str = "channels_last",
-    bias: bool = True,
-    residual: bool = False,
-    doubled: bool = False,
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
-    bench: bool = False,
-    small: bool = True,
-) -> Case:
-    def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
-        x = laid_out(torch.randn(shape, generator=g).to(dtype), layout)
-        return _arguments(g, x, outputs, bias, residual, doubled)
-
-    return Case(name, build, dtypes=dtypes, bench=bench, small=small)
-
-
-def _bench(*shape: int, **more: Any) -> Case:
-    name = "x".join(map(str, shape)) + (", doubled" if more.get("doubled") else "")
-    return _case(name, shape, shape[1], bench=True, small=False, **more)
-
-
-_HALF = (torch.bfloat16,)
-
-
-CASES = [
-    _case("small", (2, 5, 3, 4), 7),
-    _case("one pixel", (2, 8, 1, 1), 16),
-    _case("one channel", (1, 1, 5, 3), 1),
-    _case("no batch", (0, 4, 3, 3), 4, small=False),
-    _case("no pixels", (2, 4, 0, 3), 4),
-    _case("no inputs", (2, 0, 3, 3), 4, small=False),
-    _case("no outputs", (2, 4, 3, 3), 0),
-    _case("one row", (1, 17, 1, 37), 19, small=False),
-    _case("one column", (2, 17, 37, 1), 19, small=False),
-    _case("prime sizes", (3, 37, 7, 11), 29, residual=True, small=False),
-    _case("residual", (2, 32, 8, 8), 48, residual=True),
-    _case("no bias", (1, 16, 4, 4), 16, bias=False),
-    _case("no bias, residual", (1, 16, 4, 4), 32, bias=False, residual=True),
-    _case("five panels", (1, 24, 9, 5), 80, small=False),
-    _case("seven panels", (2, 18, 5, 9), 107, small=False),
-    _case("contiguous", (2, 16, 6, 6), 16, layout="contiguous"),
-    _case("strided", (2, 16, 3, 5), 16, layout="strided"),
-    _case("several blocks", (3, 33, 33, 19), 70, residual=True, small=False),
-    _case("doubled", (2, 34, 3, 5), 37, doubled=True, residual=True),
-    _case("doubled, one pixel", (1, 3, 1, 1), 5, doubled=True, bias=False),
-    _case("doubled, several blocks", (2, 24, 19, 13), 70, doubled=True, small=False),
-    *(_bench(*shape) for shape in ((2, 48, 64, 64), (2, 128, 16, 16), (2, 320, 64, 64), (2, 640, 32, 32))),
-    _bench(1, 256, 256, 256),
-    *(_bench(*shape, dtypes=_HALF) for shape in ((2, 1280, 16, 16), (2, 1280, 8, 8))),
-    *(_bench(*shape, dtypes=_HALF, doubled=True) for shape in ((2, 1280, 8, 8), (2, 640, 32, 32), (1, 512, 128, 128))),
-]
-
-
 @functools.lru_cache(maxsize=1)
 def unfolded(filters: Tensor, outputs: int, inputs: int, transposed: bool = False) -> Tensor:
     """The weight (O, I, 3, 3) that the filters were made of; kept, as the filters are."""
-    plain = winograd_filters.FILTER if filters.dim() == 5 else winograd_pair_filters.FILTER
-    made = winograd_filters.TRANSPOSED if transposed else plain
-    g = torch.linalg.pinv(torch.tensor(made, dtype=torch.float64))
-    own = flat(filters, inputs).double()[..., :outputs]
+    if filters.dim() == 6:
+        return winograd_taps.weight_of(filters, inputs)[:outputs].float().contiguous(memory_format=torch.channels_last)
+    g = torch.linalg.pinv(torch.tensor(winograd_filters.TRANSPOSED if transposed else winograd_filters.FILTER).double())
+    own = flat(filters.double(), inputs)[..., :outputs]
     return torch.einsum("ka,abio,lb->oikl", g, own, g).float().contiguous(memory_format=torch.channels_last)
 
 
@@ -246,13 +173,6 @@ def _eager(
 def _alone(args: tuple[Any, ...], b: int) -> tuple[Any, ...]:
     x, filters, outputs, bias, residual, doubled = args
     return (x[b : b + 1], filters, outputs, bias, None if residual is None else residual[b : b + 1], doubled)
-
-
-def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
-    shape = (*draw.shape(2, 40), *draw.shape(11, 11))
-    x = draw.tensor(shape, dtype, layouts=("channels_last", "contiguous"))
-    bias, residual, doubled = (draw.choice((True, False)) for _ in range(3))
-    return _arguments(draw.generator(), x, draw.integer(0, 70), bias, residual, doubled)
 
 
 OP = register(
@@ -272,7 +192,7 @@ OP = register(
         cases=CASES,
         eager=_eager,
         alone=_alone,
-        draw=_draw,
+        draw=draw,
         formula="conv2d(x or 2x of it, 3x3 w, padding 1) + bias + residual as A^T (G w G^T . B^T d B) A, d 6 or 4 wide",
         source="Lavin & Gray 2015, arXiv:1509.09308; Winograd 1980",
     )

@@ -20,7 +20,7 @@ from fusegen.kernels import winograd_int8_filters
 from fusegen.kernels.draw import Draw, laid_out
 from fusegen.kernels.linear_int8 import codes_of
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, is_channels_last, register
-from fusegen.kernels.winograd_conv2d import flat, images, larger
+from fusegen.kernels.winograd_conv2d import images, larger
 from fusegen.kernels.winograd_int8_filters import GROUP, WORD, ZERO
 
 SCHEMA = (
@@ -81,7 +81,8 @@ def reference(
     tiles = F.pad(larger(x, doubled).float(), (1, 3, 1, 3)).unfold(2, 4, 2).unfold(3, 4, 2)
     tiles = tiles[:, :, : -(-height // 2), : -(-width // 2)].permute(0, 2, 3, 4, 5, 1)
     codes, by = codes_of(_spread(_spread(tiles, 3), 4))
-    own = flat(filters, x.shape[1])[..., :outputs].double() - ZERO
+    laid = filters.permute(1, 2, 3, 5, 0, 4).flatten(4).flatten(2, 3)  # (4, 4, I, O), with what pads both
+    own = laid[:, :, : x.shape[1], :outputs].double() - ZERO
     sums = torch.einsum("nyxabc,abco->nyxabo", codes.double(), own)
     made = sums.to(wide) * by.to(wide) * scale.to(wide).permute(1, 2, 0, 3).flatten(2)[..., :outputs]
     y = _gather(_gather(made, 3), 4)

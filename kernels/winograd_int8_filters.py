@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from fusegen.kernels.draw import Draw
 from fusegen.kernels.linear_int8 import LARGEST
 from fusegen.kernels.op import Case, Cost, Op, Tolerance, register
-from fusegen.kernels.winograd_pair_filters import GROUP, SIZES
+from fusegen.kernels.winograd_taps import GROUP, SIZES
 
 SCHEMA = "(Tensor weight, Tensor scale) -> (Tensor, Tensor)"
 WORD = 4  # input channels that lie together

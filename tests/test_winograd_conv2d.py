@@ -29,7 +29,7 @@ def convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, doubled: bool = False
 ) -> Tensor:
     pairs = weight.dtype == torch.bfloat16
-    filters = (torch.ops.fusegen.winograd_pair_filters if pairs else torch.ops.fusegen.winograd_filters)(weight)
+    filters = (torch.ops.fusegen.winograd_taps if pairs else torch.ops.fusegen.winograd_filters)(weight)
     return torch.ops.fusegen.winograd_conv2d(x, filters, weight.shape[0], bias, residual, doubled)
 
 
@@ -78,6 +78,16 @@ def test_a_doubled_image_is_upsampled_first(shape: tuple[int, ...], outputs: int
     assert_close("y", convolved(x, weight, bias, residual, True), want, Tolerance(1.5 * bound.rms, 1.5 * bound.peak))
 
 
+@needs_pairs
+@pytest.mark.parametrize("doubled", [False, True])
+def test_few_tiles_have_the_bits_of_many(doubled: bool) -> None:
+    """Filters are made in parts for 512 tiles and fewer, all at once for more: of the same taps, added in order."""
+    g = torch.Generator().manual_seed(0)
+    x = last(torch.randn(9, 300, 16, 16, generator=g).bfloat16())
+    weight = (torch.randn(70, 300, 3, 3, generator=g) / 50).bfloat16()
+    assert torch.equal(convolved(x, weight, doubled=doubled)[:1], convolved(last(x[:1]), weight, doubled=doubled))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_pairs)])
 def test_bits_do_not_depend_on_threads_or_batch(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
@@ -106,7 +116,7 @@ def test_what_does_not_fit_is_refused(change, message: str) -> None:
     x, filters = torch.zeros(1, 16, 4, 4), torch.zeros(6, 6, 2, 16, 16)
     with pytest.raises(ValueError, match=f"winograd_conv2d: .*{message}"):
         torch.ops.fusegen.winograd_conv2d(*change(x, filters))
-    for name in ("winograd_filters", "winograd_pair_filters"):
+    for name in ("winograd_filters", "winograd_taps"):
         with pytest.raises(ValueError, match=name):
             getattr(torch.ops.fusegen, name)(torch.zeros(3, 3, 1, 1))
 
@@ -151,7 +161,7 @@ def test_a_session_whose_bits_are_to_be_a_samples_own_takes_it() -> None:
 @needs_pairs
 def test_a_session_takes_it_for_bfloat16() -> None:
     counts, left = planned(Block(), 2e-2, dtype="bfloat16")
-    assert counts[FUSED] == counts["kernel winograd_pair_filters C++"] == 1 and left == []
+    assert counts[FUSED] == counts["kernel winograd_taps C++"] == 1 and left == []
     with library.forced("avx512"):
         counts, left = planned(Block(), 2e-2, dtype="bfloat16")
     assert FUSED not in counts and "the level avx512 has no products of bfloat16" in left[0]
@@ -164,7 +174,7 @@ def test_a_session_takes_it_for_bfloat16() -> None:
 def test_where_bfloat16_would_be_slower_it_is_declined(shape: tuple[int, ...], outputs: int, served: bool) -> None:
     x = last(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
     weight = torch.empty(outputs, shape[1], 3, 3, dtype=torch.bfloat16, device="meta")
-    (filters,) = registry.get("winograd_pair_filters").allocate(weight)
+    (filters,) = registry.get("winograd_taps").allocate(weight)
     picked = registry.pick(registry.get("winograd_conv2d"), "cpu", (x, filters, outputs, None, None, False))
     assert (picked.kernel is not None) == served and bool(picked.declined) != served
 

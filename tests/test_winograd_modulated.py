@@ -98,7 +98,7 @@ def test_bits_do_not_depend_on_threads_or_batch() -> None:
         ({"styles": torch.ones(1, 15)}, "styles"),
         ({"squares": torch.ones(16, 32)}, "squares"),
         ({"taps": torch.ones(3, 3)}, "taps"),
-        ({"taps": torch.ones(4, 4), "filters": torch.zeros(1, 4, 4, 8, 32, 2)}, "not in pairs"),
+        ({"taps": torch.ones(4, 4), "filters": torch.zeros(1, 8, 3, 3, 32, 2)}, "not in pairs"),
         ({"noise": torch.ones(1, 1, 8, 8)}, "noise"),
         ({"bias": torch.ones(31)}, "bias"),
         ({"act": "mish"}, "no activation"),
@@ -161,7 +161,7 @@ def test_bfloat16_keeps_transposed_convolutions_of_few_pixels_where_the_cpu_has_
         with library.forced(level):
             counts, left = planned(CFG, 1, dtype="bfloat16")
         assert counts[FUSED] == taken and len(left) == 7 - taken and all("bfloat16" in line for line in left)
-        assert counts.get("kernel winograd_pair_filters C++", 0) == (4 if level == "avx512_bf16" else 0)
+        assert counts.get("kernel winograd_taps C++", 0) == (4 if level == "avx512_bf16" else 0)
 
 
 def test_where_no_kernel_takes_it_the_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

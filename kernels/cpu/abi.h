@@ -282,7 +282,7 @@ struct fg_qk_norm_rope_args {
   X(winograd_conv2d_moments) \
   X(winograd_int8_filters) \
   X(winograd_modulated_conv2d) \
-  X(winograd_pair_filters)
+  X(winograd_taps)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {

@@ -28,15 +28,15 @@ struct fg_upsample2x_conv_args {
 struct fg_winograd_conv2d_args {
   const void *x, *filters, *bias, *residual;  // dense, channels innermost; bias and residual may be null
   void *out;
-  int64_t dtype, bias_dtype;  // float32 and the filters of 6 x 6 points, or bfloat16 and those of 4 x 4 in pairs
+  int64_t dtype, bias_dtype;  // float32 and the filters of 6 x 6 points, or bfloat16 and taps
   int64_t batch, inputs, outputs, height, width;
   int64_t doubled;  // in bfloat16 alone
   void *moments;    // null: none; doubles (batch, 2, outputs): each channel's mean and variance
 };
 struct fg_winograd_conv2d_moments_args : fg_winograd_conv2d_args {};
 
-// The filters of a weight (outputs, inputs, 3, 3) for those 4 x 4 points in bfloat16; see winograd_pair_filters.cpp.
-struct fg_winograd_pair_filters_args {
+// A weight (outputs, inputs, 3, 3) in bfloat16, as products of pairs read it; see winograd_taps.cpp.
+struct fg_winograd_taps_args {
   const void *weight;  // float32 or bfloat16
   void *out;
   int64_t dtype, inputs, outputs;

@@ -60,13 +60,18 @@ def _pairs(x: Tensor, filters: Tensor, outputs: int, bias: Tensor | None, double
     return few_pairs(x, outputs, doubled)
 
 
+def small_tiles(x: Tensor, doubled: bool) -> int:
+    """How many tiles of 2 x 2 outputs there are of x (B, I, H, W), of one that is ``doubled`` four for each such."""
+    return x.shape[0] * math.prod(n if doubled else -(-n // 2) for n in x.shape[2:])
+
+
 def few_pairs(x: Tensor, outputs: int, doubled: bool = False) -> str | None:
     """Why products of bfloat16 pairs are not for ``x`` (B, I, H, W), or None."""
     if x.dtype != torch.bfloat16:
         return f"x is {x.dtype}, the filters bfloat16"
     if library.level() != "avx512_bf16":
         return f"the level {library.level()} has {'faster' if library.level() == 'amx' else 'no'} products of bfloat16"
-    tiles = x.shape[0] * math.prod(n if doubled else -(-n // 2) for n in x.shape[2:])
+    tiles = small_tiles(x, doubled)
     if x.shape[1] * outputs >= MANY_PAIRS and tiles < FEW_PAIR_TILES:
         return f"{tiles} tiles are too few for so many filters"
     return None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
+from fusegen.kernels.cpu.winograd_conv2d import small_tiles
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
 
 # The filters have 16 codes for nine.  On a Zen 5 one tile of 1280 channels took 1.2 times as long as oneDNN, two 0.7.
@@ -41,7 +41,7 @@ def decline(
         return f"bias is {bias.dtype}, neither float32 nor x's {x.dtype}"
     if not all(t is None or t.is_contiguous() for t in (filters, scale, bias)):
         return "filters, scale or bias are strided"
-    tiles = x.shape[0] * math.prod(n if doubled else -(-n // 2) for n in x.shape[2:])
+    tiles = small_tiles(x, doubled)
     if tiles < FEW_TILES and x.shape[1] * outputs >= MANY_FILTERS:
         return f"{tiles} tiles are too few for so many filters"
     return None

@@ -55,6 +55,7 @@ struct SmallTiles {
   int64_t words, lines, groups;  // of input channels; of a tile at a point; of GROUP outputs
   int64_t down, across, tiles;   // of a sample, of the batch
   int64_t chunk, part;           // tiles; words of its points
+  int64_t span = 1;              // blocks of kBlock tiles that are convolved as one item
   uint32_t *spread;
   float *work;                   // `room` floats for each thread
   int64_t room;
@@ -76,15 +77,16 @@ struct SmallTiles {
     room = kBlock * kSums;
   }
 
-  // The scratch memory, and `more` words of it for the caller, zeros; null where there is none.
-  uint32_t *reserve(int64_t more) {
-    const int64_t threads = fg_threads(), all = SPOTS * part + threads * room + more + threads;
+  // The scratch memory, and `more` words of it for the caller, zeros, and behind them `rest`, which are none; null where
+  // there is none.
+  uint32_t *reserve(int64_t more, int64_t rest = 0) {
+    const int64_t threads = fg_threads(), all = SPOTS * part + threads * room + more + rest + threads;
     spread = static_cast<uint32_t *>(fg_scratch(static_cast<size_t>(all) * 4));
     if (!spread) return nullptr;
     work = reinterpret_cast<float *>(spread + SPOTS * part);
     uint32_t *own = reinterpret_cast<uint32_t *>(work + threads * room);
-    busy = reinterpret_cast<int *>(own + more);
-    memset(own, 0, static_cast<size_t>(more + threads) * 4);
+    busy = reinterpret_cast<int *>(own + more + rest);
+    memset(own, 0, static_cast<size_t>(more) * 4), memset(busy, 0, static_cast<size_t>(threads) * 4);
     return own;
   }
 
@@ -133,7 +135,8 @@ struct SmallTiles {
   template <class Fill, class Convolve>
   void run(const Fill &fill, const Convolve &convolve) const {
     for (int64_t first = 0; first < tiles; first += chunk) {
-      const int64_t count = tiles - first < chunk ? tiles - first : chunk, blocks = (count + kBlock - 1) / kBlock;
+      const int64_t count = tiles - first < chunk ? tiles - first : chunk, most = span * kBlock;
+      const int64_t items = (count + most - 1) / most;
       parallel_for((count + ROWS - 1) / ROWS, 1, [&](int64_t item) {
         with_work([&](float *own) {
           for (int64_t t = item * ROWS; t < count && t < (item + 1) * ROWS; ++t) fill(first + t, t, own);
@@ -141,9 +144,9 @@ struct SmallTiles {
         return 0;
       });
       // Consecutive items share filters, which threads then read at about the same time.
-      parallel_for(blocks * groups, 1, [&](int64_t item) {
-        const int64_t t = item % blocks * kBlock, some = count - t < kBlock ? count - t : kBlock;
-        with_work([&](float *own) { convolve(first, t, some, item / blocks, own); });
+      parallel_for(items * groups, 1, [&](int64_t item) {
+        const int64_t t = item % items * most, some = count - t < most ? count - t : most;
+        with_work([&](float *own) { convolve(first, t, some, item / items, own); });
         return 0;
       });
     }

@@ -1,7 +1,8 @@
-"""The 3x3 filters of a convolution in the domain of Winograd's F(2 x 2, 3 x 3), as products of pairs read them.
+"""A 3x3 weight as the products of pairs of :mod:`.winograd_conv2d` read it, in bfloat16.
 
-They depend on the weight alone: a session works them out once, and :mod:`.winograd_conv2d` takes them.  16 products of
-channels for the 36 of 2 x 2 pixels; the larger tiles of :mod:`.winograd_filters` amplify what bfloat16 rounds.
+A session lays it so once.  The filters of Winograd's F(2 x 2, 3 x 3) are 16 for these nine taps: a convolution makes
+them as it goes, which is as fast as to read them.  16 products of channels for the 36 of 2 x 2 pixels; the larger tiles
+of :mod:`.winograd_filters` amplify what bfloat16 rounds.
 """
 
 from __future__ import annotations
@@ -21,32 +22,41 @@ FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
 def allocate(weight: Tensor) -> tuple[Tensor, ...]:
-    """The uninitialised filters (P, 4, 4, ceil(I / 2), 32, 2) of weight (O, I, 3, 3), contiguous, in bfloat16 (float64
+    """The uninitialised taps (P, ceil(I / 2), 3, 3, 32, 2) of weight (O, I, 3, 3), contiguous, in bfloat16 (float64
     where weight is): P groups of 32 output channels, input channels in pairs, zeros after the last of either.
 
     Raises ValueError for another shape.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(f"winograd_pair_filters: weight has shape {tuple(weight.shape)}, not (O, I, 3, 3)")
+        raise ValueError(f"winograd_taps: weight has shape {tuple(weight.shape)}, not (O, I, 3, 3)")
     groups, pairs = -(-weight.shape[0] // GROUP), -(-weight.shape[1] // 2)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.bfloat16
-    return (torch.empty((groups, 4, 4, pairs, GROUP, 2), dtype=dtype, device=weight.device),)
+    return (torch.empty((groups, pairs, 3, 3, GROUP, 2), dtype=dtype, device=weight.device),)
 
 
 def reference(weight: Tensor) -> Tensor:
-    """G w G^T for every pair of channels, in float32, or float64 where weight is, rounded once."""
+    """The weight with its axes in another order, rounded."""
     (out,) = allocate(weight)
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    g = torch.tensor(FILTER, dtype=wide.dtype, device=weight.device)
-    filled = wide.new_zeros((out.shape[0] * GROUP, 2 * out.shape[3], 4, 4))
-    filled[: weight.shape[0], : weight.shape[1]] = torch.einsum("ak,oikl,bl->oiab", g, wide, g)
-    return out.copy_(filled.unflatten(1, (-1, 2)).unflatten(0, (-1, GROUP)).permute(0, 4, 5, 2, 1, 3))
+    filled = weight.new_zeros((out.shape[0] * GROUP, 2 * out.shape[1], 3, 3))
+    filled[: weight.shape[0], : weight.shape[1]] = weight
+    return out.copy_(filled.unflatten(1, (-1, 2)).unflatten(0, (-1, GROUP)).permute(0, 2, 4, 5, 1, 3))
+
+
+def weight_of(taps: Tensor, inputs: int) -> Tensor:
+    """The weight (32 P, I, 3, 3) whose taps these are, with what pads the outputs."""
+    return taps.permute(0, 4, 1, 5, 2, 3).flatten(0, 1).flatten(1, 2)[:, :inputs]
+
+
+def filters_of(taps: Tensor, inputs: int) -> Tensor:
+    """G w G^T rounded to bfloat16, (4, 4, I, 32 P), in float32, or float64 where the taps are."""
+    wide = weight_of(taps, inputs).to(torch.promote_types(taps.dtype, torch.float32))
+    g = torch.tensor(FILTER, dtype=wide.dtype, device=wide.device)
+    return torch.einsum("ak,oikl,bl->abio", g, wide, g).bfloat16().to(wide.dtype)
 
 
 def cost(weight: Tensor) -> Cost:
-    """Nine weights a pair of channels read, 16 written, with 28 additions and seven halvings between."""
-    pairs = weight.shape[0] * weight.shape[1]
-    return Cost(flops=35 * pairs, bytes=pairs * (9 * weight.element_size() + 16 * 2))
+    """Each weight read and written once."""
+    return Cost(flops=0, bytes=weight.numel() * (weight.element_size() + 2))
 
 
 # Cases of filters that lie in groups of GROUP outputs: name, outputs and inputs of the weight, for benchmarks or not.
@@ -74,7 +84,7 @@ def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
 
 OP = register(
     Op(
-        name="winograd_pair_filters",
+        name="winograd_taps",
         schema=SCHEMA,
         reference=reference,
         allocate=allocate,
@@ -83,7 +93,7 @@ OP = register(
         cases=[_case(*size) for size in SIZES],
         alone=None,
         draw=_draw,
-        formula="G w G^T, G the 4 x 3 matrix of F(2 x 2, 3 x 3)",
+        formula="w, in pairs of inputs and groups of 32 outputs",
         source="Lavin & Gray 2015, arXiv:1509.09308",
     )
 )

@@ -30,18 +30,18 @@ FG_INLINE void fetch_some(Ahead &ahead) {
 }
 
 // m[MR][NV vectors] = v . u, or `more` to what is there; a tile's row of m `row` floats on; v: lines of ROWS tiles, u:
-// pairs of GROUP outputs.  What v will be `next`, if that is not null, is fetched: short streams are not foreseen.
-template <int MR, int NV>
+// pairs of GROUP outputs.  With PARTS of the inputs, what v will be `next` is fetched: short streams are not foreseen.
+template <int MR, int NV, bool PARTS>
 FG_INLINE void pair_product(const uint32_t *v, int64_t pairs, const uint32_t *u, float *m, int64_t row, bool more,
                             const uint32_t *next, Ahead &ahead) {
   __m512 sum[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) sum[i][j] = more ? load(m + i * row + 16 * j) : _mm512_setzero_ps();
+    for (int j = 0; j < NV; ++j) sum[i][j] = PARTS && more ? load(m + i * row + 16 * j) : _mm512_setzero_ps();
   for (int64_t k = 0; k < pairs; k += LINE, v += (ROWS - 1) * LINE) {
     const uint32_t *end = v + (pairs - k < LINE ? pairs - k : LINE);
-    if (next) {
+    if (PARTS) {
       fetch_some(ahead);
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) __builtin_prefetch(next + k * ROWS + i * LINE);
@@ -211,25 +211,25 @@ struct PairWinograd : SmallTiles {
     }
   }
 
-  template <int NV>
+  template <int NV, bool PARTS>
   void multiply(int64_t count, const uint32_t *v, int64_t pairs, const uint32_t *u, float *m, bool more,
                 const uint32_t *next, Ahead &ahead) const {
     const int64_t across = ROWS * lines * LINE;
-    for (int64_t t = 0; t < count; t += ROWS, v += across, m += ROWS * kSums, next += next ? across : 0) {
+    for (int64_t t = 0; t < count; t += ROWS, v += across, m += ROWS * kSums, next += across) {
       const int64_t left = count - t;
       if (left > 8)
-        pair_product<12, NV>(v, pairs, u, m, kSums, more, next, ahead);
+        pair_product<12, NV, PARTS>(v, pairs, u, m, kSums, more, next, ahead);
       else if (left > 4)
-        pair_product<8, NV>(v, pairs, u, m, kSums, more, next, ahead);
+        pair_product<8, NV, PARTS>(v, pairs, u, m, kSums, more, next, ahead);
       else
-        pair_product<4, NV>(v, pairs, u, m, kSums, more, next, ahead);
+        pair_product<4, NV, PARTS>(v, pairs, u, m, kSums, more, next, ahead);
     }
   }
 
   // The sums m of one block, whose `count` tiles are the `t`-th and on of the chunk that begins at tile `first`, by filters
   // u of pairs [k, k + pairs) for the outputs from o on.  Meanwhile what lies beside the outputs is fetched with the last
   // pairs, and what is wanted after these.
-  template <bool DOUBLED>
+  template <bool DOUBLED, bool PARTS>
   void sum_up(int64_t first, int64_t t, int64_t count, int64_t o, int64_t k, int64_t pairs, const uint32_t *u, float *m,
               Ahead &ahead) const {
     const uint32_t *v = spread + t * lines * LINE + k * ROWS;
@@ -237,11 +237,11 @@ struct PairWinograd : SmallTiles {
       if (beside && k + pairs == words)
         fetch(beside, first + t + count * i / SPOTS, first + t + count * (i + 1) / SPOTS, o);
       if (vanishes<DOUBLED>(i)) continue;
-      const uint32_t *after = all ? nullptr : i + 1 < SPOTS ? v + part : v;
+      const uint32_t *after = i + 1 < SPOTS ? v + part : v;
       if (outputs - o > W)
-        multiply<2>(count, v, pairs, u, m + i * GROUP, k > 0, after, ahead);
+        multiply<2, PARTS>(count, v, pairs, u, m + i * GROUP, k > 0, after, ahead);
       else
-        multiply<1>(count, v, pairs, u, m + i * GROUP, k > 0, after, ahead);
+        multiply<1, PARTS>(count, v, pairs, u, m + i * GROUP, k > 0, after, ahead);
     }
   }
 
@@ -265,32 +265,37 @@ struct PairWinograd : SmallTiles {
   template <bool DOUBLED>
   Ahead wanted(int64_t group, int64_t k, int64_t count) const {
     if (k == words) group += fg_threads(), k = 0;
-    if (all || group >= groups) return {taps, taps, 0};
+    if (group >= groups) return {taps, taps, 0};
     const uint32_t *at = taps + (group * words + k) * TAPS * GROUP;
     const int64_t pairs = words - k < kPairs ? words - k : kPairs, lines_of = TAPS * GROUP;  // those of LINE pairs
     const int64_t steps = (DOUBLED ? 9 : SPOTS) * ((count + ROWS - 1) / ROWS);
     return {at, at + pairs * TAPS * GROUP, (lines_of + steps - 1) / steps};
   }
 
+  // The sums m of some blocks by one group of outputs, whose filters are made some pairs of inputs at a time.
+  template <bool DOUBLED>
+  void sum_parts(int64_t first, int64_t t, int64_t count, int64_t group, float *m) const {
+    uint32_t *made = reinterpret_cast<uint32_t *>(m + span * kBlock * kSums);
+    for (int64_t k = 0; k < words || k == 0; k += kPairs) {
+      const int64_t pairs = words - k < kPairs ? words - k : kPairs;
+      make_filters<DOUBLED>(taps + (group * words + k) * TAPS * GROUP, pairs, made, apart);
+      Ahead ahead = wanted<DOUBLED>(group, k + pairs, count);
+      for (int64_t b = 0; b < count; b += kBlock)
+        sum_up<DOUBLED, true>(first, t + b, count - b < kBlock ? count - b : kBlock, group * GROUP, k, pairs, made,
+                              m + b * kSums, ahead);
+    }
+  }
+
   // One item of the chunk that begins at tile `first`, by one group of outputs.
   template <bool DOUBLED, class Take, class Seen>
   void convolve(int64_t first, int64_t t, int64_t count, int64_t group, float *m, const Take &take, const Seen &seen) const {
-    const int64_t o = group * GROUP, most = all ? words : kPairs;
-    uint32_t *made = reinterpret_cast<uint32_t *>(m + span * kBlock * kSums);
-    const auto each_block = [&](const auto &f) {
-      for (int64_t b = 0; b < count; b += kBlock) f(b, count - b < kBlock ? count - b : kBlock, m + b * kSums);
-    };
-    int64_t k = 0;
-    do {
-      const int64_t pairs = words - k < most ? words - k : most, after = k + pairs;
-      if (!all) make_filters<DOUBLED>(taps + (group * words + k) * TAPS * GROUP, pairs, made, apart);
-      Ahead ahead = wanted<DOUBLED>(group, after, count);
-      each_block([&](int64_t b, int64_t some, float *sums) {
-        sum_up<DOUBLED>(first, t + b, some, o, k, pairs, all ? all + group * SPOTS * apart : made, sums, ahead);
-      });
-      k = after;
-    } while (k < words);
-    each_block([&](int64_t b, int64_t some, float *sums) { finish<DOUBLED>(first + t + b, some, o, sums, take, seen); });
+    Ahead none = {taps, taps, 0};
+    if (all)
+      sum_up<DOUBLED, false>(first, t, count, group * GROUP, 0, words, all + group * SPOTS * apart, m, none);
+    else
+      sum_parts<DOUBLED>(first, t, count, group, m);
+    for (int64_t b = 0; b < count; b += kBlock)
+      finish<DOUBLED>(first + t + b, count - b < kBlock ? count - b : kBlock, group * GROUP, m + b * kSums, take, seen);
   }
 
   // All filters, in memory that is reserved for them.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from compare import Fenced, assert_all_close, truth
 from record import Records, foreign
@@ -22,6 +23,8 @@ DRAWN = 12  # random arguments an op
 SHARED = 1 << 22  # operations and bytes that no kernel leaves to one thread
 
 CPU_OPS = [op for op in registry.ops().values() if any(k.device == "cpu" for k in op.kernels)]
+# Each op as a test's parameter; all tests of an op run in one process, which asks its reference once.
+EACH = [pytest.param(op, id=op.name, marks=pytest.mark.xdist_group(op.name)) for op in CPU_OPS]
 
 
 def arguments(op: Op) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -38,8 +41,8 @@ def arguments(op: Op) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def large(op: Op) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(label, arguments) of the smallest realistic case that is worth two threads, in one dtype."""
-    cases = sorted((c for c in op.cases if c.bench), key=lambda c: _work(op, _build(c)))
-    case = next((c for c in cases if _work(op, _build(c)) >= SHARED), cases[-1])
+    work = {c: _work(op, _build(c)) for c in op.cases if c.bench}
+    case = min((c for c in work if work[c] >= SHARED), key=lambda c: work[c], default=max(work, key=lambda c: work[c]))
     yield case.name, _build(case)
 
 

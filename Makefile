@@ -12,8 +12,8 @@
 #   make zoo         train and export the zoo's models anew (hours on a CPU)
 #   make clean       remove what these targets made
 #
-# JOBS: how many processes `make test` and the checks outside of Python use; PYTHON: the interpreter of the environment; PIP_FLAGS go to every pip
-# install, for instance
+# JOBS: how many processes `make test`, `native`, `sanitize`, `races` and `test-arm` use; PYTHON: the interpreter of the
+# environment; PIP_FLAGS go to every pip install, for instance
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"    (PyTorch without CUDA: 200 MB)
 
 PYTHON    ?= python3
@@ -36,7 +36,7 @@ $(VENV)/pip.stamp:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# One stamp a set of extras: nothing is installed again until what it was made from changes.
+# One stamp a set of extras: nothing is installed again until what it was made from changes.  ALSO: the sets it holds.
 $(VENV)/run.stamp: EXTRAS :=
 $(VENV)/test.stamp: EXTRAS := [test]
 $(VENV)/lint.stamp: EXTRAS := [test,lint]
@@ -68,7 +68,7 @@ bench: $(VENV)/bench.stamp
 gpu-check: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.bench.gpu_check
 
-# The kernels outside of Python; see tests/native.
+# The kernels outside of Python; see tests/native.  All tests of an op run in one process (loadgroup).
 NATIVE = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST) -p no:cacheprovider
 
 sanitize: $(VENV)/test.stamp

@@ -8,7 +8,7 @@
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make races       the C++ kernels under ThreadSanitizer
 #   make test-arm    the C++ kernels for AArch64, under an emulator
-#   make native      the three before, each op's references asked once
+#   make native      the three before, in one run
 #   make zoo         train and export the zoo's models anew (hours on a CPU)
 #   make clean       remove what these targets made
 #
@@ -68,8 +68,8 @@ bench: $(VENV)/bench.stamp
 gpu-check: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.bench.gpu_check
 
-# The kernels outside of Python; see tests/native.  All tests of an op run in one process (loadgroup).
-NATIVE = $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST) -p no:cacheprovider
+# The kernels outside of Python; see tests/native.
+NATIVE = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST) -p no:cacheprovider
 
 sanitize: $(VENV)/test.stamp
 	$(NATIVE) tests/native/test_sanitize.py

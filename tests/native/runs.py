@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from compare import Fenced, assert_all_close, truth
 from record import Records, foreign
@@ -23,8 +22,6 @@ DRAWN = 12  # random arguments an op
 SHARED = 1 << 22  # operations and bytes that no kernel leaves to one thread
 
 CPU_OPS = [op for op in registry.ops().values() if any(k.device == "cpu" for k in op.kernels)]
-# Each op as a test's parameter; all tests of an op run in one process, which asks its reference once.
-EACH = [pytest.param(op, id=op.name, marks=pytest.mark.xdist_group(op.name)) for op in CPU_OPS]
 
 
 def arguments(op: Op) -> Iterator[tuple[str, tuple[Any, ...]]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from record import ROOT, build_library, build_runner, levels_of
-from runs import EACH, check
+from runs import CPU_OPS, check
 
 from fusegen.kernels.op import Op
 
@@ -37,6 +37,6 @@ def command() -> list[str | Path]:
     return [str(emulator), "-L", SYSTEM, build_runner(folder, COMPILER), made]
 
 
-@pytest.mark.parametrize("op", EACH)
+@pytest.mark.parametrize("op", CPU_OPS, ids=lambda op: op.name)
 def test_kernels_agree_with_the_reference(op: Op, command: list[str | Path], tmp_path: Path) -> None:
     check(op, levels_of(op.name, LEVELS), command, tmp_path, threads=2)

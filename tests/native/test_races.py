@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from record import ROOT, Planted, PlantedLaunch, Records, build_library, build_planted, levels_of, sanitized
-from runs import EACH, check
+from runs import CPU_OPS, check
 
 from fusegen.kernels.cpu import build, library
 from fusegen.kernels.op import Op
@@ -55,7 +55,7 @@ def kernels() -> Path:
     return build_library(FOLDER, "g++", sanitize="thread", chosen=_chosen)
 
 
-@pytest.mark.parametrize("op", EACH)
+@pytest.mark.parametrize("op", CPU_OPS, ids=lambda op: op.name)
 def test_kernels_have_no_race(op: Op, start: list[str | Path], kernels: Path, tmp_path: Path) -> None:
     shared = check(op, _levels(op), [*start, kernels], tmp_path, THREADS, bench=True)
     assert shared > 0, "no case is large enough for two threads"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from record import ROOT, Planted, PlantedLaunch, Records, build_library, build_planted, levels_of, sanitized
-from runs import EACH, check
+from runs import CPU_OPS, check
 
 from fusegen.kernels.cpu import build, library
 from fusegen.kernels.op import Op
@@ -50,7 +50,7 @@ def kernels() -> Path:
     return build_library(FOLDER, "g++", sanitize="address", chosen=_chosen)
 
 
-@pytest.mark.parametrize("op", EACH)
+@pytest.mark.parametrize("op", CPU_OPS, ids=lambda op: op.name)
 def test_kernels_stay_in_their_memory(op: Op, start: list[str | Path], kernels: Path, tmp_path: Path) -> None:
     check(op, _chosen(levels_of(op.name, library.levels())), [*start, kernels], tmp_path, threads=2, behind=0)
 

@@ -8,12 +8,12 @@
 #   make sanitize    the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 #   make races       the C++ kernels under ThreadSanitizer
 #   make test-arm    the C++ kernels for AArch64, under an emulator
-#   make native      the three before, in one process
+#   make native      the three before, in one run
 #   make zoo         train and export the zoo's models anew (hours on a CPU)
 #   make clean       remove what these targets made
 #
-# JOBS: how many processes `make test` uses; PYTHON: the interpreter of the environment; PIP_FLAGS go to every pip
-# install, for instance
+# JOBS: how many processes `make test`, `native`, `sanitize`, `races` and `test-arm` use; PYTHON: the interpreter of the
+# environment; PIP_FLAGS go to every pip install, for instance
 #   make demo PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"    (PyTorch without CUDA: 200 MB)
 
 PYTHON    ?= python3
@@ -36,15 +36,16 @@ $(VENV)/pip.stamp:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# One stamp a set of extras: nothing is installed again until what it was made from changes.
+# One stamp a set of extras: nothing is installed again until what it was made from changes.  ALSO: the sets it holds.
 $(VENV)/run.stamp: EXTRAS :=
 $(VENV)/test.stamp: EXTRAS := [test]
 $(VENV)/lint.stamp: EXTRAS := [test,lint]
+$(VENV)/lint.stamp: ALSO := $(VENV)/run.stamp $(VENV)/test.stamp
 $(VENV)/bench.stamp: EXTRAS := [bench]
 $(VENV)/%.stamp: $(SETUP) | $(VENV)/pip.stamp
 	@echo "== install: fusegen$(EXTRAS)"
 	$(PIP) install $(PIP_FLAGS) -c constraints.txt -e ".$(EXTRAS)"
-	@touch $@
+	@touch $@ $(ALSO)
 
 demo: $(VENV)/run.stamp
 	@$(BIN)/python -m fusegen.demo
@@ -67,18 +68,20 @@ bench: $(VENV)/bench.stamp
 gpu-check: $(VENV)/run.stamp
 	$(BIN)/python -m fusegen.bench.gpu_check
 
-# The kernels outside of Python; see tests/native.  One process for all three asks the references once.
+# The kernels outside of Python; see tests/native.
+NATIVE = $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST) -p no:cacheprovider
+
 sanitize: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_sanitize.py
+	$(NATIVE) tests/native/test_sanitize.py
 
 races: $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_races.py
+	$(NATIVE) tests/native/test_races.py
 
 test-arm: need-arm $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_arm.py
+	$(NATIVE) tests/native/test_arm.py
 
 native: need-arm $(VENV)/test.stamp
-	$(BIN)/python -m pytest $(PYTEST) -p no:cacheprovider tests/native/test_sanitize.py tests/native/test_races.py tests/native/test_arm.py
+	$(NATIVE) tests/native/test_sanitize.py tests/native/test_races.py tests/native/test_arm.py
 
 need-arm:
 	@command -v aarch64-linux-gnu-g++ >/dev/null && { command -v qemu-aarch64-static || command -v qemu-aarch64; } >/dev/null || \

@@ -43,9 +43,12 @@ FLAGS = shlex.split(
     "-ffp-contract=off -fno-trapping-math -Wall -Wextra -Werror=return-type -Wno-psabi -Wno-ignored-attributes "
     "-Wno-uninitialized -Wno-maybe-uninitialized -g0"
 )
+# AddressSanitizer's checks make thousands of blocks of a function, and compiling them takes longer than running them:
+# so little is optimized, accesses are checked by calls, and registers are allotted for a function as a whole.
 SANITIZERS = {
     "address": shlex.split(
-        "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+        "-Og -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined "
+        "-fira-region=one --param asan-instrumentation-with-call-threshold=0"
     ),
     "thread": shlex.split("-O1 -g1 -fno-omit-frame-pointer -fsanitize=thread"),
 }

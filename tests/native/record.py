@@ -187,8 +187,9 @@ def sanitized(folder: Path, sanitize: str, planted: Path) -> list[str | Path]:
 
 
 def build_runner(folder: Path, compiler: str, flags: Sequence[str] = ()) -> Path:
-    """runner.cpp compiled."""
-    runner = folder / "runner"
+    """runner.cpp compiled; replaced in one step, since another process may be running it."""
+    runner, partial = folder / "runner", folder / f"runner.{os.getpid()}.part"
     command = [*shlex.split(compiler), "-std=c++17", "-O1", "-g", "-Wall", "-Wextra", *flags]
-    subprocess.run([*command, str(HERE / "runner.cpp"), "-o", str(runner), "-ldl", "-lpthread"], check=True)
+    subprocess.run([*command, str(HERE / "runner.cpp"), "-o", str(partial), "-ldl", "-lpthread"], check=True)
+    partial.replace(runner)
     return runner

@@ -38,8 +38,8 @@ def arguments(op: Op) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def large(op: Op) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """(label, arguments) of the smallest realistic case that is worth two threads, in one dtype."""
-    cases = sorted((c for c in op.cases if c.bench), key=lambda c: _work(op, _build(c)))
-    case = next((c for c in cases if _work(op, _build(c)) >= SHARED), cases[-1])
+    work = {c: _work(op, _build(c)) for c in op.cases if c.bench}
+    case = min((c for c in work if work[c] >= SHARED), key=lambda c: work[c], default=max(work, key=lambda c: work[c]))
     yield case.name, _build(case)
 
 

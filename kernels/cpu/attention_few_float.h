@@ -130,8 +130,8 @@ struct FloatFew {
       }
     };
     int r = 0;
-    // Four keys by loads of their own: the next address of each is then the next head's, which lies beside this one where
-    // heads do.  By one load for all keys it is a row on: the hardware follows, past the block's end.
+    // Four keys by loads of their own: the next address of each is then the next head's, beside this one where heads
+    // lie so.  By one load for all keys it is a row on: the hardware follows, past the block's end.
     for (; M <= 2 && r + 4 <= n; r += 4) key(r), key(r + 1), key(r + 2), key(r + 3);
     for (; r < n; ++r) key(r);
 #pragma GCC unroll 4

@@ -110,15 +110,16 @@ def resampled(
 ) -> Tensor:
     """:func:`reference` in x's own dtype, in the memory order that the operators give."""
     f = x.new_ones(1, 1) if filter is None else filter.to(x.dtype)
-    f = f[:, None] * f[None, :] if f.dim() == 1 else f
-    f = (f if flip_filter else f.flip(0, 1)) * gain
+    f = f if flip_filter else f.flip(*range(f.dim()))
+    passes = [(f * gain, tuple(down))] if f.dim() == 2 else [(f[None] * gain, (down[0], 1)), (f[:, None], (1, down[1]))]
     batch, channels, height, width = x.shape
     y = F.pad(x.reshape(batch, channels, height, 1, width, 1), (0, up[0] - 1, 0, 0, 0, up[1] - 1))
     y = F.pad(y.reshape(batch * channels, 1, height * up[1], width * up[0]), [max(p, 0) for p in padding])
     y = F.pad(y, [min(p, 0) for p in padding])  # last: more may be taken away on one side than x itself has
     # Some planes at a time: in float64 PyTorch's convolution copies its input once for every tap.
-    some = max(1, 2**27 // max(1, y[0].numel() * f.numel() if len(y) else 1))
-    y = torch.cat([F.conv2d(part, f[None, None], stride=(down[1], down[0])) for part in y.split(some)])
+    for taps, (across, downward) in passes:
+        some = max(1, 2**27 // max(1, y[0].numel() * taps.numel() if len(y) else 1))
+        y = torch.cat([F.conv2d(part, taps[None, None], stride=(downward, across)) for part in y.split(some)])
     return y.reshape(batch, channels, *y.shape[2:])
 
 

@@ -147,7 +147,7 @@ struct Pieces {
   const int bytes = item.heads * dim * static_cast<int>(sizeof(T));
   const int lead = fours(item.heads > 1 ? 2 * LEAD : LEAD), pause = PAUSE / bytes / 4 * 4;
   const int page = bytes < HALF ? HALF / bytes : 1;  // keys
-  const int most = fours(RUN) < KEYS ? fours(RUN) : KEYS, most_scores = 4 * bytes > RUN ? F::LEAST : most;
+  const int most = fours(RUN) < KEYS ? fours(RUN) : KEYS;
   const int64_t all = a->heads / a->kv_heads * a->queries;  // queries of a key head
   alignas(64) float o[MOST_ROWS * WIDE], s[MOST_ROWS * ROW];
   alignas(64) char q[MOST_ROWS * WIDE * 4];
@@ -196,7 +196,7 @@ struct Pieces {
 
   void scores() {
     for (int r = 0, count; r < n; r += count) {
-      count = run_of(item.of[0], k0 + r, n - r < most_scores ? n - r : most_scores);
+      count = run_of(item.of[0], k0 + r, n - r < most ? n - r : most);
       touch(false, r, count);
       Ahead ahead = behind(false, r, lead, F::groups(rows));
       const int64_t here = k_at(r);

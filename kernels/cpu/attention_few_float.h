@@ -77,7 +77,6 @@ void all_dots(const float *q, const T *k, Ahead &ahead, int64_t stride, int n, i
 template <class T>
 struct FloatFew {
   using element = T;
-  static constexpr int LEAST = 4;  // keys of which scores are taken in one go
 
   static void take_query(const T *from, int dim, int m, char *to) {
     float *at = reinterpret_cast<float *>(to) + m * WIDE;
@@ -115,7 +114,7 @@ struct FloatFew {
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) sum[m][c] = load(o + m * WIDE + c * W);
-    auto key = [&](int r) __attribute__((always_inline)) {
+    for (int r = 0; r < n; ++r) {
       vf x[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
@@ -128,12 +127,7 @@ struct FloatFew {
 #pragma GCC unroll 8
         for (int c = 0; c < C; ++c) sum[m][c] = fma(one, x[c], sum[m][c]);
       }
-    };
-    int r = 0;
-    // Four keys by loads of their own: the next address of each is then the next head's, beside this one where heads
-    // lie so.  By one load for all keys it is a row on: the hardware follows, past the block's end.
-    for (; M <= 2 && r + 4 <= n; r += 4) key(r), key(r + 1), key(r + 2), key(r + 3);
-    for (; r < n; ++r) key(r);
+    }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8

@@ -23,7 +23,6 @@ FG_INLINE vf fold(vf (&x)[4]) {
 
 template <class T>
 struct PairScores {
-  static constexpr int LEAST = 2;            // keys that are taken in one go
   static constexpr int UNIT = 32;            // bytes of a key that are taken at a time
   static constexpr int PAIR = 2 * WIDE * 4;  // bytes from two queries to the next two
 
@@ -40,7 +39,7 @@ struct PairScores {
     }
   }
 
-  // G pairs of queries by R keys, R being 1, 2 or whole fours.
+  // G pairs of queries by R keys, R being 1 or whole fours.
   template <int G, int R>
   FG_INLINE void tile(const char *q, const char *k, Ahead &ahead, int64_t stride, int bytes, float *to) {
     constexpr int SUMS = R < 4 ? 4 : R;
@@ -75,7 +74,7 @@ struct PairScores {
     for (int r = 0; r < SUMS; r += 4) give<G>(sum, r, to + r);
   }
 
-  // The scores against keys r to r + 3: to[m * ROW + key].  Of one or two: what stands after them is written later.
+  // The scores against keys r to r + 3: to[m * ROW + key].  Of one key: what stands after it is written later.
   template <int G, int SUMS>
   FG_INLINE void give(vf (&sum)[G][SUMS], int r, float *to) {
     vf folded[G];
@@ -123,7 +122,6 @@ struct PairScores {
     int r = 0;
     for (; r + R <= count; r += R) tile<G, R>(q, k + r * stride, ahead, stride, bytes, to + r);
     if (R > 4 && r + 4 <= count) tile<G, 4>(q, k + r * stride, ahead, stride, bytes, to + r), r += 4;
-    if (r + 2 <= count) tile<G, 2>(q, k + r * stride, ahead, stride, bytes, to + r), r += 2;
     for (; r < count; ++r) tile<G, 1>(q, k + r * stride, ahead, stride, bytes, to + r);
   }
 
@@ -153,7 +151,6 @@ struct PairScores {
 
 struct PairFew : FloatFew<float> {
   using Pairs = PairScores<float>;
-  static constexpr int LEAST = Pairs::LEAST;
   static int groups(int rows) { return Pairs::groups(rows); }
   static void take_query(const float *from, int dim, int m, char *to) { Pairs::take_query(from, dim, m, to); }
   static void scores(const char *q, int rows, const float *k, Ahead &ahead, int64_t stride, int count, int dim,

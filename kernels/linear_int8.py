@@ -78,7 +78,12 @@ def codes_of(x: Tensor) -> tuple[Tensor, Tensor]:
     finite = absmax.isfinite()
     inverse = torch.where((absmax >= TINY) & finite, torch.full_like(absmax, LARGEST) / absmax, 0.0)
     codes = (x.float() * inverse).round_().nan_to_num_(nan=0.0)  # infinity times 0 is NaN
-    return codes.to(torch.int8), torch.where(absmax >= TINY, absmax * (1 / LARGEST), torch.where(finite, 0.0, absmax))
+    return codes.to(torch.int8), _scale(absmax)
+
+
+def _scale(absmax: Tensor) -> Tensor:
+    """The scales of rows by their largest magnitudes, float32: these themselves where they are not finite."""
+    return torch.where(absmax >= TINY, absmax * (1 / LARGEST), torch.where(absmax.isfinite(), 0.0, absmax))
 
 
 def finish(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
@@ -115,16 +120,35 @@ def cost(
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (N, K) as int8 codes in [-127, 127] and a float32 scale (N,) for each row, symmetric, by its largest
     magnitude: ``codes * scale[:, None]`` is within half a scale of it.  Raises ValueError where it is not finite."""
-    if weight.dim() != 2:
-        raise ValueError(f"quantize_int8: the weight has shape {tuple(weight.shape)}, not (N, K)")
     codes, scale = weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
-    rows = max(1, PIECE // max(1, weight.shape[1]))
-    for part in (slice(i, i + rows) for i in range(0, weight.shape[0], rows)):
+    for part in _pieces(weight):
         codes[part], found = codes_of(weight[part])
         scale[part] = found.squeeze(-1)
-    if not bool(scale.isfinite().all()):  # as the row's largest magnitude is
+    return codes, _finite(scale)
+
+
+def scale_int8(weight: Tensor) -> Tensor:
+    """The scales of :func:`quantize_int8` alone; raises what that raises."""
+    scale = weight.new_zeros(len(weight), dtype=torch.float32)
+    for part in _pieces(weight):
+        if weight.shape[1]:
+            scale[part] = _scale(weight[part].abs().amax(1).float())
+    return _finite(scale)
+
+
+def _pieces(weight: Tensor) -> list[slice]:
+    """Rows of a weight that are quantized at a time."""
+    if weight.dim() != 2:
+        raise ValueError(f"quantize_int8: the weight has shape {tuple(weight.shape)}, not (N, K)")
+    rows = max(1, PIECE // max(1, weight.shape[1]))
+    return [slice(i, i + rows) for i in range(0, weight.shape[0], rows)]
+
+
+def _finite(scale: Tensor) -> Tensor:
+    """The scales, which are finite where the row's largest magnitude is."""
+    if not bool(scale.isfinite().all()):
         raise ValueError("quantize_int8: the weight holds an infinity or NaN")
-    return codes, scale
+    return scale
 
 
 def random_x(g: Generator, lead: tuple[int, ...], k: int, dtype: torch.dtype, kind: str) -> Tensor:

@@ -39,8 +39,8 @@ def compile(
     ``deterministic``: a sample's bits depend on nothing else in its batch, or planning raises :class:`GraphError` with
     the node that cannot promise it.  ``quantize``: ``"int8"`` for int8 weights and products in the layers that pay
     (:mod:`fusegen.runtime.quantize`; a bundle that ``fusegen quantize`` wrote has them already).  ``without``: ops
-    (``kernels/<op>.py``) whose kernels are left alone, for less memory (``winograd_conv2d``, whose filters are larger
-    than the weights) or to find the one that is at fault.  Raises :class:`RequestError` for what is unknown.
+    (``kernels/<op>.py``) whose kernels are left alone, for less memory (``winograd_conv2d``, whose filters in float32
+    are larger than the weights) or to find the one that is at fault.  Raises :class:`RequestError` for what is unknown.
     """
     if device not in ("cpu", "cuda"):
         raise RequestError(f"no device is called {device!r}", mend="use 'cpu' or 'cuda'")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fusegen.runtime import api, conv_int8
 from fusegen.runtime.conv_int8 import RULE as RULE_PLAIN
+from fusegen.runtime.derived import sources, value
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Program, TensorSpec
 from fusegen.runtime.quantize import RULE, codes_of_weight, layers, quantize, quantized
@@ -71,6 +72,17 @@ def test_one_element_and_none() -> None:
     codes, scale = codes_of_weight("w", torch.full((1, 1), -2.0))
     assert (codes.item(), scale.item()) == (-127, pytest.approx(2 / 127))
     assert codes_of_weight("w", torch.zeros(0, 8))[1].shape == (0,)
+
+
+def test_a_quantized_program_holds_no_codes() -> None:
+    """A session makes them of the weights as it packs them, so that they are not in memory twice."""
+    module, inputs = feed()
+    made = quantize(program(module, *inputs))
+    codes = {name: w for name, w in made.weights.items() if w.dtype == torch.int8}
+    assert codes and not any(isinstance(w, Tensor) for w in codes.values())
+    weight = module.down.weight.detach()
+    (own,) = (w for name, w in codes.items() if name.startswith("down."))
+    assert torch.equal(value(own), codes_of_weight("w", weight)[0]) and sources(own)[0].data_ptr() == weight.data_ptr()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

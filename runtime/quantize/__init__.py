@@ -13,12 +13,13 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from fusegen.kernels.attention_int8 import MOST_DIM
 from fusegen.kernels.conv2d_int8 import LONGEST
-from fusegen.kernels.linear_int8 import quantize_int8
-from fusegen.runtime.derived import release, value
+from fusegen.kernels.linear_int8 import quantize_int8, scale_int8
+from fusegen.runtime.derived import Derived, release, value
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite import clean, linear
@@ -166,10 +167,11 @@ class _Quantizer:
         return node.op != linear.LINEAR and before.startswith("aten.upsample_nearest2d.")
 
     def _codes(self, name: str) -> tuple[Ref, Ref]:
-        """The weights of codes and scales of a weight, made once."""
+        """The weights of codes and scales of a weight, one for all its layers; codes are made when they are packed."""
         if name not in self.made:
-            codes, scale = codes_of_weight(name, value(self.weights[name]), self.program.name)
-            release(self.weights[name])
+            source = self.weights[name]
+            codes, scale = Derived(_codes, source), scale_of_weight(name, value(source), self.program.name)
+            release(source)
             refs = self.names.fresh(f"{name}.int8"), self.names.fresh(f"{name}.scale")
             self.weights |= dict(zip(refs, (codes, scale), strict=True))
             self.made[name] = Ref(refs[0]), Ref(refs[1])
@@ -194,9 +196,21 @@ def codes_of_weight(name: str, weight: Tensor, where: str = "") -> tuple[Tensor,
 
     A row of zeros has the scale 0.  Raises :class:`RequestError` naming the weight where it is not finite.
     """
+    scale = scale_of_weight(name, weight, where)
+    return _codes(weight), scale
+
+
+def scale_of_weight(name: str, weight: Tensor, where: str = "") -> Tensor:
+    """The scale of :func:`codes_of_weight`; raises what that raises."""
     try:
-        codes, scale = quantize_int8(weight.detach().flatten(1))
+        return scale_int8(weight.detach().flatten(1))
     except ValueError as error:
         message = f"the weight {name!r} holds an infinity or NaN"
         raise RequestError(message, where, "get a model that is whole") from error
-    return codes.view(weight.shape), scale
+
+
+def _codes(weight: Tensor) -> Tensor:
+    """The codes of :func:`codes_of_weight`, or what is known of them where there are no values."""
+    if weight.is_meta:
+        return torch.empty(weight.shape, dtype=torch.int8, device="meta")
+    return quantize_int8(weight.detach().flatten(1))[0].view(weight.shape)

@@ -13,7 +13,7 @@ from fusegen.runtime.conv_int8 import RULE as RULE_PLAIN
 from fusegen.runtime.derived import sources, value
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Program, TensorSpec
-from fusegen.runtime.quantize import RULE, codes_of_weight, layers, quantize, quantized
+from fusegen.runtime.quantize import RULE, codes_of_weight, layers, quantize, quantized, scale_of_weight
 from fusegen.runtime.specialize import specialize
 
 LINEAR = "fusegen.linear_int8.default"
@@ -45,12 +45,16 @@ def program(module: nn.Module, *inputs: Tensor) -> Program:
     return api.capture(module.eval(), inputs)
 
 
+def coded(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return codes_of_weight(weight), scale_of_weight("w", weight)
+
+
 def test_codes_and_scales_are_the_definition() -> None:
     weight = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
     weight[1], weight[2] = 0.0, weight[2] * 1e-20
     weight[3] = 0.0
     weight[3, 7] = -3.0
-    codes, scale = codes_of_weight("w", weight)
+    codes, scale = coded(weight)
     assert codes.dtype == torch.int8 and scale.dtype == torch.float32
     want = weight.abs().amax(1).double() / 127
     assert torch.allclose(scale.double(), want, rtol=1e-6, atol=0)
@@ -62,16 +66,16 @@ def test_codes_and_scales_are_the_definition() -> None:
 
 def test_a_convolutions_weight_has_a_scale_for_each_output_channel() -> None:
     weight = torch.randn(4, 3, 3, 3)
-    codes, scale = codes_of_weight("w", weight)
+    codes, scale = coded(weight)
     assert codes.shape == weight.shape and scale.shape == (4,)
     back = codes.double() * scale.double()[:, None, None, None]
     assert relative(back, weight) < 0.01
 
 
 def test_one_element_and_none() -> None:
-    codes, scale = codes_of_weight("w", torch.full((1, 1), -2.0))
+    codes, scale = coded(torch.full((1, 1), -2.0))
     assert (codes.item(), scale.item()) == (-127, pytest.approx(2 / 127))
-    assert codes_of_weight("w", torch.zeros(0, 8))[1].shape == (0,)
+    assert coded(torch.zeros(0, 8))[1].shape == (0,)
 
 
 def test_a_quantized_program_holds_no_codes() -> None:
@@ -82,7 +86,7 @@ def test_a_quantized_program_holds_no_codes() -> None:
     assert codes and not any(isinstance(w, Tensor) for w in codes.values())
     weight = module.down.weight.detach()
     (own,) = (w for name, w in codes.items() if name.startswith("down."))
-    assert torch.equal(value(own), codes_of_weight("w", weight)[0]) and sources(own)[0].data_ptr() == weight.data_ptr()
+    assert torch.equal(value(own), codes_of_weight(weight)) and sources(own)[0].data_ptr() == weight.data_ptr()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -194,7 +198,7 @@ def test_where_the_library_has_no_int8_products_convolutions_are_plain(
     session = api.compile(made, dtype=dtype)
     with torch.no_grad():
         for layer in (module.same, module.down, module.one):
-            codes, scale = codes_of_weight("w", layer.weight)
+            codes, scale = coded(layer.weight)
             layer.weight.copy_(codes * scale[:, None, None, None])
         want = module(x)
     for _ in range(2):
@@ -211,7 +215,7 @@ def test_convolutions_with_something_behind_them_stay_what_they_are() -> None:
     class Own(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            codes, scale = codes_of_weight("w", torch.randn(8, 8, 3, 3))
+            codes, scale = coded(torch.randn(8, 8, 3, 3))
             self.register_buffer("codes", codes)
             self.register_buffer("scale", scale)
 
@@ -254,7 +258,7 @@ def test_each_layer_has_an_error_of_its_own() -> None:
     with torch.no_grad():
         module(x)
         hook.remove()
-        codes, scale = codes_of_weight("w", module.same.weight)
+        codes, scale = coded(module.same.weight)
         where = ("none", (1, 1), (1, 1), (1, 1))
         got = torch.ops.fusegen.conv2d_int8(seen["x"], codes, scale, module.same.bias, None, *where)
     assert relative(got, seen["y"]) in [pytest.approx(e, rel=1e-3) for e in found.values()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
 from fusegen.runtime import api
-from fusegen.runtime.quantize import codes_of_weight
+from fusegen.runtime.quantize import codes_of_weight, scale_of_weight
 from fusegen.runtime.winograd import RULE_INT8
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.missing() or "")
@@ -29,7 +29,7 @@ def last(x: Tensor) -> Tensor:
 def convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, doubled: bool = False
 ) -> Tensor:
-    filters, scale = torch.ops.fusegen.winograd_int8_filters(*codes_of_weight("w", weight))
+    filters, scale = torch.ops.fusegen.winograd_int8_filters(codes_of_weight(weight), scale_of_weight("w", weight))
     return torch.ops.fusegen.winograd_conv2d_int8(x, filters, scale, weight.shape[0], bias, residual, doubled)
 
 

@@ -170,7 +170,7 @@ class _Quantizer:
         """The weights of codes and scales of a weight, one for all its layers; codes are made when they are packed."""
         if name not in self.made:
             source = self.weights[name]
-            codes, scale = Derived(_codes, source), scale_of_weight(name, value(source), self.program.name)
+            codes, scale = Derived(codes_of_weight, source), scale_of_weight(name, value(source), self.program.name)
             release(source)
             refs = self.names.fresh(f"{name}.int8"), self.names.fresh(f"{name}.scale")
             self.weights |= dict(zip(refs, (codes, scale), strict=True))
@@ -191,26 +191,20 @@ _LAYERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def codes_of_weight(name: str, weight: Tensor, where: str = "") -> tuple[Tensor, Tensor]:
-    """A weight (O, ...) as int8 codes of its shape and a float32 scale (O,), by its rows' largest magnitudes.
-
-    A row of zeros has the scale 0.  Raises :class:`RequestError` naming the weight where it is not finite.
-    """
-    scale = scale_of_weight(name, weight, where)
-    return _codes(weight), scale
+def codes_of_weight(weight: Tensor) -> Tensor:
+    """A weight (O, ...) as int8 codes of its shape, by its rows' largest magnitudes; of a meta tensor a meta tensor."""
+    if weight.is_meta:
+        return torch.empty(weight.shape, dtype=torch.int8, device="meta")
+    return quantize_int8(weight.detach().flatten(1))[0].view(weight.shape)
 
 
 def scale_of_weight(name: str, weight: Tensor, where: str = "") -> Tensor:
-    """The scale of :func:`codes_of_weight`; raises what that raises."""
+    """What a weight's codes are multiplied by, float32 (O,); that of a row of zeros is 0.
+
+    Raises :class:`RequestError` naming the weight where it is not finite.
+    """
     try:
         return scale_int8(weight.detach().flatten(1))
     except ValueError as error:
         message = f"the weight {name!r} holds an infinity or NaN"
         raise RequestError(message, where, "get a model that is whole") from error
-
-
-def _codes(weight: Tensor) -> Tensor:
-    """The codes of :func:`codes_of_weight`, or what is known of them where there are no values."""
-    if weight.is_meta:
-        return torch.empty(weight.shape, dtype=torch.int8, device="meta")
-    return quantize_int8(weight.detach().flatten(1))[0].view(weight.shape)

@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512 avx512_bf16 neon
+// levels: scalar avx2 avx512 avx512_bf16 amx neon
 // act(x W^T + bias + residual) for many rows of x, by W in panels.
 #include "packed_linear.h"
 

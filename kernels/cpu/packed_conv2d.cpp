@@ -4,6 +4,10 @@
 #include "simd.h"
 #include "threads.h"
 
+#if defined(FG_LEVEL_AMX)
+#include "packed_conv2d_amx.h"
+#else
+
 namespace {
 
 constexpr int64_t TAPS = 9, GROUP = 32, LANES = 2 * GROUP;  // outputs that lie together; outputs by two inputs
@@ -74,6 +78,7 @@ int convolve(const fg_packed_conv2d_args *a) {
 }
 
 }  // namespace
+#endif
 
 extern "C" int FG_EXPORT(packed_conv2d)(const fg_packed_conv2d_args *a) {
   if (!a->batch || !a->outputs || !a->height || !a->width) return FG_OK;

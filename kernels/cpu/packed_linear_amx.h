@@ -105,7 +105,7 @@ FG_INLINE void pair_by(const Block<A> &block, const Pair &pair, const uint32_t *
     if (rest.sums) finish<Tail>(block.a, rest, quarter);
     for (const int64_t until = from + (to - from) * (quarter + 1) / kQuarters; s < until; ++s) {
       const uint32_t *x = pair.x + s * pair.step, *w = cut && s + 1 == to ? block.end : panel + s * 2 * kTileWords;
-      add_step<TWO>(x, pair.more + s * pair.step, pair.row, w, kSide * 4);
+      add_step<TWO, true>(x, pair.more + s * pair.step, pair.row, w, kSide * 4);
     }
   }
   end_sums<TWO>(sums);

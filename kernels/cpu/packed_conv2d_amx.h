@@ -1,9 +1,10 @@
 // A 3x3 convolution on AMX tiles: 32 pixels by 32 outputs at a time.
 //
 // The pixels around a block of outputs are copied once, 32 channels of all of them together, zeros around the image: a
-// tap's tile is then 16 lines in a row, wherever it lies.  Two such planes' taps for 32 outputs stay in the first cache
-// while the block's pixels go past them.  Where an image is narrow, samples lie side by side, pixel by pixel, so that tiles are
-// full.  Bias and residual are added between the products of the next pixels: vectors and tiles are different units.
+// tap's tile is then 16 lines in a row, wherever it lies.  The nine taps' tiles of 32 pixels overlap, so that a first
+// cache has most of them, while the weight comes from the second.  Where an image is narrow, samples lie side by side,
+// pixel by pixel, so that tiles are full.  Bias and residual are added between the products of the next pixels: vectors
+// and tiles are different units.
 #pragma once
 #include "simd.h"
 #include "threads.h"
@@ -13,7 +14,7 @@ namespace {
 
 constexpr int64_t kTaps = 9;
 constexpr int64_t kChunk = 32;                // channels of a plane
-constexpr int64_t kPlanes = 2;                // planes whose taps are used at a time: 36 KiB
+constexpr int64_t kPlanes = 20;               // planes that go into sums at a time
 constexpr int64_t kTapWords = kTaps * kSide;  // from one pair of channels of the taps to the next
 constexpr int64_t kPixels = 512;              // outputs of a block, about, and bytes of what is around them
 constexpr int64_t kBytes = 1 << 20;
@@ -57,10 +58,14 @@ struct Around {
   uint32_t *pixels, *end;                        // end: the taps of the last plane, zeros behind its channels
   float *sums;
 
-  static int64_t pairs_of(const Cut &cut) { return (cut.rows * ((cut.columns * cut.shared + kTile - 1) / kTile) + 1) / 2; }
+  static int64_t pairs_of(const Cut &cut) {
+    return (cut.rows * ((cut.columns * cut.shared + kTile - 1) / kTile) + 1) / 2;
+  }
+
   static int64_t bytes_of(const Args *a, const Cut &cut) {
     const int64_t entries = (cut.columns * a->stride + kTile + 2) * cut.shared * (cut.rows * a->stride + 3) + 3 * kSide;
-    return 4 * (kTile * kTapWords + (pairs_of(cut) + 1) * kSide * kSide + ((a->inputs + 31) / 32 + 1) * entries * kTile);
+    const int64_t planes = (a->inputs + kChunk - 1) / kChunk;
+    return 4 * (kTile * kTapWords + (pairs_of(cut) + 1) * kSide * kSide + planes * entries * kTile);
   }
 
   Around(const Args *a, const Cut &cut, int64_t block, void *memory) : a(a), cut(cut) {
@@ -71,7 +76,7 @@ struct Around {
     tiles = (columns * cut.shared + kTile - 1) / kTile;
     wide = ((columns - 1) * a->stride + 3) * cut.shared, tall = (rows - 1) * a->stride + 3;
     planes = (a->inputs + kChunk - 1) / kChunk;
-    plane = ((tall * wide + kTile * a->stride) | 1) * kTile;  // an odd number of lines; a last tile may read beyond the last row
+    plane = ((tall * wide + kTile * a->stride) | 1) * kTile;  // lines, an odd number; tiles may end behind the last row
     end = static_cast<uint32_t *>(memory);
     sums = reinterpret_cast<float *>(end + kTile * kTapWords);
     pixels = reinterpret_cast<uint32_t *>(sums + (pairs_of(cut) + 1) * kSide * kSide);
@@ -87,7 +92,8 @@ struct Around {
     for (int64_t j = 0; j < wide; ++j, to += kTile) {
       const int64_t n = sample + (j & (cut.shared - 1)), column = left + (j >> cut.shift);
       const bool is = row >= 0 && row < a->height && column >= 0 && column < a->width && n < a->batch;
-      const bf16 *from = static_cast<const bf16 *>(a->x) + (is ? ((n * a->height + row) * a->width + column) * a->inputs : 0);
+      const int64_t pixel = is ? (n * a->height + row) * a->width + column : 0;
+      const bf16 *from = static_cast<const bf16 *>(a->x) + pixel * a->inputs;
       for (int64_t p = 0; p < planes; ++p) {
         const int64_t some = is ? a->inputs - p * kChunk : 0;
         const __mmask32 there = some >= kChunk ? ~0u : (1u << some) - 1u;
@@ -110,15 +116,21 @@ struct Rest {
   int64_t pair, o;
 };
 
+FG_INLINE int columns_from(int64_t left, int v) {
+  return static_cast<int>(left - v * W < 0 ? 0 : left - v * W < W ? left - v * W : W);
+}
+
 // Sums of one pixel, with bias and residual.
 FG_INLINE void put(const Args *a, const float *sums, const vf (&bias)[2], int64_t at, int64_t left) {
+  const bf16 *residual = static_cast<const bf16 *>(a->residual) + at;
+  vf y[2];
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
-    const int some = static_cast<int>(left - v * W < 0 ? 0 : left - v * W < W ? left - v * W : W);
-    vf value = add(load(sums + v * W), bias[v]);
-    if (a->residual) value = add(value, load_n(static_cast<const bf16 *>(a->residual) + at + v * W, some));
-    store_n(static_cast<bf16 *>(a->out) + at + v * W, value, some);
+    y[v] = add(load(sums + v * W), bias[v]);
+    if (a->residual) y[v] = add(y[v], load_n(residual + v * W, columns_from(left, v)));
   }
+  const __mmask32 there = left >= kSide ? ~0u : (1u << left) - 1u;
+  _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + at, there, (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]));
 }
 
 // A part of what rests: kRoom rows of sums.
@@ -130,7 +142,7 @@ FG_INLINE void finish(const Around &block, const Rest &rest, int64_t part) {
   vf bias[2];
 #pragma GCC unroll 2
   for (int v = 0; v < 2; ++v) {
-    const int some = static_cast<int>(left - v * W < 0 ? 0 : left - v * W < W ? left - v * W : W);
+    const int some = columns_from(left, v);
     bias[v] = !a->bias                        ? set1(0.0f)
               : a->bias_dtype == FG_FLOAT32 ? load_n(static_cast<const float *>(a->bias) + rest.o + v * W, some)
                                             : load_n(static_cast<const bf16 *>(a->bias) + rest.o + v * W, some);
@@ -151,7 +163,8 @@ FG_INLINE void finish(const Around &block, const Rest &rest, int64_t part) {
 // sums (+)= a pair's pixels by planes [from, to) of the taps of a group.
 FG_INLINE void pair_by(const Around &block, int64_t pair, const uint32_t *taps, int64_t from, int64_t to, float *sums,
                        Rest &rest) {
-  const int64_t last = block.rows * block.tiles - 1, across = block.cut.shared * kTile, row = 4 * kTile * block.a->stride;
+  const int64_t last = block.rows * block.tiles - 1, column = block.cut.shared * kTile;
+  const int64_t row = 4 * kTile * block.a->stride;
   const uint32_t *one = block.tile(2 * pair), *two = block.tile(2 * pair + 1 < last ? 2 * pair + 1 : last);
   begin_sums<true>(sums, from > 0);
   int64_t part = 0;
@@ -162,8 +175,8 @@ FG_INLINE void pair_by(const Around &block, int64_t pair, const uint32_t *taps, 
       if (rest.sums && part < kSide / kRoom) finish(block, rest, part++);
       const int64_t at = p * block.plane + down * block.wide * kTile;
 #pragma GCC unroll 3
-      for (int64_t right = 0; right < 3; ++right)
-        add_step<true, false>(one + at + right * across, two + at + right * across, row, w + right * kSide, 4 * kTapWords);
+      for (int64_t i = 0; i < 3; ++i)
+        add_step<true, false>(one + at + i * column, two + at + i * column, row, w + i * kSide, 4 * kTapWords);
     }
   }
   end_sums<true>(sums);
@@ -207,7 +220,8 @@ inline int convolve(const Args *a) {
     const Around block(a, cut, item % blocks, memory);
     const Tiles tiles;
     Rest rest;
-    for (int64_t g = item / blocks * some, turn = 0; turn < some && g < panels; ++g, ++turn) block_by(block, g, turn, rest);
+    for (int64_t g = item / blocks * some, turn = 0; turn < some && g < panels; ++g, ++turn)
+      block_by(block, g, turn, rest);
     for (int64_t part = 0; rest.sums && part < kSide / kRoom; ++part) finish(block, rest, part);
     return static_cast<int>(FG_OK);
   });

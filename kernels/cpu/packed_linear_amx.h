@@ -1,8 +1,8 @@
 // Many rows of x by a weight in panels on AMX tiles; see packed_linear.h, whose tails it calls.
 //
-// Tiles of x are loaded where they lie; a block of rows stays in the second-level cache while the panels go past it.  Only
-// rows that make no whole tiles are copied.  The tail of a pair of tiles is worked off between the products of the next
-// pair: vectors and tiles are different units.
+// Tiles of x are loaded where they lie; a block of rows stays in the second-level cache while the panels go past it.
+// Only rows that make no whole tiles are copied.  The tail of a pair of tiles is worked off between the products of the
+// next pair: vectors and tiles are different units.
 #pragma once
 #include "tile_products.h"
 
@@ -19,7 +19,8 @@ struct Pair {
   int64_t row, step;
 };
 
-// A block's rows, pairs of tiles of them that were copied, [pair][step][half of the rows], and its sums: a ring of `slots`.
+// A block's rows, pairs of tiles of them that were copied, [pair][step][half of the rows], and its sums: a ring of
+// `slots`.
 template <class A>
 struct Block {
   const A *a;
@@ -33,8 +34,8 @@ struct Block {
   }
 
   Block(const A *a, int64_t first, int64_t last, int64_t steps, void *memory)
-      : a(a), first(first), last(last), steps(steps), pairs((last - first + kSide - 1) / kSide), parts(steps ? (steps + kPart - 1) / kPart : 1),
-        slots(parts > 1 ? pairs + 1 : 2), end(static_cast<uint32_t *>(memory)) {
+      : a(a), first(first), last(last), steps(steps), pairs((last - first + kSide - 1) / kSide),
+        parts(steps ? (steps + kPart - 1) / kPart : 1), slots(parts > 1 ? pairs + 1 : 2), end(static_cast<uint32_t *>(memory)) {
     sums = reinterpret_cast<float *>(end + 2 * kTileWords);
     x = reinterpret_cast<uint32_t *>(sums + slots * kSide * kSide);
     lies = !(a->width % 32) && (a->x_outer == a->inner * a->x_inner || first / a->inner == (last - 1) / a->inner);

@@ -1,7 +1,7 @@
 // Products of bfloat16 on AMX tiles: 32 rows by 32 columns of float32 sums, 32 columns of x, a step, at a time.
 //
-// A tile of x is 16 rows of 64 bytes, one step; a step of the weight is 16 pairs of its columns by 32 of its rows, two tiles
-// side by side.  Sums are made in order: what comes out for a row does not depend on the other rows.
+// A tile of x is 16 rows of 64 bytes, one step; a step of the weight is 16 pairs of its columns by 32 of its rows, two
+// tiles side by side.  Sums are made in order: what comes out for a row does not depend on the other rows.
 #pragma once
 #include "abi.h"
 #include "tiles.h"
@@ -44,8 +44,8 @@ FG_INLINE void end_sums(float *sums) {
   }
 }
 
-// Adds one step: tiles `x` and `more`, rows `x_row` bytes apart, by a step of the weight, pairs `w_row` bytes apart.  ONCE: x
-// only passes through the first cache, so that the weight stays there.
+// Adds one step: tiles `x` and `more`, rows `x_row` bytes apart, by a step of the weight, pairs `w_row` bytes apart.
+// ONCE: x only passes through the first cache, so that the weight stays there.
 template <bool TWO, bool ONCE>
 FG_INLINE void add_step(const uint32_t *x, const uint32_t *more, int64_t x_row, const uint32_t *w, int64_t w_row) {
   _tile_loadd(6, w, w_row);

@@ -35,7 +35,8 @@ struct Block {
 
   Block(const A *a, int64_t first, int64_t last, int64_t steps, void *memory)
       : a(a), first(first), last(last), steps(steps), pairs((last - first + kSide - 1) / kSide),
-        parts(steps ? (steps + kPart - 1) / kPart : 1), slots(parts > 1 ? pairs + 1 : 2), end(static_cast<uint32_t *>(memory)) {
+        parts(steps ? (steps + kPart - 1) / kPart : 1), slots(parts > 1 ? pairs + 1 : 2),
+        end(static_cast<uint32_t *>(memory)) {
     sums = reinterpret_cast<float *>(end + 2 * kTileWords);
     x = reinterpret_cast<uint32_t *>(sums + slots * kSide * kSide);
     lies = !(a->width % 32) && (a->x_outer == a->inner * a->x_inner || first / a->inner == (last - 1) / a->inner);

@@ -68,10 +68,7 @@ FG_INLINE void add_step(const uint32_t *x, const uint32_t *more, int64_t x_row, 
 
 // Tiles are set up while one of these lives; the CPU knows of none before and after.
 struct Tiles {
-  Tiles() {
-    TileConfig config = whole_tiles();
-    load_tiles(config);
-  }
+  Tiles() { load_tiles(whole_tiles()); }
   ~Tiles() { _tile_release(); }
 };
 

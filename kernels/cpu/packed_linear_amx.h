@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int64_t kTallest = 128;  // rows of x in a block, and bytes of them, at the most
-constexpr int64_t kBytes = 3 << 19;  // 128 rows of 6144
-constexpr int64_t kPart = 40;     // steps of a panel at a time
+constexpr int64_t kTallest = 256;     // rows of x in a block, and bytes of them, at the most
+constexpr int64_t kBytes = 3 << 19;
+constexpr int64_t kPart = 40;         // steps of a panel at a time
 constexpr int64_t kQuarters = kSide / kRows;
 
 // Two tiles of x, rows `row` bytes apart, and how many words a step is from the one before.

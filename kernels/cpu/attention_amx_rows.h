@@ -2,10 +2,9 @@
 //
 // Weights are exp2(score * rate - shift).  A row's shift is not its running maximum: it is BIAS above the maximum of
 // the first keys that the row met, and moves only when a weight reaches 2, that is when a score is found BIAS + 1
-// octaves above.  Any shift gives the same softmax, in floating point without loss.  So a block of keys needs no maximum
-// before
-// its exponentials; that no weight reached 2 is one bit of the packed weights, looked at afterwards.  Whether a row's
-// shift moves depends on its own scores alone.
+// octaves above.  Any shift gives the same softmax, in floating point without loss.  So a block of keys needs no
+// maximum before its exponentials; that no weight reached 2 is one bit of the packed weights, looked at afterwards.
+// Whether a row's shift moves depends on its own scores alone.
 #pragma once
 #include "attention_amx.h"
 

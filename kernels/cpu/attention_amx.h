@@ -40,14 +40,18 @@ inline void pack_queries(const bf16 *q, int64_t stride, int rows, const AmxShape
   }
 }
 
-// Tiles [key / 16][dim / 32] of pairs of dims; zeros past n, up to whole units.
+// Tiles [key / 16][dim / 32] of pairs of dims, up to whole units.  What stands past n is the last key again: its
+// weights do no harm, and V has zeros there.
 inline void pack_keys(const bf16 *k, int64_t stride, int n, const AmxShape &s, char *to) {
   for (int j = 0; j < (n + UNIT - 1) / UNIT * UNIT; j += 16)
     for (int d = 0; d < s.deep; ++d, to += TILE) {
       const __mmask32 mask = halves_below(s.dim - 32 * d);
       __m512i x[16];
 #pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r) x[r] = _mm512_maskz_loadu_epi16(j + r < n ? mask : 0, k + (j + r) * stride + 32 * d);
+      for (int r = 0; r < 16; ++r) {
+        const int key = j + r < n ? j + r : n - 1;
+        x[r] = _mm512_maskz_loadu_epi16(mask, k + key * stride + 32 * d);
+      }
       transpose(x);
 #pragma GCC unroll 16
       for (int r = 0; r < 16; ++r) _mm512_store_si512(to + r * 64, x[r]);
@@ -67,7 +71,8 @@ inline void pack_values(const bf16 *v, int64_t stride, int n, const AmxShape &s,
         const __mmask16 mask = lanes_below(left < 16 ? left : 16);
         const __m256i x = _mm256_maskz_loadu_epi16(near < n ? mask : 0, low + 16 * d);
         const __m256i y = _mm256_maskz_loadu_epi16(far < n ? mask : 0, high + 16 * d);
-        const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(x), _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16));
+        const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16);
+        const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(x), upper);
         const __mmask16 past = left < 16 ? static_cast<__mmask16>(1u << left) : 0;
         _mm512_store_si512(row, _mm512_mask_mov_epi32(pairs, past, ones));
       }
@@ -104,10 +109,9 @@ FG_INLINE void hold(const char *left, int64_t step, int deep) {
     _tile_stored(sum, s, 64);                                        \
   }
 
-FG_INLINE void score_tiles(const char *k, int deep, char *s) {  // of a unit
-  FG_SCORES(0)
-  k += deep * TILE, s += TILE;
-  FG_SCORES(1)
+FG_INLINE void score_tile(const char *k, int at, int deep, char *s) {
+  k += at * deep * TILE, s += at * TILE;
+  if (at % 2) FG_SCORES(1) else FG_SCORES(0)
 }
 #undef FG_SCORES
 

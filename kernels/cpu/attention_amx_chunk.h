@@ -1,8 +1,7 @@
 // A chunk of one head's queries on AMX tiles, in place of attention_chunk.h's.
 //
-// The products and the exponentials use different parts of a core.  So while the weights of one tile of 16 queries are
-// computed, the values of the tile before it and the scores of the one after it are multiplied, a few tiles of products
-// beside every sixteen vectors of weights.
+// While the weights of one tile of 16 queries are computed, the values of the tile before it and the scores of the one
+// after it are multiplied, a tile of products beside every eight vectors of weights.
 #pragma once
 #include "attention_amx_rows.h"
 
@@ -53,7 +52,7 @@ struct AmxBlock {
       add_mask_to_rows(h, scores, q0(tile), k0, n, rate);
       rate = 1.0f;
     }
-    if (n % UNIT || rows_limited(h, q0(tile), k0, n)) close_in_rows(h, scores, units, q0(tile), k0, n);
+    if (rows_limited(h, q0(tile), k0, n) || (h.a->mask && n % UNIT)) close_in_rows(h, scores, units, q0(tile), k0, n);
     return rate;
   }
   void move(int64_t tile, const char *scores, float rate) const {
@@ -61,12 +60,12 @@ struct AmxBlock {
   }
   void weigh_all(int64_t tile, char *scores, float rate) const {
     __m512i any = _mm512_setzero_si512();
-    for (int half = 0; half < 2 * units; ++half) weigh_half(scores, half, rate, rows(tile), any);
+    for (int part = 0; part < PARTS * units; ++part) weigh_part(scores, part, rate, rows(tile), any);
   }
 
   void score(int64_t tile, char *scores) const {
     hold(q(tile), TILE, at.x.deep);
-    for (int u = 0; u < units; ++u) score_tiles(k() + u * 2 * at.x.deep * TILE, at.x.deep, scores + u * 2 * TILE);
+    for (int j = 0; j < 2 * units; ++j) score_tile(k(), j, at.x.deep, scores);
     written();
   }
   void gather(int64_t tile, const char *weights) const {
@@ -86,15 +85,16 @@ struct AmxBlock {
     const int wide = before < 0 ? 0 : x.wide, units = UNITS ? UNITS : this->units;
     const bool start = before >= 0 && rows(before)->blocks++ == 0;
     if (before >= 0) hold(other, 2 * TILE, units);
-    for (int i = 0, d = 0; i < units; ++i) {
-      for (; d < (i + 1) * wide / units; ++d)
+    int part = 0;
+    for (int d = 0; part < PARTS / 2 * units; ++part) {
+      for (; d < (part + 1) * wide / (PARTS / 2 * units); ++d)
         value_tile(v() + d * x.units * TILE, d, wide, units, start, o(before) + d * TILE);
-      weigh_half(scores, i, rate, rows(tile), any);
+      weigh_part(scores, part, rate, rows(tile), any);
     }
     if (after < at.tiles) hold(q(after), TILE, DEEP);
-    for (int i = 0; i < units; ++i) {
-      if (after < at.tiles) score_tiles(k() + i * 2 * DEEP * TILE, DEEP, other + i * 2 * TILE);
-      weigh_half(scores, units + i, rate, rows(tile), any);
+    for (int j = 0; j < 2 * units; ++j, ++part) {
+      if (after < at.tiles) score_tile(k(), j, DEEP, other);
+      weigh_part(scores, part, rate, rows(tile), any);
     }
     return reached(any);
   }
@@ -131,9 +131,11 @@ struct AmxBlock {
     const AmxShape &x = at.x;
     const Steps scores{x.deep, 1, x.deep, x.deep, 2 * x.units}, values{2 * x.units, 2, x.units, units, x.wide};
     for (int64_t tile = 0; tile < at.tiles; tile += 2) {
-      if (q0(tile) >= h.a->queries || (rows_closed(h, q0(tile), k0, n) && rows_closed(h, q0(tile + 1), k0, n))) continue;
+      if (q0(tile) >= h.a->queries) break;
+      if (rows_closed(h, q0(tile), k0, n) && rows_closed(h, q0(tile + 1), k0, n)) continue;
       written();
-      for (int j = 0; j < 2 * units; j += 2) square<true>(q(tile), k() + j * x.deep * TILE, scores, true, s(0) + j * TILE);
+      for (int j = 0; j < 2 * units; j += 2)
+        square<true>(q(tile), k() + j * x.deep * TILE, scores, true, s(0) + j * TILE);
       written();
       for (int i = 0; i < 2; ++i) {
         const float rate = prepare(tile + i, s(i));

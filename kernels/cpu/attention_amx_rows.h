@@ -1,10 +1,10 @@
 // What stands between attention's two products on AMX tiles: scores S[query][key] become weights.
 //
-// Weights are exp2(score * rate - shift).  A row's shift is not its running maximum: it is BIAS above the maximum of the
-// first keys that the row met, and moves only when a weight reaches 2, that is when a score is found BIAS + 1 octaves
-// above.  Any shift gives the same softmax, in floating point without loss.  So a block of keys needs no maximum before
-// its exponentials; that no weight reached 2 is one bit of the packed weights, looked at afterwards.  Whether a row's
-// shift moves depends on its own scores alone.
+// Weights are exp2(score * rate - shift).  A row's shift is not its running maximum: it is BIAS above the maximum of
+// the first keys that the row met, and moves only when a weight reaches 2, that is when a score is found BIAS + 1
+// octaves above.  Any shift gives the same softmax, in floating point without loss.  So a block of keys needs no
+// maximum before its exponentials; that no weight reached 2 is one bit of the packed weights, looked at afterwards.
+// Whether a row's shift moves depends on its own scores alone.
 #pragma once
 #include "attention_amx.h"
 
@@ -35,12 +35,12 @@ FG_INLINE vf exp2_to_cut(vf t) {
   return _mm512_scalef_ps(p, t);
 }
 
-// The weights of eight rows and a unit of keys, in place of the first 16 keys' scores.  Bits 14 and 30 of `any` tell of
+// The weights of four rows and a unit of keys, in place of the first 16 keys' scores.  Bits 14 and 30 of `any` tell of
 // weights from 2 up, and of NaN.
 FG_INLINE void weigh(char *s, float rate, const float *shift, __m512i &any) {
   const vf factor = set1(rate);
-#pragma GCC unroll 8
-  for (int r = 0; r < 8; ++r) {
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
     const vf down = set1(shift[r]);
     const float *at = reinterpret_cast<const float *>(s + r * 64);
     const __m512i near = (__m512i)exp2_to_cut(_mm512_fmsub_ps(load(at), factor, down));
@@ -52,10 +52,12 @@ FG_INLINE void weigh(char *s, float rate, const float *shift, __m512i &any) {
 }
 FG_INLINE bool reached(__m512i any) { return _mm512_test_epi32_mask(any, _mm512_set1_epi32(0x40004000)) != 0; }
 
-// The h-th half of a tile's rows and its units, counted through.
-FG_INLINE void weigh_half(char *s, int h, float rate, const Rows *rows, __m512i &any) {
+// Four rows and a unit at a time: PARTS for a unit, counted through a tile's units.
+constexpr int PARTS = 4;
+FG_INLINE void weigh_part(char *s, int part, float rate, const Rows *rows, __m512i &any) {
+  const int row = part % PARTS * 4;
   written();
-  weigh(s + h / 2 * 2 * TILE + h % 2 * (TILE / 2), rate, rows->shift + h % 2 * 8, any);
+  weigh(s + part / PARTS * 2 * TILE + row * 64, rate, rows->shift + row, any);
   written();
 }
 
@@ -132,13 +134,12 @@ FG_INLINE bool rows_limited(const Head &h, int64_t q0, int64_t k0, int n) {  // 
   return k0 + n > last_open(h, q0) || k0 < first_open(h, q0 + SIDE - 1);
 }
 
-// Scores of keys that are closed to a row, and past n, become -inf.
+// Scores of keys that are closed to a row become -inf; past n too, where some are closed.
 inline void close_in_rows(const Head &h, char *s, int units, int64_t q0, int64_t k0, int n) {
-  const bool limited = rows_limited(h, q0, k0, n);
   for (int r = 0; r < SIDE; ++r) {
-    int64_t first = limited ? first_open(h, q0 + r) - k0 : 0, last = limited ? last_open(h, q0 + r) - k0 : n;
-    first = first < 0 ? 0 : first, last = last < n ? last : n;
-    for (int j = limited ? 0 : n / W * W; j < units * UNIT; j += W) {
+    int64_t first = first_open(h, q0 + r) - k0, last = last_open(h, q0 + r) - k0;
+    last = last < n ? last : n;
+    for (int j = 0; j < units * UNIT; j += W) {
       const int64_t from = first - j, to = last - j;
       const __mmask16 open = static_cast<__mmask16>((to <= 0 ? 0u : to >= W ? 0xffffu : (1u << to) - 1u) &
                                                     ~(from <= 0 ? 0u : from >= W ? 0xffffu : (1u << from) - 1u));

@@ -175,9 +175,7 @@ int chunk<AmxEngine, bf16>(const Head &h, int64_t first, int64_t last, const Lay
   const bf16 *q = reinterpret_cast<const bf16 *>(h.q), *k = reinterpret_cast<const bf16 *>(h.k),
              *v = reinterpret_cast<const bf16 *>(h.v);
   AmxBlock b{h, at, memory, first, scale < 0 ? -scale : scale > 0 ? scale : 1.0f};
-  const TileConfig config = whole_tiles();
-  __asm__ volatile("" : : "r"(&config) : "memory");  // GCC knows of its first bytes only that they are read
-  _tile_loadconfig(&config);
+  load_tiles(whole_tiles());
   for (int64_t tile = 0; tile < at.tiles; ++tile) {
     const int64_t left = last - b.q0(tile);
     pack_queries(q + b.q0(tile) * a->q_row, a->q_row, left < 0 ? 0 : left < SIDE ? left : SIDE, at.x, sign, b.q(tile));

@@ -3,7 +3,7 @@
 Tiles of 6 x 6 pixels, four apart, and the filters (:mod:`.winograd_filters`) are multiplied in the transformed domain
 (Lavin & Gray 2015, F(4 x 4, 3 x 3)), in float32: these transforms amplify what the products round.  In bfloat16 tiles
 are 4 x 4 pixels, two apart (F(2 x 2, 3 x 3), 16 products for four pixels, not 36), and the filters are made here, and
-rounded, of the weight's taps (:mod:`.winograd_taps`), whose shape says so; a kernel may round a transformed tile to
+rounded, of the weight's taps (:mod:`.conv_taps`), whose shape says so; a kernel may round a transformed tile to
 bfloat16.
 
 Where x is ``doubled``, a nearest 2x upsampling of it is convolved.  Of tiles of 4 x 4 pixels the two middle rows and
@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusegen.kernels import winograd_filters, winograd_taps
+from fusegen.kernels import conv_taps, winograd_filters
+from fusegen.kernels.conv_taps import GROUP
 from fusegen.kernels.op import Cost, Op, Tolerance, is_channels_last, register
 from fusegen.kernels.winograd_conv2d_cases import CASES, draw
 from fusegen.kernels.winograd_filters import PANEL
-from fusegen.kernels.winograd_taps import GROUP
 
 SCHEMA = (
     "(Tensor x, Tensor filters, int outputs, Tensor? bias=None, Tensor? residual=None, bool doubled=False) -> Tensor"
@@ -131,7 +131,7 @@ def convolved(padded: Tensor, filters: Tensor, outputs: int) -> Tensor:
 
 def flat(filters: Tensor, inputs: int) -> Tensor:
     """The filters of either layout as (6, 6, I, O) or (4, 4, I, O), with what pads the outputs."""
-    return filters.transpose(2, 3).flatten(3) if filters.dim() == 5 else winograd_taps.filters_of(filters, inputs)
+    return filters.transpose(2, 3).flatten(3) if filters.dim() == 5 else conv_taps.filters_of(filters, inputs)
 
 
 def cost(
@@ -156,7 +156,7 @@ def cost(
 def unfolded(filters: Tensor, outputs: int, inputs: int, transposed: bool = False) -> Tensor:
     """The weight (O, I, 3, 3) that the filters were made of; kept, as the filters are."""
     if filters.dim() == 6:
-        return winograd_taps.weight_of(filters, inputs)[:outputs].float().contiguous(memory_format=torch.channels_last)
+        return conv_taps.weight_of(filters, inputs)[:outputs].float().contiguous(memory_format=torch.channels_last)
     g = torch.linalg.pinv(torch.tensor(winograd_filters.TRANSPOSED if transposed else winograd_filters.FILTER).double())
     own = flat(filters.double(), inputs)[..., :outputs]
     return torch.einsum("ka,abio,lb->oikl", g, own, g).float().contiguous(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fusegen.kernels import winograd_filters, winograd_taps
+from fusegen.kernels import conv_taps, winograd_filters
 from fusegen.kernels.draw import Draw, laid_out
 from fusegen.kernels.op import Case, is_channels_last
 
@@ -18,7 +18,7 @@ def _arguments(
     inputs = x.shape[1]
     weight = torch.randn(outputs, inputs, 3, 3, generator=g) / (9 * max(inputs, 1)) ** 0.5
     pairs = x.dtype == torch.bfloat16
-    filters = (winograd_taps if pairs else winograd_filters).reference(weight.to(x.dtype))
+    filters = (conv_taps if pairs else winograd_filters).reference(weight.to(x.dtype))
     offset = torch.randn(outputs, generator=g).to(x.dtype) if bias else None
     size = (n * (2 if doubled else 1) for n in x.shape[2:])
     more = torch.randn(x.shape[0], outputs, *size, generator=g).to(x.dtype) if residual else None

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fusegen.kernels.conv_taps import GROUP, SIZES
 from fusegen.kernels.draw import Draw
 from fusegen.kernels.linear_int8 import LARGEST
 from fusegen.kernels.op import Case, Cost, Op, Tolerance, register
-from fusegen.kernels.winograd_taps import GROUP, SIZES
 
 SCHEMA = "(Tensor weight, Tensor scale) -> (Tensor, Tensor)"
 WORD = 4  # input channels that lie together

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from fusegen.kernels import winograd_filters, winograd_taps
+from fusegen.kernels import conv_taps, winograd_filters
 from fusegen.kernels.bias_act import finish, finished
 from fusegen.kernels.draw import Draw, laid_out
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, is_channels_last, register
@@ -118,7 +118,7 @@ def reference(
 ) -> Tensor:
     """act(conv(styles x) / sqrt(styles^2 squares + eps) + noise + bias), in float32, or float64 where x is.
 
-    ``filters``: :mod:`.winograd_filters` or :mod:`.winograd_taps` of the weight, the transposed ones of the
+    ``filters``: :mod:`.winograd_filters` or :mod:`.conv_taps` of the weight, the transposed ones of the
     first where there are taps; ``squares``: the sum of each pair of channels' squared weights.
     """
     (out,) = allocate(x, filters, squares, styles, outputs, taps, noise, bias, act, alpha, gain, clamp, eps)
@@ -158,7 +158,7 @@ def _arguments(
     scale, taps = 1 + up, (1 + torch.rand(4, 4, generator=g)).to(own) / 6 if up else None
     drawn = (0.3 * torch.randn(noise, 1, scale * h, scale * w, generator=g)).to(own) if noise else None
     offset = (0.3 * torch.randn(outputs, generator=g)).to(own) if bias else None
-    of_weight = winograd_taps.reference(weight.to(x.dtype)) if pairs else winograd_filters.reference(weight, up)
+    of_weight = conv_taps.reference(weight.to(x.dtype)) if pairs else winograd_filters.reference(weight, up)
     return [x, of_weight, weight.square().sum((2, 3)), styles, outputs, taps, drawn, offset]
 
 

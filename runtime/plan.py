@@ -14,6 +14,7 @@ from fusegen.kernels import op as registry
 from fusegen.runtime import (
     attention_int8,
     conv_int8,
+    direct_conv,
     few_rows,
     gated_norm,
     int8_rows,
@@ -144,9 +145,10 @@ def _lowered(program: Program, backend: Backend, declined: Callable[..., str | N
     if not backend.fuses:
         return backend.lower(program)
     static = backend.lower(conv_int8.settled(program, backend.no_int8_convolutions()))
-    static = attention_int8.settled(static, declined, backend.unpacked())
-    static = winograd.folded(upsample.folded(static, declined), declined, backend.unpacked())
-    static = int8_rows.folded(static, declined, backend.unpacked())
+    static = attention_int8.settled(static, declined, backend.unserved_int8())
+    static = winograd.folded(upsample.folded(static, declined), declined, backend.unserved_int8())
+    static = direct_conv.folded(static, declined, backend.unpacked_convolutions())
+    static = int8_rows.folded(static, declined, backend.unserved_int8())
     for rule in (winograd_modulated, join, moments, gated_norm):
         static = rule.folded(static, declined)
     if backend.few_rows:

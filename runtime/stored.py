@@ -17,7 +17,7 @@ from fusegen.runtime.specialize import propagate
 
 # An op of weights alone that rounds them itself, and what else it is told then.
 _PACKING: dict[str, dict[str, Any]] = {
-    "fusegen.winograd_taps.default": {},
+    "fusegen.conv_taps.default": {},
     "fusegen.linear_panels.default": {"dtype": torch.bfloat16},
 }
 

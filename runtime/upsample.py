@@ -111,6 +111,6 @@ def _forms(x: Tensor, weight: Tensor) -> list[_Form]:
     """The forms to ask kernels for, the one of fewer products first: 9 a pixel of x, then 16."""
     phases = _Form("upsample2x_conv", "upsample2x_filters", "phases", dict.fromkeys(("x", "filters", "bias")))
     args = {"x": None, "filters": None, "outputs": weight.shape[0], "bias": None, "residual": None, "doubled": True}
-    doubled = _Form("winograd_conv2d", "winograd_taps", "winograd", args)
+    doubled = _Form("winograd_conv2d", "conv_taps", "winograd", args)
     fits = x.dtype == torch.bfloat16 and x.shape[1] >= FEW
     return [doubled, phases] if fits else [phases]

@@ -24,7 +24,7 @@ _OP = "winograd_modulated_conv2d"
 _BARE = {"noise": None, "bias": None, "act": "linear", "gain": None, "clamp": None}
 _FILTERED = {"up": (1, 1), "down": (1, 1), "padding": (1, 1, 1, 1), "flip_filter": True, "gain": 1.0}
 _ABSENT = {"taps": None, "noise": None, "bias": None, "act": "linear", "alpha": None, "gain": None, "clamp": None}
-_KINDS = ("winograd_taps", "winograd_filters")  # the first for bfloat16 alone
+_KINDS = ("conv_taps", "winograd_filters")  # the first for bfloat16 alone
 _FINISH = ("bias", "act", "alpha", "gain", "clamp")
 
 

@@ -136,6 +136,23 @@ def test_few_queries_over_shared_keys(level: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dim", [40, 80, 160])
+def test_keys_that_tower_over_all_before(level: str, dtype: torch.dtype, dim: int) -> None:
+    """What the first keys' maximum served is rescaled for some rows of a tile: the others' bits do not show it."""
+    q, k, v = tensors(1, 2, 70, dim, keys=400, dtype=dtype)
+    k[:, :, 250:260] *= 40
+    k[:, :, 390:] *= 90
+    q[:, :, ::3] *= 0.01
+    with library.forced(level):
+        whole = attend(q, k, v)
+        for rows in (slice(0, 70, 3), slice(1, 70, 3), slice(64, 70)):
+            assert torch.equal(attend(q[:, :, rows], k, v), whole[:, :, rows])
+    op = registry.get("attention")
+    assert_all_close(op, "towering keys", {"output 0": whole}, truth(op, registry.complete(op, (q, k, v))))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
 def test_rows_with_nothing_to_attend_are_zeros(level: str, dtype: torch.dtype) -> None:
     q, k, v = tensors(1, 2, 40, 64, keys=200, dtype=dtype)
     mask = torch.ones(40, 200, dtype=torch.bool)

@@ -30,7 +30,7 @@ def arguments(dtype: torch.dtype, shape: tuple[int, ...], outputs: int, doubled:
     g = torch.Generator().manual_seed(0)
     weight = (torch.randn(outputs, shape[1], 3, 3, generator=g) / (9 * shape[1]) ** 0.5).to(dtype)
     pairs = dtype == torch.bfloat16
-    filters = (torch.ops.fusegen.winograd_taps if pairs else torch.ops.fusegen.winograd_filters)(weight)
+    filters = (torch.ops.fusegen.conv_taps if pairs else torch.ops.fusegen.winograd_filters)(weight)
     x, bias = last(torch.randn(shape, generator=g).to(dtype)), 100 * torch.randn(outputs, generator=g)
     residual = torch.randn(shape[0], outputs, *(n * (2 if doubled else 1) for n in shape[2:]), generator=g)
     return [x, filters, outputs, bias.to(dtype), last(residual.to(dtype)), doubled]

@@ -210,6 +210,15 @@ def test_a_deterministic_plan_chooses_by_the_sample(at_any_level: None) -> None:
     assert packed(made.plan) == {"packed_linear": 0, "packed_gated_linear": 0}
 
 
+@pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="no level that has products of bfloat16 runs here")
+@pytest.mark.parametrize("level", [level for level in LEVELS if level in ("avx512_bf16", "amx")])
+def test_a_cpu_with_products_of_bfloat16_has_them(level: str) -> None:
+    with library.forced(level):
+        made = session()
+        made(image(2))
+    assert packed(made.plan) == {"packed_linear": 3, "packed_gated_linear": 1}
+
+
 @needs_library
 def test_where_the_library_is_faster_the_plan_says_so() -> None:
     with library.forced("scalar"):

@@ -29,7 +29,7 @@ def convolved(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, doubled: bool = False
 ) -> Tensor:
     pairs = weight.dtype == torch.bfloat16
-    filters = (torch.ops.fusegen.winograd_taps if pairs else torch.ops.fusegen.winograd_filters)(weight)
+    filters = (torch.ops.fusegen.conv_taps if pairs else torch.ops.fusegen.winograd_filters)(weight)
     return torch.ops.fusegen.winograd_conv2d(x, filters, weight.shape[0], bias, residual, doubled)
 
 
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused(change, message: str) -> None:
     x, filters = torch.zeros(1, 16, 4, 4), torch.zeros(6, 6, 2, 16, 16)
     with pytest.raises(ValueError, match=f"winograd_conv2d: .*{message}"):
         torch.ops.fusegen.winograd_conv2d(*change(x, filters))
-    for name in ("winograd_filters", "winograd_taps"):
+    for name in ("winograd_filters", "conv_taps"):
         with pytest.raises(ValueError, match=name):
             getattr(torch.ops.fusegen, name)(torch.zeros(3, 3, 1, 1))
 
@@ -161,7 +161,7 @@ def test_a_session_whose_bits_are_to_be_a_samples_own_takes_it() -> None:
 @needs_pairs
 def test_a_session_takes_it_for_bfloat16() -> None:
     counts, left = planned(Block(), 2e-2, dtype="bfloat16")
-    assert counts[FUSED] == counts["kernel winograd_taps C++"] == 1 and left == []
+    assert counts[FUSED] == counts["kernel conv_taps C++"] == 1 and left == []
     with library.forced("avx512"):
         counts, left = planned(Block(), 2e-2, dtype="bfloat16")
     assert FUSED not in counts and "the level avx512 has no products of bfloat16" in left[0]
@@ -174,7 +174,7 @@ def test_a_session_takes_it_for_bfloat16() -> None:
 def test_where_bfloat16_would_be_slower_it_is_declined(shape: tuple[int, ...], outputs: int, served: bool) -> None:
     x = last(torch.empty(shape, dtype=torch.bfloat16, device="meta"))
     weight = torch.empty(outputs, shape[1], 3, 3, dtype=torch.bfloat16, device="meta")
-    (filters,) = registry.get("winograd_taps").allocate(weight)
+    (filters,) = registry.get("conv_taps").allocate(weight)
     picked = registry.pick(registry.get("winograd_conv2d"), "cpu", (x, filters, outputs, None, None, False))
     assert (picked.kernel is not None) == served and bool(picked.declined) != served
 

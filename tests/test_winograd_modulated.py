@@ -161,7 +161,7 @@ def test_bfloat16_keeps_transposed_convolutions_of_few_pixels_where_the_cpu_has_
         with library.forced(level):
             counts, left = planned(CFG, 1, dtype="bfloat16")
         assert counts[FUSED] == taken and len(left) == 7 - taken and all("bfloat16" in line for line in left)
-        assert counts.get("kernel winograd_taps C++", 0) == (4 if level == "avx512_bf16" else 0)
+        assert counts.get("kernel conv_taps C++", 0) == (4 if level == "avx512_bf16" else 0)
 
 
 def test_where_no_kernel_takes_it_the_plan_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

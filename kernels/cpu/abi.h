@@ -255,6 +255,7 @@ struct fg_qk_norm_rope_args {
   X(attention_decode) \
   X(attention_int8) X(attention_varlen) \
   X(bias_act)         \
+  X(conv_taps)        \
   X(filtered_lrelu)   \
   X(gated_mlp_act)    \
   X(group_norm)       \
@@ -266,6 +267,7 @@ struct fg_qk_norm_rope_args {
   X(linear_int8) X(linear_panels) \
   X(modulated_conv2d) \
   X(noise_normal)     \
+  X(packed_conv2d)    \
   X(packed_gated_linear) \
   X(packed_linear)    \
   X(pixel_shuffle)    \
@@ -281,8 +283,7 @@ struct fg_qk_norm_rope_args {
   X(winograd_conv2d_int8) \
   X(winograd_conv2d_moments) \
   X(winograd_int8_filters) \
-  X(winograd_modulated_conv2d) \
-  X(winograd_taps)
+  X(winograd_modulated_conv2d)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.
 struct fg_call {

@@ -35,14 +35,24 @@ struct fg_winograd_conv2d_args {
 };
 struct fg_winograd_conv2d_moments_args : fg_winograd_conv2d_args {};
 
-// A weight (outputs, inputs, 3, 3) in bfloat16, as products of pairs read it; see winograd_taps.cpp.
-struct fg_winograd_taps_args {
+// A weight (outputs, inputs, 3, 3) in bfloat16, as products of pairs read it; see conv_taps.cpp.
+struct fg_conv_taps_args {
   const void *weight;  // float32 or bfloat16
   void *out;
   int64_t dtype, inputs, outputs;
 };
 
-// The same in int8; see winograd_int8.h.
+// 3x3, padding 1, `stride` 1 or 2, on channels-last images of bfloat16; taps as winograd's; see packed_conv2d.cpp.
+struct fg_packed_conv2d_args {
+  const void *x, *taps;
+  const void *bias, *residual;  // null: none; bias (outputs,), residual laid out as out is
+  void *out;
+  int64_t dtype, bias_dtype;
+  int64_t batch, inputs, outputs, height, width;  // of x
+  int64_t stride;
+};
+
+// As fg_winograd_conv2d_args, in int8; see winograd_int8.h.
 struct fg_winograd_conv2d_int8_args {
   const void *x, *filters, *scale;  // dense, channels innermost; winograd_int8_filters's
   const void *bias, *residual;      // or null; residual as x

@@ -1,8 +1,7 @@
-// Attention's engine in bfloat16 products with float32 sums: AVX512-BF16, or AMX tiles where the level has them.
+// Attention's engine in bfloat16 products with float32 sums, by AVX512-BF16; attention_amx.h has AMX tiles.
 //
-// Both take pairs of bfloat16 as 32-bit elements: Q[dim pair][query], K[key][dim pair], V[dim][key pair] and the
-// weights P[key pair][query] serve vdpbf16ps (a broadcast pair of K or V against a vector of Q or P) and tdpbf16ps
-// (K or V as the left tile, Q or P as the right) alike.
+// It takes pairs of bfloat16 as 32-bit elements: Q[dim pair][query], K[key][dim pair], V[dim][key pair] and the weights
+// P[key pair][query], a broadcast pair of K or V against a vector of Q or P.
 #pragma once
 #include "attention_tile.h"
 
@@ -152,13 +151,6 @@ inline void write_out<bf16>(const Head &h, const float *o, const State *state, i
   }
 }
 
-#if defined(FG_LEVEL_AMX)
-}  // namespace
-#include "attention_amx.h"
-namespace {
-using Bf16Engine = AmxEngine;
-#else
-
 struct Bf16Engine : Bf16Pack {
   static void begin() {}
   static void end() {}
@@ -198,6 +190,5 @@ struct Bf16Engine : Bf16Pack {
     for (int d = 0; d < rows; d += 8) product<8>(left + d * VS, VS, right, (n + 1) / 2, true, o + d * TQ);
   }
 };
-#endif
 
 }  // namespace

@@ -8,7 +8,10 @@
 
 namespace {
 
-#if defined(FG_HAS_AVX512_BF16)
+#if defined(FG_LEVEL_AMX)
+struct AmxEngine;  // attention_amx_chunk.h
+using BestBf16Engine = AmxEngine;
+#elif defined(FG_HAS_AVX512_BF16)
 using BestBf16Engine = Bf16Engine;
 #else
 using BestBf16Engine = FloatEngine;
@@ -105,6 +108,9 @@ int chunk(const Head &h, int64_t first, int64_t last, const Layout<E> &at) {
 // How many queries one item takes: enough to pay for packing the keys, few enough that every thread has some.
 inline int64_t chunk_size(int64_t queries, int64_t pairs, int64_t dim) {
   int64_t most = dim <= 64 ? 512 : 256;
+#if defined(FG_LEVEL_AMX)
+  if (dim <= 128) most *= 2;  // products take less beside packing
+#endif
   int64_t size = round_up(queries < most ? queries : most, TQ);
   int64_t wanted = 4 * fg_threads();
   while (size > 128 && pairs * round_up(queries, size) / size < wanted) size = round_up(size / 2, TQ);
@@ -112,3 +118,6 @@ inline int64_t chunk_size(int64_t queries, int64_t pairs, int64_t dim) {
 }
 
 }  // namespace
+#if defined(FG_LEVEL_AMX)
+#include "attention_amx_chunk.h"
+#endif

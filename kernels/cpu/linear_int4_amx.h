@@ -109,7 +109,7 @@ int tiled(const Job &job) {
       config.row_bytes[2] = 32;
       config.rows[4] = config.rows[6] = 8;
     }
-    _tile_loadconfig(&config);
+    load_tiles(config);
     a->group == 128 ? strip_by<true, S, ZEROS>(job, &strip, panel) : strip_by<false, S, ZEROS>(job, &strip, panel);
     _tile_release();
     for (int64_t m = strip.first; m < strip.last; ++m)

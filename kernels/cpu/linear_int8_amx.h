@@ -119,8 +119,7 @@ int tiled(const Job &job) {
     strip.first = item / runs * kStrip;
     const int64_t last = strip.first + kStrip < job.rows ? strip.first + kStrip : job.rows;
     strip.tiles = (last - strip.first + 15) / 16;
-    const TileConfig config = whole_tiles();
-    _tile_loadconfig(&config);
+    load_tiles(whole_tiles());
     for (int64_t block = item % runs * step; block < item % runs * step + step && block < blocks; ++block) {
       sums_by(job, &strip, block * 32);
       write_out<T>(job, strip, block * 32, last);

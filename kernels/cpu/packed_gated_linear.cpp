@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512 avx512_bf16 neon
+// levels: scalar avx2 avx512 avx512_bf16 amx neon
 // act(x G^T + gate_bias) * (x W^T + bias) for many rows of x: a panel holds sixteen rows of G, then those of W.
 #include "packed_linear.h"
 

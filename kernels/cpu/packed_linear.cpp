@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512 avx512_bf16 neon
+// levels: scalar avx2 avx512 avx512_bf16 amx neon
 // act(x W^T + bias + residual) for many rows of x, by W in panels.
 #include "packed_linear.h"
 
@@ -28,6 +28,14 @@ struct Plain {
         sums[i] = add(sums[i], load_n(residual + r * down + v * W, columns(n, v)));
       }
     activate_all<bf16>(sums, a->activation);
+#if defined(FG_HAS_AVX512_BF16)
+    if (n == COLUMNS) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r)
+        if (r < rows) _mm512_storeu_si512(out + r * down, (__m512i)_mm512_cvtne2ps_pbh(sums[2 * r + 1], sums[2 * r]));
+      return;
+    }
+#endif
 #pragma GCC unroll 32
     for (int i = 0; i < kRows * kParts; ++i) {
       if (i / kParts >= rows) return;

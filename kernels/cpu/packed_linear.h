@@ -100,6 +100,11 @@ FG_INLINE const bf16 *row_of(const A *a, int64_t far, int64_t near) {
   return static_cast<const bf16 *>(a->x) + far * a->x_outer + near * a->x_inner;
 }
 
+#if defined(FG_LEVEL_AMX)
+}  // namespace
+#include "packed_linear_amx.h"
+namespace {
+#else
 // Rows [m, last) of x, kRows of them at a time, by one panel, the `first` of a block or not, with `more` behind it.  Tail
 // says how many COLUMNS of the output it makes, and puts the sums there.
 template <class Tail, class A>
@@ -152,5 +157,6 @@ int product(const A *a) {
     return 0;
   });
 }
+#endif
 
 }  // namespace

@@ -20,4 +20,10 @@ inline TileConfig whole_tiles() {
   return config;
 }
 
+// GCC takes ldtilecfg to read eight bytes of its operand and may drop what was written to the others.
+inline void load_tiles(const TileConfig &config) {
+  asm volatile("" : : "r"(&config) : "memory");
+  _tile_loadconfig(&config);
+}
+
 }  // namespace

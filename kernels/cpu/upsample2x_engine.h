@@ -6,6 +6,9 @@
 #pragma once
 #include "abi.h"
 #include "simd.h"
+#if defined(FG_LEVEL_AMX)
+#include "tiles.h"
+#endif
 
 namespace {
 
@@ -117,18 +120,8 @@ struct Pairs {
 // Tiles of 16 pixels by 32 input channels and of 32 input channels by 16 outputs, two of each: four tiles of sums.
 struct Bf16Engine : Pairs<32> {
   static constexpr int MR = 32, ALIGN = 16;
-  struct alignas(64) Config {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-  };
 
-  static void begin() {
-    Config config = {};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-  }
+  static void begin() { load_tiles(whole_tiles()); }
   static void end() { _tile_release(); }
 
   static void tile(const uint32_t *pixels, const int64_t *tap, int64_t step, int64_t units, const uint32_t *panel, int,

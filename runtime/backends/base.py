@@ -38,7 +38,15 @@ class Backend:
         return self.hold(Binding("aten", node.op, planned=planned), node.op, metas, deterministic)
 
     def unpacked(self) -> str | None:
-        """Why our kernels do not take layers of many rows in bfloat16, nor 3x3 convolutions and attention in int8."""
+        """Why our kernels do not take layers of many rows in bfloat16, or None where they do."""
+        return None
+
+    def unpacked_convolutions(self) -> str | None:
+        """Why our kernel of packed taps does not take 3x3 convolutions in bfloat16, or None where it does."""
+        return f"the backend {self.name} has no kernel for them"
+
+    def unserved_int8(self) -> str | None:
+        """Why our kernels do not take convolutions and attention in int8, or None where they do."""
         return None
 
     def no_int8_convolutions(self) -> str | None:

@@ -19,6 +19,11 @@ from fusegen.runtime.specialize import propagate
 from fusegen.runtime.weights import Weights
 
 
+def _level() -> str:
+    """The level in force, "none" without our library."""
+    return library.level() if library.available() else "none"
+
+
 class Cpu(Backend):
     """Epilogues are fused into products, products of one input are merged, and outputs lie in one arena."""
 
@@ -31,9 +36,19 @@ class Cpu(Backend):
         return residual.through_views(propagate(onednn_int8.opened(plain.convolutions(fused))))
 
     def unpacked(self) -> str | None:
-        """They are faster than oneDNN with AVX512-BF16 (Zen 5); with AMX it has products that ours are not made of."""
-        level = library.level() if library.available() else "none"
-        return None if level == "avx512_bf16" else f"at level {level} they are oneDNN's"
+        """Ours are of AVX512-BF16 and of AMX."""
+        return None if _level() in ("avx512_bf16", "amx") else f"at level {_level()} they are oneDNN's"
+
+    def unpacked_convolutions(self) -> str | None:
+        """Ours is of AMX.  With AVX512-BF16 Winograd's algorithm has fewer products."""
+        if _level() == "amx":
+            return None
+        rest = "are Winograd's or" if _level() == "avx512_bf16" else "are"
+        return f"at level {_level()} they {rest} oneDNN's"
+
+    def unserved_int8(self) -> str | None:
+        """They are faster than oneDNN with AVX512-VNNI (Zen 5); with AMX it has products that ours are not made of."""
+        return None if _level() == "avx512_bf16" else f"at level {_level()} they are oneDNN's"
 
     def no_int8_convolutions(self) -> str | None:
         """oneDNN has them with AVX512-VNNI; without, sums of its products of int8 saturate."""

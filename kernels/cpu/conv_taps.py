@@ -1,4 +1,4 @@
-"""Launcher of winograd_taps.cpp."""
+"""Launcher of conv_taps.cpp."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fusegen.kernels.op import Kernel
 
 
 class Args(ctypes.Structure):
-    """``fg_winograd_taps_args`` of abi_images.h."""
+    """``fg_conv_taps_args`` of abi_images.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "out")),
@@ -30,7 +30,7 @@ def decline(weight: Tensor) -> str | None:
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
     outputs, inputs = args[0].shape[:2]
     struct = Args(out=outs[0].data_ptr(), dtype=DTYPES[args[0].dtype], inputs=inputs, outputs=outputs)
-    return CpuLaunch("winograd_taps", struct, {0: "weight"}, outs, args)
+    return CpuLaunch("conv_taps", struct, {0: "weight"}, outs, args)
 
 
-KERNELS = [Kernel("winograd_taps C++", "cpu", decline, bind)]
+KERNELS = [Kernel("conv_taps C++", "cpu", decline, bind)]

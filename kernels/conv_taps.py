@@ -1,4 +1,7 @@
-"""A 3x3 weight as the products of pairs of :mod:`.winograd_conv2d` read it, in bfloat16.
+"""A 3x3 weight as products of pairs of channels read it, in bfloat16.
+
+:mod:`.packed_conv2d` multiplies by the taps as they are, Winograd's algorithm (:mod:`.winograd_conv2d`,
+:mod:`.winograd_modulated_conv2d`) by what it makes of them.
 
 A session lays it so once.  The filters of Winograd's F(2 x 2, 3 x 3) are 16 for these nine taps: a convolution makes
 them as it goes, which is as fast as to read them.  16 products of channels for the 36 of 2 x 2 pixels; the larger tiles
@@ -28,7 +31,7 @@ def allocate(weight: Tensor) -> tuple[Tensor, ...]:
     Raises ValueError for another shape.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3):
-        raise ValueError(f"winograd_taps: weight has shape {tuple(weight.shape)}, not (O, I, 3, 3)")
+        raise ValueError(f"conv_taps: weight has shape {tuple(weight.shape)}, not (O, I, 3, 3)")
     groups, pairs = -(-weight.shape[0] // GROUP), -(-weight.shape[1] // 2)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.bfloat16
     return (torch.empty((groups, pairs, 3, 3, GROUP, 2), dtype=dtype, device=weight.device),)
@@ -84,7 +87,7 @@ def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
 
 OP = register(
     Op(
-        name="winograd_taps",
+        name="conv_taps",
         schema=SCHEMA,
         reference=reference,
         allocate=allocate,

@@ -1,5 +1,5 @@
 // levels: scalar avx2 avx512 neon
-// A 3x3 weight rounded to bfloat16, laid out for products of pairs of channels; see kernels/winograd_taps.py.
+// A 3x3 weight rounded to bfloat16, laid out for products of pairs of channels; see kernels/conv_taps.py.
 #include "abi.h"
 #include "simd.h"
 #include "threads.h"
@@ -10,7 +10,7 @@ constexpr int64_t TAPS = 9, GROUP = 32, LANES = 2 * GROUP, AT_ONCE = 64;  // out
 
 // Inputs 2 k and 2 k + 1 of 32 outputs from `first` on.
 template <class T>
-void pair(const fg_winograd_taps_args *a, int64_t first, int64_t k, bf16 *to) {
+void pair(const fg_conv_taps_args *a, int64_t first, int64_t k, bf16 *to) {
   T from[TAPS * LANES] = {};
   const T *weight = static_cast<const T *>(a->weight);
   for (int64_t o = 0; o < GROUP && first + o < a->outputs; ++o)
@@ -22,7 +22,7 @@ void pair(const fg_winograd_taps_args *a, int64_t first, int64_t k, bf16 *to) {
 }
 
 template <class T>
-int taps(const fg_winograd_taps_args *a) {
+int taps(const fg_conv_taps_args *a) {
   const int64_t groups = (a->outputs + GROUP - 1) / GROUP, pairs = (a->inputs + 1) / 2;
   const int64_t parts = (pairs + AT_ONCE - 1) / AT_ONCE;
   return parallel_for(groups * parts, 1, [&](int64_t item) {
@@ -35,7 +35,7 @@ int taps(const fg_winograd_taps_args *a) {
 
 }  // namespace
 
-extern "C" int FG_EXPORT(winograd_taps)(const fg_winograd_taps_args *a) {
+extern "C" int FG_EXPORT(conv_taps)(const fg_conv_taps_args *a) {
   switch (a->dtype) {
     case FG_FLOAT32: return taps<float>(a);
     case FG_BFLOAT16: return taps<bf16>(a);

@@ -16,9 +16,6 @@ constexpr int SIDE = 16;      // queries of a tile,
 constexpr int TILE = 1024;    // its bytes,
 constexpr int UNIT = 32;      // and the keys whose weights fill one
 
-// GCC's tile loads do not say that they read memory.
-FG_INLINE void written() { __asm__ volatile("" ::: "memory"); }
-
 struct AmxShape {
   int dim, deep, wide, units;  // head dimension; tiles along it of q and k; of v and o; units of a block of keys
   explicit AmxShape(int64_t d)

@@ -16,6 +16,7 @@ constexpr int64_t kSide = 2 * kTile;          // rows and columns of the sums
 template <bool TWO>
 FG_INLINE void begin_sums(const float *sums, bool add) {
   const int64_t row = kSide * 4;
+  written();
   if (!add) {
     _tile_zero(0);
     _tile_zero(1);

@@ -20,9 +20,12 @@ inline TileConfig whole_tiles() {
   return config;
 }
 
+// GCC's tile loads do not say that they read memory: what was written for them must not be put off.
+inline __attribute__((always_inline)) void written() { __asm__ volatile("" ::: "memory"); }
+
 // GCC takes ldtilecfg to read eight bytes of its operand and may drop what was written to the others.
 inline void load_tiles(const TileConfig &config) {
-  asm volatile("" : : "r"(&config) : "memory");
+  __asm__ volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 

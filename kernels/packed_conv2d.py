@@ -135,6 +135,7 @@ CASES = [
     _case("many samples", (19, 20, 3, 3), 24, residual=True),
     _case("several blocks", (3, 67, 33, 19), 130, residual=True),
     _case("many inputs", (1, 521, 6, 7), 40),
+    _case("more inputs", (2, 677, 3, 5), 33, residual=True),  # than tiles of AMX sum up at a time
     _case("contiguous", (2, 16, 6, 6), 16, layout="contiguous"),
     _case("strided", (2, 16, 3, 5), 16, layout="strided"),
     _case("unaligned", (2, 23, 5, 6), 35, layout="unaligned", residual=True),

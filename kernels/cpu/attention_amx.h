@@ -23,8 +23,6 @@ struct AmxShape {
   int keys() const { return units * UNIT; }
 };
 
-FG_INLINE __mmask32 halves_below(int n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1u; }
-
 // Tiles [dim / 32] of 16 rows of q, its signs flipped or all zeros as `sign` says.
 inline void pack_queries(const bf16 *q, int64_t stride, int rows, const AmxShape &s, float sign, char *to) {
   const __m512i flip = _mm512_set1_epi16(static_cast<short>(sign < 0 ? 0x8000 : 0));

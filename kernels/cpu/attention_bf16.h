@@ -21,14 +21,12 @@ struct Bf16Pack {
   static int64_t o_rows(int64_t dim) { return pad32(static_cast<int>(dim)); }
   static int64_t p_size() { return NB / 2 * TQ * 4; }
 
-  static __mmask32 first_halves(int n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1u; }
-
   static void pack_q(const bf16 *q, int64_t stride, int rows, int dim, float sign, void *to) {
     pair_t *out = static_cast<pair_t *>(to);
     __m512i flip = _mm512_set1_epi16(static_cast<short>(sign < 0 ? 0x8000 : 0));
     for (int i = 0; i < TQ; i += 16) {
       for (int d = 0; d < dim; d += 32) {
-        __mmask32 mask = sign == 0.0f ? 0 : first_halves(dim - d);
+        __mmask32 mask = sign == 0.0f ? 0 : halves_below(dim - d);
         __m512i x[16];
 #pragma GCC unroll 16
         for (int r = 0; r < 16; ++r) {
@@ -47,7 +45,7 @@ struct Bf16Pack {
     int wide = pad32(dim), rows = pad32(n);
     for (int r = 0; r < rows; ++r)
       for (int d = 0; d < wide; d += 32) {
-        __mmask32 mask = r < n ? first_halves(dim - d) : 0;
+        __mmask32 mask = r < n ? halves_below(dim - d) : 0;
         _mm512_storeu_si512(out + r * wide + d, _mm512_maskz_loadu_epi16(mask, k + r * stride + d));
       }
   }
@@ -143,7 +141,7 @@ inline void write_out<bf16>(const Head &h, const float *o, const State *state, i
                                : _mm512_setzero_si512();
       transpose(x);
       bf16 *out = reinterpret_cast<bf16 *>(h.out) + (q0 + i) * a->out_row + d;
-      __mmask32 mask = Bf16Pack::first_halves(dim - d);
+      __mmask32 mask = halves_below(dim - d);
 #pragma GCC unroll 16
       for (int r = 0; r < 16; ++r)
         if (r < rows) _mm512_mask_storeu_epi16(out + r * a->out_row, mask, x[r]);

@@ -9,7 +9,6 @@ namespace {
 struct Bf16Few : PairScores<bf16> {
   using element = bf16;
 
-  FG_INLINE __mmask32 halves_below(int n) { return n >= 32 ? ~0u : (1u << n) - 1u; }
 
   // The scores from s[r] on become BLOCK weights in bfloat16, in s as an array of those.  The sum of the rounded
   // weights, two a lane, divides what they weighed: their common error cancels.

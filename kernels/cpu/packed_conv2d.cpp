@@ -1,7 +1,6 @@
 // levels: scalar avx2 avx512 avx512_bf16 amx neon
 // A 3x3 convolution by taps that lie in groups of outputs and pairs of inputs; see kernels/conv_taps.py.
-#include "abi.h"
-#include "simd.h"
+#include "panel.h"
 #include "threads.h"
 
 #if defined(FG_LEVEL_AMX)
@@ -10,11 +9,10 @@
 
 namespace {
 
-constexpr int64_t TAPS = 9, GROUP = 32, LANES = 2 * GROUP;  // outputs that lie together; outputs by two inputs
-constexpr int PARTS = GROUP / W;                            // vectors of their sums
-constexpr int64_t kItem = 1 << 18;                          // multiply-adds that are worth a thread
+constexpr int64_t TAPS = 9, LANES = 2 * kPanel;  // outputs by two inputs
+constexpr int64_t kItem = 1 << 18;               // multiply-adds that are worth a thread
 
-using Sums = vf[PARTS];
+using Sums = vf[kParts];
 
 FG_INLINE float wide(bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -27,7 +25,7 @@ FG_INLINE float wide(bf16 x) {
 FG_INLINE void multiply(const bf16 *pixel, const bf16 *taps, int64_t inputs, Sums &sums) {
   for (int64_t i = 0; i < inputs; i += 2, taps += TAPS * LANES) {
     const vf first = set1(wide(pixel[i])), second = set1(i + 1 < inputs ? wide(pixel[i + 1]) : 0.0f);
-    for (int v = 0; v < PARTS; ++v) {
+    for (int v = 0; v < kParts; ++v) {
       vf even, odd;
       deinterleave(load(taps + 2 * v * W), load(taps + (2 * v + 1) * W), even, odd);
       sums[v] = fma(odd, second, fma(even, first, sums[v]));
@@ -46,15 +44,14 @@ FG_INLINE void pixel(const fg_packed_conv2d_args *a, const bf16 *x, const bf16 *
   }
 }
 
-// Adds bias and residual to the sums of outputs [first, first + GROUP), and writes those that there are from `at` on.
+// Adds bias and residual to the sums of outputs [first, first + kPanel), and writes those that there are from `at` on.
 FG_INLINE void put(const fg_packed_conv2d_args *a, const Sums &sums, int64_t first, int64_t at) {
-  for (int v = 0; v < PARTS; ++v) {
-    const int64_t o = first + v * W, left = a->outputs - o;
-    if (left <= 0) return;
-    const int some = static_cast<int>(left < W ? left : W);
-    vf y = sums[v];
-    if (a->bias && a->bias_dtype == FG_FLOAT32) y = add(y, load_n(static_cast<const float *>(a->bias) + o, some));
-    if (a->bias && a->bias_dtype == FG_BFLOAT16) y = add(y, load_n(static_cast<const bf16 *>(a->bias) + o, some));
+  const int64_t left = a->outputs - first;
+  vf bias[kParts];
+  get_bias(a->bias, a->bias_dtype, first, left, bias);
+  for (int v = 0; v < kParts; ++v) {
+    const int some = columns(left, v);
+    vf y = add(sums[v], bias[v]);
     if (a->residual) y = add(y, load_n(static_cast<const bf16 *>(a->residual) + at + v * W, some));
     store_n(static_cast<bf16 *>(a->out) + at + v * W, y, some);
   }
@@ -62,8 +59,8 @@ FG_INLINE void put(const fg_packed_conv2d_args *a, const Sums &sums, int64_t fir
 
 int convolve(const fg_packed_conv2d_args *a) {
   const int64_t rows = (a->height - 1) / a->stride + 1, columns = (a->width - 1) / a->stride + 1;
-  const int64_t groups = (a->outputs + GROUP - 1) / GROUP, pairs = (a->inputs + 1) / 2;
-  const int64_t grain = 1 + kItem / (columns * TAPS * GROUP * a->inputs + 1);
+  const int64_t groups = (a->outputs + kPanel - 1) / kPanel, pairs = (a->inputs + 1) / 2;
+  const int64_t grain = 1 + kItem / (columns * TAPS * kPanel * a->inputs + 1);
   return parallel_for(a->batch * rows * groups, grain, [&](int64_t item) {
     const int64_t group = item % groups, row = item / groups % rows, sample = item / groups / rows;
     const bf16 *x = static_cast<const bf16 *>(a->x) + sample * a->height * a->width * a->inputs;
@@ -71,7 +68,7 @@ int convolve(const fg_packed_conv2d_args *a) {
     for (int64_t column = 0; column < columns; ++column) {
       Sums sums;
       pixel(a, x, taps, row, column, sums);
-      put(a, sums, group * GROUP, ((sample * rows + row) * columns + column) * a->outputs + group * GROUP);
+      put(a, sums, group * kPanel, ((sample * rows + row) * columns + column) * a->outputs + group * kPanel);
     }
     return 0;
   });

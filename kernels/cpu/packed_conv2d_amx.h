@@ -6,7 +6,7 @@
 // pixel by pixel, so that tiles are full.  Bias and residual are added between the products of the next pixels: vectors
 // and tiles are different units.
 #pragma once
-#include "simd.h"
+#include "panel.h"
 #include "threads.h"
 #include "tile_products.h"
 
@@ -95,8 +95,7 @@ struct Around {
       const int64_t pixel = is ? (n * a->height + row) * a->width + column : 0;
       const bf16 *from = static_cast<const bf16 *>(a->x) + pixel * a->inputs;
       for (int64_t p = 0; p < planes; ++p) {
-        const int64_t some = is ? a->inputs - p * kChunk : 0;
-        const __mmask32 there = some >= kChunk ? ~0u : (1u << some) - 1u;
+        const __mmask32 there = halves_below(is ? a->inputs - p * kChunk : 0);
         _mm512_store_si512(to + p * plane, _mm512_maskz_loadu_epi16(there, from + p * kChunk));
       }
     }
@@ -116,21 +115,17 @@ struct Rest {
   int64_t pair, o;
 };
 
-FG_INLINE int columns_from(int64_t left, int v) {
-  return static_cast<int>(left - v * W < 0 ? 0 : left - v * W < W ? left - v * W : W);
-}
-
 // Sums of one pixel, with bias and residual.
-FG_INLINE void put(const Args *a, const float *sums, const vf (&bias)[2], int64_t at, int64_t left) {
+FG_INLINE void put(const Args *a, const float *sums, const vf (&bias)[kParts], int64_t at, int64_t left) {
   const bf16 *residual = static_cast<const bf16 *>(a->residual) + at;
-  vf y[2];
+  vf y[kParts];
 #pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v) {
+  for (int v = 0; v < kParts; ++v) {
     y[v] = add(load(sums + v * W), bias[v]);
-    if (a->residual) y[v] = add(y[v], load_n(residual + v * W, columns_from(left, v)));
+    if (a->residual) y[v] = add(y[v], load_n(residual + v * W, columns(left, v)));
   }
-  const __mmask32 there = left >= kSide ? ~0u : (1u << left) - 1u;
-  _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + at, there, (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]));
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(y[1], y[0]);
+  _mm512_mask_storeu_epi16(static_cast<bf16 *>(a->out) + at, halves_below(left), both);
 }
 
 // A part of what rests: kRoom rows of sums.
@@ -139,14 +134,8 @@ FG_INLINE void finish(const Around &block, const Rest &rest, int64_t part) {
   const int64_t in_tile = kTile / kRoom, t = 2 * rest.pair + part / in_tile, row = t / block.tiles;
   if (row >= block.rows) return;
   const int64_t left = a->outputs - rest.o, first = t % block.tiles * kTile + part % in_tile * kRoom;
-  vf bias[2];
-#pragma GCC unroll 2
-  for (int v = 0; v < 2; ++v) {
-    const int some = columns_from(left, v);
-    bias[v] = !a->bias                        ? set1(0.0f)
-              : a->bias_dtype == FG_FLOAT32 ? load_n(static_cast<const float *>(a->bias) + rest.o + v * W, some)
-                                            : load_n(static_cast<const bf16 *>(a->bias) + rest.o + v * W, some);
-  }
+  vf bias[kParts];
+  get_bias(a->bias, a->bias_dtype, rest.o, left, bias);
   const float *sums = rest.sums + part * kRoom * kSide;
   for (int64_t r = 0; r < kRoom; ++r, sums += kSide) {
     const int64_t e = first + r, column = e >> block.cut.shift, sample = block.sample + (e & (block.cut.shared - 1));

@@ -5,12 +5,11 @@
 // lanes; a block of its rows stays in the second-level cache while the panels go past it, each asked for while the one
 // before it is used.
 #pragma once
-#include "abi.h"
+#include "panel.h"
 #include "quantized.h"
 
 namespace {
 
-constexpr int kPanel = 32, kParts = kPanel / W;  // rows of the weight that lie together, and vectors of their sums
 #if defined(FG_HAS_AVX512)
 constexpr int kRows = 8;  // sixteen sums: as many as two products a cycle of six cycles each need, and some more
 #elif defined(FG_LEVEL_AVX2) || defined(FG_LEVEL_NEON)
@@ -74,24 +73,6 @@ FG_INLINE void multiply(const bf16 *panel, const bf16 *const (&x)[kRows], int64_
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) both[r] = x[r][2 * pairs].bits;
     step(panel + pairs * 2 * kPanel, both, sums);
-  }
-}
-
-// How many of the W columns from part v on there are, of n.
-FG_INLINE int columns(int64_t n, int v) {
-  const int64_t left = n - v * W;
-  return static_cast<int>(left < 0 ? 0 : left < W ? left : W);
-}
-
-// The bias of n columns from `at` on, zero where there is none.
-template <int PARTS>
-FG_INLINE void get_bias(const void *bias, int64_t dtype, int64_t at, int64_t n, vf (&to)[PARTS]) {
-#pragma GCC unroll 32
-  for (int v = 0; v < PARTS; ++v) {
-    const int some = columns(n, v);
-    to[v] = !bias                 ? set1(0.0f)
-            : dtype == FG_FLOAT32 ? load_n(static_cast<const float *>(bias) + at + v * W, some)
-                                  : load_n(static_cast<const bf16 *>(bias) + at + v * W, some);
   }
 }
 

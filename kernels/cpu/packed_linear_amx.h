@@ -51,8 +51,7 @@ struct Block {
       const bf16 *row = row_at(at < last ? at : first);
       uint32_t *to = x + pair * steps * 2 * kTileWords + r * kTile;
       for (int64_t s = 0; s < steps; ++s, to += 2 * kTileWords) {
-        const int64_t left = a->width - 32 * s;
-        const __mmask32 there = at >= last ? 0u : left >= 32 ? ~0u : (1u << left) - 1u;
+        const __mmask32 there = halves_below(at < last ? a->width - 32 * s : 0);
         _mm512_store_si512(to, _mm512_maskz_loadu_epi16(there, row + 32 * s));
       }
     }

@@ -8,6 +8,8 @@ using vf = __m512;
 constexpr int W = 16;
 
 FG_INLINE __mmask16 lanes_below(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+// Of 32 lanes of 16 bits, for any n.
+FG_INLINE __mmask32 halves_below(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1u; }
 #if defined(FG_HAS_AVX512_BF16)
 // The instruction also turns subnormals, below 1.2e-38, into 0.
 FG_INLINE __m256i to_bf16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }

@@ -17,8 +17,6 @@ constexpr int TAPS = 9;
 constexpr int64_t kPairs = 64;       // pairs of inputs whose filters are made at a time: 128 KiB
 constexpr int64_t kManyTiles = 512;  // tiles beyond which all filters are made once
 
-FG_INLINE __mmask32 halves_below(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1u; }
-
 // Lines of memory that are wanted later, `each` of them at a time: asked for all at once, they would keep products waiting.
 struct Ahead {
   const uint32_t *at, *end;

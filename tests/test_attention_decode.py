@@ -75,12 +75,13 @@ def test_soft_cap_as_gemma_2_has_it() -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("heads", [8, 18])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", LEVELS)
-def test_bits_do_not_depend_on_where_or_beside_whom_a_sequence_lies(level: str, dtype: torch.dtype) -> None:
+def test_bits_do_not_depend_on_where_or_beside_whom_a_sequence_lies(level: str, dtype: torch.dtype, heads: int) -> None:
     """Batch, slot, capacity, blocks, and the order of their dimensions."""
-    q, (k, v), lengths = queries(3, 8, 2, 72, dtype), cache(3, 2, 1120, 72, dtype), torch.tensor([1120, 600, 33])
-    rest: tuple[Any, ...] = (torch.linspace(-1, 1, 8), None, 520, 10.0)
+    q, (k, v), lengths = queries(3, heads, 2, 72, dtype), cache(3, 2, 1120, 72, dtype), torch.tensor([1120, 600, 33])
+    rest: tuple[Any, ...] = (torch.linspace(-1, 1, heads), None, 520, 10.0)
     with library.forced(level):
         whole = decode(q, k, v, lengths, None, *rest)
         for b, length in enumerate(lengths.tolist()):
@@ -97,7 +98,7 @@ def test_bits_do_not_depend_on_where_or_beside_whom_a_sequence_lies(level: str, 
 
 @needs_library
 @pytest.mark.parametrize("window", [0, 600])
-@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("heads", [2, 4, 16])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_drafts_have_the_bits_of_single_steps(dtype: torch.dtype, heads: int, window: int) -> None:
     """Speculative decoding verifies several tokens at once: each must come out as it would alone."""

@@ -1,4 +1,4 @@
-// levels: scalar avx2 avx512 avx512_bf16 neon
+// levels: scalar avx2 avx512 avx512_bf16 amx neon
 // Attention of the newest tokens over a key-value cache, contiguous or paged: attention_few.h on a cache's rows.
 #include "attention_few.h"
 

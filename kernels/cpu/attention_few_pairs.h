@@ -8,7 +8,14 @@
 namespace {
 
 FG_INLINE vf dot_bytes(vf sum, __m512 q, __m512 k, const float *) { return _mm512_fmadd_ps(q, k, sum); }
-#if defined(FG_HAS_AVX512_BF16)
+#if defined(FG_LEVEL_AMX)
+// By two products of float32: CPUs with tiles multiply vectors of bfloat16 at half the rate of those.
+FG_INLINE vf dot_bytes(vf sum, __m512 q, __m512 k, const bf16 *) {
+  const __m512i a = _mm512_castps_si512(q), b = _mm512_castps_si512(k), high = _mm512_set1_epi32(~0xffff);
+  sum = _mm512_fmadd_ps((vf)_mm512_slli_epi32(a, 16), (vf)_mm512_slli_epi32(b, 16), sum);
+  return _mm512_fmadd_ps((vf)_mm512_and_si512(a, high), (vf)_mm512_and_si512(b, high), sum);
+}
+#elif defined(FG_HAS_AVX512_BF16)
 FG_INLINE vf dot_bytes(vf sum, __m512 q, __m512 k, const bf16 *) {
   return _mm512_dpbf16_ps(sum, (__m512bh)q, (__m512bh)k);
 }
@@ -149,12 +156,13 @@ struct PairScores {
   }
 };
 
-struct PairFew : FloatFew<float> {
-  using Pairs = PairScores<float>;
+// Scores so, values in float32.
+template <class T>
+struct PairFew : FloatFew<T> {
+  using Pairs = PairScores<T>;
   static int groups(int rows) { return Pairs::groups(rows); }
-  static void take_query(const float *from, int dim, int m, char *to) { Pairs::take_query(from, dim, m, to); }
-  static void scores(const char *q, int rows, const float *k, Ahead &ahead, int64_t stride, int count, int dim,
-                     float *to) {
+  static void take_query(const T *from, int dim, int m, char *to) { Pairs::take_query(from, dim, m, to); }
+  static void scores(const char *q, int rows, const T *k, Ahead &ahead, int64_t stride, int count, int dim, float *to) {
     Pairs::scores(q, rows, k, ahead, stride, count, dim, to);
   }
 };

@@ -74,7 +74,7 @@ CASES = [
     _case("grouped", (2, 8, 1, 64), 300, (300, 129), kv_heads=2, small=True),
     _case("one kv head", (2, 12, 1, 128), 300, (299, 17), kv_heads=1),
     _case("odd groups", (2, 21, 1, 64), 150, (149, 150), kv_heads=3, small=True),
-    _case("wide groups", (2, 36, 1, 72), 300, (299, 77), kv_heads=2, block=7, window=130, sinks="same", small=True),
+    _case("wide groups", (2, 36, 1, 72), 301, (299, 77), kv_heads=2, block=7, window=130, sinks="same", small=True),
     _case("two queries", (2, 4, 2, 64), 300, (300, 2), kv_heads=2, small=True),
     _case("eight queries", (3, 8, 8, 72), 600, (600, 5, 8), kv_heads=2, small=True),
     _case("many queries", (2, 4, 37, 40), 600, (600, 31), kv_heads=2),

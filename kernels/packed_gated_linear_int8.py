@@ -28,8 +28,8 @@ def allocate(
     x: Tensor, panels: Tensor, scale: Tensor, gate_scale: Tensor, outputs: int, bias: Tensor | None = None,
     gate_bias: Tensor | None = None, activation: str = "silu",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The uninitialised output (*, N), N = ``outputs``, for x (*, K), panels (P, 16 ceil(K / 64), 32, 4) int8 that hold two
-    weights, scales and biases (N,): x's dtype, contiguous.  Raises ValueError where arguments do not fit.
+    """The uninitialised output (*, N), N = ``outputs``, for x (*, K), panels (P, 16 ceil(K / 64), 32, 4) int8 that hold
+    two weights, scales and biases (N,): x's dtype, contiguous.  Raises ValueError where arguments do not fit.
     """
     name = "packed_gated_linear_int8"
     check(name, x, panels, outputs, gated=True, scale=scale, gate_scale=gate_scale)

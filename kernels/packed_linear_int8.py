@@ -1,4 +1,4 @@
-"""A linear layer of many rows by an int8 weight in panels: :mod:`.linear_int8`, to the bit, on what a session packs once.
+"""A linear layer of many rows by an int8 weight in panels: :mod:`.linear_int8`, to the bit, on what a session packs.
 
 y = act(x W^T + bias) + residual, x quantized to int8 row by row on the way.  Few rows have :mod:`.linear_int8`, which
 takes the weight as it lies.
@@ -38,8 +38,8 @@ def allocate(
     x: Tensor, panels: Tensor, scale: Tensor, outputs: int, bias: Tensor | None = None,
     residual: Tensor | None = None, activation: str = "none",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The uninitialised output (*, N), N = ``outputs``, for x (*, K), panels (P, 16 ceil(K / 64), 32, 4) int8, scale and
-    bias (N,) and residual (*, N): x's dtype, contiguous.  Raises ValueError where arguments do not fit.
+    """The uninitialised output (*, N), N = ``outputs``, for x (*, K), panels (P, 16 ceil(K / 64), 32, 4) int8, scale
+    and bias (N,) and residual (*, N): x's dtype, contiguous.  Raises ValueError where arguments do not fit.
     """
     check("packed_linear_int8", x, panels, outputs, gated=False, scale=scale)
     linear_int8.check("packed_linear_int8", x, outputs, bias, residual, activation)
@@ -76,7 +76,7 @@ def random_weights(g: Generator, n: int, k: int, gated: bool) -> tuple[Tensor, .
     parts = range(2 if gated else 1)
     codes = [torch.randint(-128, 128, (n, k), generator=g, dtype=torch.int8) for _ in parts]
     scales = ((0.5 + torch.rand(n, generator=g)) / (74 * max(k, 1) ** 0.5) for _ in parts)
-    return (linear_panels.reference(*codes), *scales)
+    return (linear_panels.reference(codes[0], codes[1] if gated else None), *scales)
 
 
 def _case(

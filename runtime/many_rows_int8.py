@@ -22,7 +22,9 @@ from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, without_dead
 from fusegen.runtime.specialize import propagate, spec_of
 
-FEW = 16  # rows from which it was measured to be as fast
+# It is faster from some four rows on (Emerald Rapids).  But up to as many as a prompt's chunk has a weight may serve
+# single rows too, which take it as it lies, and would be held twice.
+MANY = 65
 RULE = "int8 products of many rows by packed weights"
 _LINEAR, _GATE, _VIEW = "fusegen.linear_int8.default", "fusegen.gated_mlp_act.default", "aten.as_strided.default"
 _CONSTANT = ("scale", "bias")
@@ -30,9 +32,9 @@ _CONSTANT = ("scale", "bias")
 
 def folded(program: Program, declined: Declined, deterministic: bool, reason: str | None) -> Program:
     """The static ``program``, lowered and its strides known, with ``packed_linear_int8`` or
-    ``packed_gated_linear_int8`` in the place of each ``linear_int8`` of many rows, or of many a sample where the plan
-    is ``deterministic``.  ``declined(op, args)``: why no kernel takes them, or None; ``reason``: why the backend leaves
-    them all as they are.
+    ``packed_gated_linear_int8`` in the place of each ``linear_int8`` of many rows; the gated ones, which round once
+    less, of many a sample where the plan is ``deterministic``.  ``declined(op, args)``: why no kernel takes them, or
+    None; ``reason``: why the backend leaves them all as they are.
     """
     folding = _Folding(program, declined, deterministic)
     fit = [n for n in program.nodes if folding.fits(n)]
@@ -62,11 +64,10 @@ class _Folding:
 
     def fits(self, node: Node) -> bool:
         """Whether it is a layer of many rows by a weight of the program."""
-        if node.op != _LINEAR or self._weight(node) is None:
-            return False
-        sizes = spec_of(self.program, node.args["x"].name).sizes
-        rows = math.prod(sizes[:-1]) // (sizes[0] if self.deterministic and len(sizes) > 1 else 1)
-        return rows >= FEW
+        return node.op == _LINEAR and self._weight(node) is not None and math.prod(self._rows(node)) >= MANY
+
+    def _rows(self, layer: Node) -> tuple[int, ...]:
+        return spec_of(self.program, layer.args["x"].name).sizes[:-1]
 
     def _weight(self, node: Node) -> str | None:
         """The weight that a layer reads, be it as a view of a 1x1 convolution's."""
@@ -99,7 +100,8 @@ class _Folding:
         alone = self.users[layer.outputs[0]] == [node] and layer.outputs[0] not in self.program.outputs
         given = [layer.args[k].name for k in _CONSTANT if layer.args[k] is not None]
         bare = layer.args["residual"] is None and layer.args["activation"] == "none"
-        return layer if alone and bare and all(name in self.weights for name in given) else None
+        enough = not self.deterministic or math.prod(self._rows(layer)[1:]) >= MANY
+        return layer if alone and bare and enough and all(name in self.weights for name in given) else None
 
     def _product(self, node: Node) -> list[Node] | str:
         weight = self._weight(node)
@@ -127,7 +129,7 @@ class _Folding:
             weight, half = self.weights[name], self.weights[name].shape[0] // 2
             self.halves[name] = [Ref(self.names.fresh(f"{name}.{part}")) for part in ("first_half", "second_half")]
             for at, ref in zip((0, half), self.halves[name], strict=True):
-                self.weights[ref.name] = viewed(partial(_rows, at=at, count=half), weight)
+                self.weights[ref.name] = viewed(partial(_part, at=at, count=half), weight)
         return self.halves[name]
 
     def _op(self, name: str, node: Node, args: dict[str, Any], weights: dict[str, Ref | None]) -> list[Node] | str:
@@ -158,5 +160,5 @@ class _Folding:
         return meta(found) if found is not None else spec_of(self.program, value.name).meta()
 
 
-def _rows(weight: Tensor, at: int, count: int) -> Tensor:
+def _part(weight: Tensor, at: int, count: int) -> Tensor:
     return weight.narrow(0, at, count)

@@ -11,7 +11,7 @@ constexpr int64_t kRows = 32, kWords = 32;  // of a panel; words of columns that
 constexpr int64_t kItem = 1 << 10;          // words of a panel that are worth a thread
 constexpr int64_t kTile = 16;               // words of a step
 
-FG_INLINE void values(const bf16 *from, int64_t n, bf16 *to) { memcpy(to, from, static_cast<size_t>(n) * sizeof(bf16)); }
+FG_INLINE void values(const bf16 *from, int64_t n, bf16 *to) { memcpy(to, from, static_cast<size_t>(n) * 2); }
 FG_INLINE void values(const float *from, int64_t n, bf16 *to) {
   vectors(n, [&](int64_t i, int some) { put(to + i, part(from + i, some), some); });
 }

@@ -12,8 +12,9 @@ constexpr int kRows = 8;
 #else
 constexpr int kRows = 1;
 #endif
-constexpr int64_t kStep = 64;        // columns that a panel has whole numbers of
-constexpr int64_t kItem = 1 << 21;   // multiply-adds that are worth a thread
+constexpr int64_t kStep = 64;         // columns that a panel has whole numbers of
+constexpr int64_t kAhead = 4;         // rows between the one that is quantized and the one that is asked for
+constexpr int64_t kItem = 1 << 21;    // multiply-adds that are worth a thread
 
 using Sums = vf[kRows * kParts];  // row by row
 
@@ -34,11 +35,13 @@ inline Coded coded_at(void *memory, int64_t rows, int64_t stride, int64_t first)
 // Bytes from a row of codes to the next: not a power of two, lest rows fall in few sets of a cache.
 inline int64_t stride_of(int64_t width) { return (width + kStep - 1) / kStep * kStep + 64; }
 
-// Quantizes rows [from, to) of x.
+// Quantizes rows [from, to) of x, the ones that come asked for ahead.
 template <class T, class A>
 inline void quantize_rows(const A *a, int64_t from, int64_t to, const Coded &coded) {
   for (int64_t r = from; r < to; ++r) {
     const T *x = static_cast<const T *>(a->x) + r / a->inner * a->x_outer + r % a->inner * a->x_inner;
+    if (r + kAhead < to)
+      for (int64_t k = 0; k < a->width; k += 64 / sizeof(T)) __builtin_prefetch(x + kAhead * a->x_inner + k);
     const int64_t at = r - coded.first;
     coded.scale[at] = quantize(x, a->width, coded.stride - 64, coded.codes + at * coded.stride).scale;
   }

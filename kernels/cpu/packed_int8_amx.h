@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int64_t kTallest = 256;    // rows of x in a block, and bytes of their codes, at the most
+constexpr int64_t kLarge = 1 << 20;  // bytes of a weight up to which half as many rows do: a cache holds it
 constexpr int64_t kBytes = 3 << 19;
 constexpr int64_t kPart = 40;        // steps of a panel at a time
 constexpr int64_t kQuarters = kSide / kRows, kSlots = kTallest / kSide + 1;
@@ -98,8 +99,9 @@ int product(const A *a) {
   using T = typename Tail::Element;
   const int64_t rows = a->outer * a->inner, threads = fg_threads(), stride = stride_of(a->width);
   const int64_t panels = (a->out_features + Tail::COLUMNS - 1) / Tail::COLUMNS;
+  const int64_t tallest = panels * kPanel * stride > kLarge ? kTallest : kTallest / 2;
   int64_t tall = kBytes / stride;
-  tall = tall < kSide ? kSide : tall > kTallest ? kTallest : tall;
+  tall = tall < kSide ? kSide : tall > tallest ? tallest : tall;
   int64_t blocks = (rows + tall - 1) / tall;
   tall = ((rows + blocks - 1) / blocks + kSide - 1) / kSide * kSide;  // blocks of one size
   blocks = (rows + tall - 1) / tall;

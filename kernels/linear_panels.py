@@ -128,7 +128,7 @@ OP = register(
         reference=reference,
         allocate=allocate,
         cost=cost,
-        tolerance={dtype: Tolerance(rms=0.0, peak=0.0) for dtype in FLOATS},
+        tolerance={dtype: Tolerance(rms=0.0, peak=0.0) for dtype in (*FLOATS, torch.int8)},
         cases=CASES,
         alone=None,
         draw=_draw,

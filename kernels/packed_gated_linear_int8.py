@@ -16,7 +16,7 @@ from fusegen.kernels.draw import Draw
 from fusegen.kernels.linear_int8 import ACTIVATIONS, random_tail, random_x
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, register
 from fusegen.kernels.packed_linear import check_bias
-from fusegen.kernels.packed_linear_int8 import check, cost_of, random_weights
+from fusegen.kernels.packed_linear_int8 import check, cost_of, eager, plain_weights, random_weights
 
 SCHEMA = (
     "(Tensor x, Tensor panels, Tensor scale, Tensor gate_scale, int outputs, Tensor? bias=None, "
@@ -95,10 +95,8 @@ def _eager(
     activation: str,
 ) -> Tensor:  # fmt: skip
     """Two products, and one of their results."""
-    gate, weight = (w.contiguous() for w in linear_panels.unpacked(panels, outputs, x.shape[-1], gated=True))
-    eager = linear_int8.OP.eager
-    assert eager is not None
-    opened: Tensor = eager(x, gate, gate_scale, gate_bias, None, activation)
+    gate, weight = plain_weights(x, panels, outputs, gated=True)
+    opened = eager(x, gate, gate_scale, gate_bias, None, activation)
     return opened * eager(x, weight, scale, bias, None, "none")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fusegen.kernels import linear_int8, linear_panels
 from fusegen.kernels.draw import Draw
@@ -118,11 +119,25 @@ CASES = [
 ]
 
 
+_plain: Any = WeakTensorKeyDictionary()  # panels -> the weights they hold
+
+
+def plain_weights(x: Tensor, panels: Tensor, outputs: int, gated: bool) -> tuple[Tensor, ...]:
+    """The weights of the panels as a user of PyTorch has them, made once."""
+    if panels not in _plain:
+        _plain[panels] = tuple(w.contiguous() for w in linear_panels.unpacked(panels, outputs, x.shape[-1], gated))
+    found: tuple[Tensor, ...] = _plain[panels]
+    return found
+
+
+def eager(x: Tensor, weight: Tensor, scale: Tensor, *tail: Any) -> Tensor:
+    """:mod:`.linear_int8`'s."""
+    assert linear_int8.OP.eager is not None
+    return linear_int8.OP.eager(x, weight, scale, *tail)
+
+
 def _eager(x: Tensor, panels: Tensor, scale: Tensor, outputs: int, *tail: Any) -> Tensor:
-    (weight,) = linear_panels.unpacked(panels, outputs, x.shape[-1])
-    eager = linear_int8.OP.eager
-    assert eager is not None
-    return eager(x, weight.contiguous(), scale, *tail)
+    return eager(x, *plain_weights(x, panels, outputs, gated=False), scale, *tail)
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:

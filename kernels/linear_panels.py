@@ -113,7 +113,10 @@ CASES = [
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
-    shape = draw.shape(70, 40)
+    shape = draw.shape(70, 140 if dtype == torch.int8 else 40)
+    if dtype == torch.int8:
+        codes = [torch.randint(-128, 128, shape, generator=draw.generator(), dtype=dtype) for _ in range(2)]
+        return (codes[0], draw.choice((None, codes[1])), None)
     return (
         draw.tensor(shape, dtype, layouts=LAYOUTS),
         draw.maybe(shape, (dtype,)),

@@ -1,4 +1,5 @@
-"""The weight of a linear layer in panels, as kernels for many rows read it: pairs of columns of 32 rows together.
+"""The weight of a linear layer in panels, as kernels for many rows read it: pairs of columns of 32 rows together, of
+int8 fours of columns, whole steps of 64.
 
 They depend on the weight alone: a session makes them once, and :mod:`.packed_linear` takes them.  With a second weight,
 the gate of a gated layer, a panel holds 16 rows of the gate and then the same 16 of the weight, so that
@@ -25,10 +26,17 @@ def panels_of(outputs: int, gated: bool) -> int:
     return -(-outputs // (PANEL // 2 if gated else PANEL))
 
 
+def shape_of(outputs: int, width: int, gated: bool, dtype: torch.dtype) -> tuple[int, ...]:
+    """The panels' shape for a weight (N, K): (P, ceil(K / 2), 32, 2), of int8 (P, 16 ceil(K / 64), 32, 4)."""
+    if dtype == torch.int8:
+        return (panels_of(outputs, gated), -(-width // 64) * 16, PANEL, 4)
+    return (panels_of(outputs, gated), -(-width // 2), PANEL, 2)
+
+
 def allocate(
     weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The uninitialised panels (P, ceil(K / 2), 32, 2) of weight (N, K) or (N, K, 1, 1), a convolution's, and a gate of
+    """The uninitialised panels (:func:`shape_of`) of weight (N, K) or (N, K, 1, 1), a convolution's, and a gate of
     its shape and dtype: contiguous, in ``dtype`` or weight's, zeros behind the last row and column.  Raises ValueError
     for anything else.
     """
@@ -38,7 +46,9 @@ def allocate(
         raise ValueError(
             f"linear_panels: gate is {gate.dtype} {tuple(gate.shape)}, weight {weight.dtype} {tuple(weight.shape)}"
         )
-    shape = (panels_of(weight.shape[0], gate is not None), -(-weight.shape[1] // 2), PANEL, 2)
+    if weight.dtype == torch.int8 and dtype not in (None, torch.int8):
+        raise ValueError(f"linear_panels: codes stay torch.int8, {dtype} is asked for")
+    shape = shape_of(weight.shape[0], weight.shape[1], gate is not None, dtype or weight.dtype)
     return (torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device),)
 
 
@@ -48,12 +58,12 @@ def reference(weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | N
     if not out.numel():
         return out
     parts = [t.flatten(1) for t in (gate, weight) if t is not None]
-    rows, columns = PANEL // len(parts), out.shape[1] * 2
+    rows, columns = PANEL // len(parts), out.shape[1] * out.shape[3]
     down, across = out.shape[0] * rows - weight.shape[0], columns - weight.shape[1]
     whole = [F.pad(t, (0, across, 0, down)) if down or across else t.contiguous() for t in parts]
     for i, part in enumerate(whole):
-        pairs = part.view(out.shape[0], rows, out.shape[1], 2).transpose(1, 2)
-        out[:, :, i * rows : (i + 1) * rows].copy_(pairs)
+        words = part.view(out.shape[0], rows, out.shape[1], out.shape[3]).transpose(1, 2)
+        out[:, :, i * rows : (i + 1) * rows].copy_(words)
     return out
 
 
@@ -75,6 +85,9 @@ def _case(
     to: torch.dtype | None = None, bench: bool = False,
 ) -> Case:  # fmt: skip
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
+        if to == torch.int8:
+            codes = [torch.randint(-128, 128, shape, generator=g, dtype=to) for _ in range(2 if gated else 1)]
+            return (codes[0], codes[1] if gated else None, None)
         weight = laid_out(torch.randn(shape, generator=g).to(dtype), layout)
         return (weight, torch.randn(shape, generator=g).to(dtype) if gated else None, to)
 
@@ -92,12 +105,18 @@ CASES = [
     _case("strided", (31, 9), layout="transposed"),
     _case("rounded", (70, 147), to=torch.bfloat16),
     _case("rounded, gated", (40, 64), gated=True, to=torch.bfloat16),
+    _case("int8", (70, 147), to=torch.int8),
+    _case("int8, gated", (40, 128), gated=True, to=torch.int8),
+    _case("one int8", (1, 1), to=torch.int8),
     _case("5120x1280 rounded", (5120, 1280), to=torch.bfloat16, bench=True),
 ]
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
-    shape = draw.shape(70, 40)
+    shape = draw.shape(70, 140 if dtype == torch.int8 else 40)
+    if dtype == torch.int8:
+        codes = [torch.randint(-128, 128, shape, generator=draw.generator(), dtype=dtype) for _ in range(2)]
+        return (codes[0], draw.choice((None, codes[1])), None)
     return (
         draw.tensor(shape, dtype, layouts=LAYOUTS),
         draw.maybe(shape, (dtype,)),
@@ -112,11 +131,11 @@ OP = register(
         reference=reference,
         allocate=allocate,
         cost=cost,
-        tolerance={dtype: Tolerance(rms=0.0, peak=0.0) for dtype in FLOATS},
+        tolerance={dtype: Tolerance(rms=0.0, peak=0.0) for dtype in (*FLOATS, torch.int8)},
         cases=CASES,
         alone=None,
         draw=_draw,
-        formula="W in panels of 32 rows, by pairs of columns",
+        formula="W in panels of 32 rows, by pairs of columns, or fours of int8",
         source="Goto & van de Geijn 2008, ACM TOMS 34(3)",
     )
 )

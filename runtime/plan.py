@@ -20,6 +20,7 @@ from fusegen.runtime import (
     int8_rows,
     join,
     many_rows,
+    many_rows_int8,
     moments,
     state,
     stored,
@@ -148,7 +149,8 @@ def _lowered(program: Program, backend: Backend, declined: Callable[..., str | N
     static = attention_int8.settled(static, declined, backend.unserved_int8())
     static = winograd.folded(upsample.folded(static, declined), declined, backend.unserved_int8())
     static = direct_conv.folded(static, declined, backend.unpacked_convolutions())
-    static = int8_rows.folded(static, declined, backend.unserved_int8())
+    static = int8_rows.folded(static, declined, backend.unserved_int8_rows())
+    static = many_rows_int8.folded(static, declined, deterministic, backend.unpacked_int8())
     for rule in (winograd_modulated, join, moments, gated_norm):
         static = rule.folded(static, declined)
     if backend.few_rows:

@@ -11,7 +11,9 @@
 enum fg_status : int { FG_OK = 0, FG_BAD_ARGUMENT = 1, FG_NO_MEMORY = 2 };
 
 // Element types, as `int64_t` fields of the structs.
-enum fg_dtype : int64_t { FG_FLOAT32 = 0, FG_BFLOAT16 = 1, FG_FLOAT16 = 2, FG_BOOL = 3, FG_INT32 = 4, FG_INT64 = 5 };
+enum fg_dtype : int64_t {
+  FG_FLOAT32 = 0, FG_BFLOAT16 = 1, FG_FLOAT16 = 2, FG_BOOL = 3, FG_INT32 = 4, FG_INT64 = 5, FG_INT8 = 6
+};
 
 #include "abi_images.h"
 
@@ -126,11 +128,11 @@ struct fg_linear_args {
   int64_t out_features, activation;
 };
 
-// A weight (outputs, width), and a gate of its shape or null, in panels of bfloat16; see linear_panels.cpp.
+// A weight (outputs, width), and a gate of its shape or null, in panels of bfloat16 or int8; see linear_panels.cpp.
 struct fg_linear_panels_args {
   const void *weight, *gate;  // dense
   void *out;
-  int64_t dtype, outputs, width;  // float32 or bfloat16
+  int64_t dtype, outputs, width;  // float32 or bfloat16 to bfloat16, or int8
 };
 
 // Linear layers of many rows by a weight in panels; see packed_linear.h.  All but x are dense, biases and residual may be
@@ -145,6 +147,23 @@ struct fg_packed_linear_args {
 
 struct fg_packed_gated_linear_args {
   const void *x, *panels, *bias, *gate_bias;
+  void *out;
+  int64_t dtype, bias_dtype, gate_bias_dtype;
+  int64_t outer, inner, width, x_outer, x_inner;
+  int64_t out_features, activation;
+};
+
+// The same of int8 panels, x quantized row by row, scales (out_features,); see packed_int8.h.
+struct fg_packed_linear_int8_args {
+  const void *x, *panels, *scale, *bias, *residual;
+  void *out;
+  int64_t dtype, bias_dtype;
+  int64_t outer, inner, width, x_outer, x_inner;
+  int64_t out_features, activation;
+};
+
+struct fg_packed_gated_linear_int8_args {
+  const void *x, *panels, *scale, *gate_scale, *bias, *gate_bias;
   void *out;
   int64_t dtype, bias_dtype, gate_bias_dtype;
   int64_t outer, inner, width, x_outer, x_inner;
@@ -268,8 +287,8 @@ struct fg_qk_norm_rope_args {
   X(modulated_conv2d) \
   X(noise_normal)     \
   X(packed_conv2d)    \
-  X(packed_gated_linear) \
-  X(packed_linear)    \
+  X(packed_gated_linear) X(packed_gated_linear_int8) \
+  X(packed_linear) X(packed_linear_int8) \
   X(pixel_shuffle)    \
   X(qk_norm_rope)     \
   X(quantize_uint8)   \

@@ -23,6 +23,7 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "neon")  # bit i of 
 VARIABLE = "FUSEGEN_CPU"
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.bool: 3, torch.int32: 4, torch.int64: 5,
+    torch.int8: 6,
 }  # fmt: skip
 _FOLDER = Path(os.environ.get("FUSEGEN_CPU_LIBRARY") or Path(__file__).parent / "_lib")
 _PATH = _FOLDER / "libfusegen_cpu.so"

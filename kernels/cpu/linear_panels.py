@@ -11,6 +11,9 @@ from torch import Tensor
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.op import Kernel
 
+_HALF = torch.bfloat16
+_SERVED = ((torch.float32, _HALF), (_HALF, _HALF), (torch.int8, torch.int8))  # the weight's dtype, and the panels'
+
 
 class Args(ctypes.Structure):
     """``fg_linear_panels_args`` of abi.h."""
@@ -22,7 +25,7 @@ class Args(ctypes.Structure):
 
 
 def decline(weight: Tensor, gate: Tensor | None, dtype: torch.dtype | None) -> str | None:
-    if (dtype or weight.dtype) != torch.bfloat16 or weight.dtype not in (torch.float32, torch.bfloat16):
+    if (weight.dtype, dtype or weight.dtype) not in _SERVED:
         return f"weight is {weight.dtype}, the panels {dtype or weight.dtype}"
     return None if all(t is None or t.is_contiguous() for t in (weight, gate)) else "weight or gate is strided"
 

@@ -49,6 +49,14 @@ class Backend:
         """Why our kernels do not take convolutions and attention in int8, or None where they do."""
         return None
 
+    def unserved_int8_rows(self) -> str | None:
+        """Why 1x1 convolutions in int8 are not linear layers of ours, or None where they are."""
+        return self.unserved_int8()
+
+    def unpacked_int8(self) -> str | None:
+        """Why our kernels of packed weights do not take int8 layers of many rows, or None where they do."""
+        return f"the backend {self.name} has no kernel for them"
+
     def no_int8_convolutions(self) -> str | None:
         """Why convolutions that are not ours do not multiply in int8, or None where they do."""
         return f"the backend {self.name} has no products of int8 for them"

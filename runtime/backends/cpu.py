@@ -50,6 +50,14 @@ class Cpu(Backend):
         """They are faster than oneDNN with AVX512-VNNI (Zen 5); with AMX it has products that ours are not made of."""
         return None if _level() == "avx512_bf16" else f"at level {_level()} they are oneDNN's"
 
+    def unserved_int8_rows(self) -> str | None:
+        """As a layer by a packed weight they are faster than oneDNN with AMX too."""
+        return None if self.unpacked_int8() is None else self.unserved_int8()
+
+    def unpacked_int8(self) -> str | None:
+        """Ours are of AMX; the others read the weight as it lies."""
+        return None if _level() == "amx" else f"at level {_level()} the weight is read as it lies"
+
     def no_int8_convolutions(self) -> str | None:
         """oneDNN has them with AVX512-VNNI; without, sums of its products of int8 saturate."""
         return None if onednn_int8.served() else "this CPU has no AVX512-VNNI"

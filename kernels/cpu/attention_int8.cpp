@@ -37,8 +37,7 @@ int attention(const fg_attention_int8_args *a) {
                 at.of(memory, pair));
     return 0;
   });
-  int shift = 0;
-  while (127 * 127 * s.dim >> shift > 32766) ++shift;
+  const int shift = shift_of(s.dim);
   const float factor = static_cast<float>(a->scale * 1.4426950408889634 * static_cast<double>(1 << shift));
   const int64_t work = SPAN * (s.keys + 16) * s.dim;
   return parallel_for(a->batch * a->heads * tiles, 1 + 400000 / (work + 1), [&](int64_t item) {

@@ -1,11 +1,11 @@
-// A span of attention_int8 on AMX tiles: pairs of 16 queries over all keys of their head, a block of NB at a time.
+// A span of attention_int8 on AMX tiles: sixteens of queries over all keys of their head, a block of NB at a time.
 //
 // Keys and channels are rows of tiles, queries columns, so that all that differs between queries is a lane's own.  A
 // vector holds the scores of two keys, 16 bits for each query; two such become words of four weights, what the second
 // product reads.  The channel of ones makes the weights' sum.
 //
-// Vectors and tiles are different units: while a block's scores become weights, those of the next 16 queries are
-// multiplied and made narrow, and the weights of the 16 before are multiplied with the values.
+// Vectors and tiles are different units: while a turn's scores become weights, those of the turns behind it are
+// multiplied and narrowed, and the weights of the turn before it are multiplied with the values.
 #pragma once
 #include "attention_int8_amx_queries.h"
 #include "tiles.h"
@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int WORDS = SIDE * SIDE;   // of a tile
-constexpr int64_t SPAN = 4 * SIDE;   // queries that share a look at the keys
+constexpr int64_t SPAN = 16 * SIDE;  // queries that share a look at the keys
 
 // A turn: 16 queries and a block of keys, and how the scores become weights.
 struct alignas(64) Stage {
@@ -38,14 +38,14 @@ struct alignas(64) Span {
   Queries queries[SPAN / SIDE];
   Stage stages[4];
   int16_t narrow[2][NB / 2][2 * SIDE];  // scores: (two keys, a query of both)
-  int32_t begin[WORDS];                 // half of the shift's unit
+  int32_t half[WORDS];                  // of the shift's unit
   int32_t scores[WORDS];
   int32_t weights[NB / 4][SIDE];
   int32_t made[2][WORDS];
 
   Span(const Sides &sides, const Sizes &s, int shift, float factor, int64_t tiles)
       : sides(sides), s(s), shift(shift), factor(factor), tiles(tiles) {
-    for (int32_t &x : begin) x = 1 << shift >> 1;
+    for (int32_t &x : half) x = half_unit(s);
     for (Stage &x : stages) x.keys = 0;
   }
 
@@ -65,7 +65,10 @@ struct alignas(64) Span {
 // Sums of one tile of keys in tile 0 or 3, for the queries held: tiles 4 and 7, or where DEEP is 0, too many to hold.
 #define FG_SCORES(sum)                                     \
   {                                                        \
-    _tile_loadd(sum, begin, SIDE * 4);                     \
+    if (begin)                                             \
+      _tile_loadd(sum, begin, SIDE * 4);                   \
+    else                                                   \
+      _tile_zero(sum);                                     \
     _tile_loadd(2, k, words * 4);                          \
     if (DEEP) {                                            \
       _tile_dpbssd(sum, 2, 4);                             \
@@ -76,7 +79,7 @@ struct alignas(64) Span {
     } else {                                               \
       for (int64_t w = 0; w < words; w += 16, k += 64) {   \
         if (w) _tile_loadd(2, k, words * 4);               \
-        _tile_loadd(4, q + w * SIDE, SIDE * 4);                \
+        _tile_loadd(4, q + w * SIDE, SIDE * 4);            \
         _tile_dpbssd(sum, 2, 4);                           \
       }                                                    \
     }                                                      \
@@ -179,23 +182,26 @@ inline void rates(const __m512i (&tops)[2], float factor, Stage *to) {
   store(to->grow, _mm512_mask_mov_ps(set1(1.0f), moves, exp2_falling<5>(sub(old, now))));
 }
 
-// o = o grow + add made, 16 channels from d on.
-FG_INLINE void gather(const int32_t *made, const Stage &at, int64_t d) {
+// o = o grow + add made, up to 16 channels.
+FG_INLINE void gather(const int32_t *made, const Stage &at, int64_t rows, float *o) {
   const vf more = load(at.add);
-  float *o = at.of->o[d];
+  auto put = [&](int64_t r) __attribute__((always_inline)) {
+    store(o + r * SIDE, fma(_mm512_cvtepi32_ps(_mm512_load_si512(made + r * SIDE)), more, load(o + r * SIDE)));
+  };
   if (at.grows) {
     const vf grow = load(at.grow);
-    for (int r = 0; r < SIDE; ++r) store(o + r * SIDE, mul(load(o + r * SIDE), grow));
+    for (int64_t r = 0; r < rows; ++r) store(o + r * SIDE, mul(load(o + r * SIDE), grow));
+  }
+  if (rows < SIDE) {
+    for (int64_t r = 0; r < rows; ++r) put(r);
+    return;
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < SIDE; ++r)
-    store(o + r * SIDE, fma(_mm512_cvtepi32_ps(_mm512_load_si512(made + r * SIDE)), more, load(o + r * SIDE)));
+  for (int r = 0; r < SIDE; ++r) put(r);
 }
 
-constexpr int PARTS = NB / SIDE;
+constexpr int PARTS = NB / SIDE;  // of a turn
 
-// Beside part p of a turn's weights stand the scores of half a turn later and the values of the turn before; what a
-// product leaves in its tile is stored a part later, when it is there.
 template <int DEEP>
 FG_INLINE void score_part(const Span &x, const Stage &of, int part) {
   const int32_t *q = of.of->q[0];
@@ -203,9 +209,10 @@ FG_INLINE void score_part(const Span &x, const Stage &of, int part) {
     _tile_loadd(4, q, SIDE * 4);
     if (DEEP == 2) _tile_loadd(7, q + WORDS, SIDE * 4);
   }
-  score_tile<DEEP>(of.k + part * SIDE * x.s.words * 4, q, x.s.words, x.begin, part & 1);
+  score_tile<DEEP>(of.k + part * SIDE * x.s.words * 4, q, x.s.words, has_room(x.s) ? nullptr : x.half, part & 1);
 }
 
+// Reads what a tile of scores left; keys that are not there are lowest.
 FG_INLINE void take_scores(Span &x, Stage *of, int part, int slot, __m512i (&top)[2]) {
   const int left = of->keys - part * SIDE;
   for (int r = left; r < SIDE; ++r) _mm512_store_si512(x.scores + r * SIDE, _mm512_set1_epi32(-(32768 << x.shift)));
@@ -234,7 +241,8 @@ struct Values {
   }
   inline __attribute__((always_inline)) void take() {
     written();
-    for (; gathered < stored; ++gathered) gather(x.made[gathered & 1], of, gathered * SIDE);
+    for (; gathered < stored; ++gathered)
+      gather(x.made[gathered & 1], of, x.s.dim + 1 - gathered * SIDE, of.of->o[gathered * SIDE]);
     written();
   }
   inline __attribute__((always_inline)) void begin(int64_t until) {
@@ -246,6 +254,9 @@ struct Values {
   }
 };
 
+// Beside part p of turn i's weights stand the scores of half a turn later and the values of the turn before.  What a
+// product leaves in its tile is stored a part later and read in the part after that: stores that wait for a product
+// fill the queue that all others go through.
 template <int DEEP>
 void turn(Span &x, int64_t i, __m512i (&tops)[2]) {
   constexpr int AHEAD = PARTS / 2;

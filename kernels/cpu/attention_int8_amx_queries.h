@@ -40,6 +40,8 @@ inline void start(const T *q, int64_t row, int64_t rows, const Sizes &s, Queries
 #pragma GCC unroll 16
     for (int r = 0; r < SIDE; ++r) _mm512_store_si512(to->q[d + r], x[r]);
   }
+  if (has_room(s))
+    for (int r = 0; r < SIDE; ++r) reinterpret_cast<int8_t *>(&to->q[s.dim / 4][r])[s.dim % 4] = 1;
   memset(to->o, 0, static_cast<size_t>(s.wide) * sizeof to->o[0]);
   store(to->maximum, set1(-infinity()));
 }

@@ -78,6 +78,10 @@ inline Rate rate_of_keys(const T *k, int64_t row, int64_t n, const float *mean, 
   return rate_of(hmax(seen.top), hsum(seen.bad));
 }
 
+// Half of the shift's unit, which rounds a score, and where a step has room behind the codes for its product with 1.
+FG_INLINE int half_unit(const Sizes &s) { return 1 << shift_of(s.dim) >> 1; }
+FG_INLINE bool has_room(const Sizes &s) { return s.dim < s.words * 4; }
+
 template <class T>
 inline void pack_keys(const T *k, int64_t row, const Sizes &s, const Sides &to) {
   alignas(64) float mean[MOST_DIM + W] = {};
@@ -104,6 +108,7 @@ inline void pack_keys(const T *k, int64_t row, const Sizes &s, const Sides &to) 
                            codes_of(centred(part), centred(part + 1), centred(part + 2), centred(part + 3), rate));
       }
     memset(at + served * wide, 0, static_cast<size_t>((NB - served) * wide));
+    for (int64_t r = 0; r < n && has_room(s); ++r) at[r * wide + s.dim] = static_cast<uint8_t>(half_unit(s));
   }
   *to.broken = broken;
 }

@@ -24,6 +24,13 @@ struct Sizes {
 #endif
 };
 
+// How far scores are shifted to fit 16 bits.
+FG_INLINE int shift_of(int64_t dim) {
+  int shift = 0;
+  while (127 * 127 * dim >> shift > 32766) ++shift;
+  return shift;
+}
+
 struct Sides {
   uint8_t *k;      // (blocks NB, 4 words)
   int8_t *v;       // (blocks, wide / 8, NB / 4, 8, 4); for tiles (blocks, wide, NB)

@@ -122,7 +122,9 @@ def test_a_session_takes_the_kernel_and_says_so() -> None:
 
 
 @needs_tiles
-@pytest.mark.parametrize(("rows", "dtype", "served"), [(1024, "bfloat16", 1), (256, "bfloat16", 0), (256, "float32", 1)])
+@pytest.mark.parametrize(
+    ("rows", "dtype", "served"), [(1024, "bfloat16", 1), (256, "bfloat16", 0), (256, "float32", 1)]
+)
 def test_on_tiles_it_is_served_where_it_pays(rows: int, dtype: str, served: int) -> None:
     module, (_, text) = attends()
     inputs = torch.randn(2, rows, 64), text

@@ -18,13 +18,12 @@ constexpr int64_t SPAN = 16 * SIDE;  // queries that share a look at the keys
 // A turn: 16 queries and a block of keys, and how the scores become weights.
 struct alignas(64) Stage {
   int16_t top[2 * SIDE], factor[2 * SIDE], most[2 * SIDE], twice[2 * SIDE];  // of both keys of a vector
-  float grow[SIDE], add[SIDE];                                               // what the sums so far, the block count for
-  bool grows;                                                                // not all of grow is 1
-  bool far;                                                                  // a score's unit is a step or more somewhere
-  int keys;                                                                  // 0: there is no such turn
+  float grow[SIDE], add[SIDE];  // what the sums so far and the block count for
+  bool grows, far;              // not all of grow is 1; of some query a score's unit is a step or more
+  int keys;                     // 0: there is no such turn
+  float k_scale;
   const uint8_t *k;
   const int8_t *v;
-  float k_scale;
   Queries *of;
 };
 
@@ -118,8 +117,9 @@ FG_INLINE __m512i bits_at(int first) {
 FG_INLINE void narrow(const int32_t *from, int shift, int16_t (*to)[2 * SIDE], __m512i (&top)[2]) {
   const __m512i bits = bits_at(shift);
   auto two = [&](int key) __attribute__((always_inline)) {
-    const __m512i low = _mm512_multishift_epi64_epi8(bits, _mm512_load_si512(from + key * SIDE));
-    return _mm512_mask_multishift_epi64_epi8(low, 0xccccccccccccccccull, bits, _mm512_load_si512(from + (key + 2) * SIDE));
+    const __m512i near = _mm512_load_si512(from + key * SIDE), next = _mm512_load_si512(from + (key + 2) * SIDE);
+    const __m512i low = _mm512_multishift_epi64_epi8(bits, near);
+    return _mm512_mask_multishift_epi64_epi8(low, 0xccccccccccccccccull, bits, next);
   };
 #pragma GCC unroll 4
   for (int key = 0; key < SIDE; key += 4)

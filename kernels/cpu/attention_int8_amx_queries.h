@@ -11,7 +11,7 @@ struct alignas(64) Queries {
   int32_t q[MOST_DIM / 4][SIDE];  // words of four codes
   float by[SIDE];                 // what a code stands for
   float maximum[SIDE];            // octaves that the sums are relative to
-  float o[MOST_DIM + SIDE][SIDE]; // sums of channels and, behind them, of weights
+  float o[MOST_DIM + SIDE][SIDE];  // sums of channels and, behind them, of weights
 };
 
 // The first `rows` of sixteen rows of q, which have met no key yet; the others are zeros.

@@ -74,7 +74,8 @@ template <class T>
 inline Rate rate_of_keys(const T *k, int64_t row, int64_t n, const float *mean, const Sizes &s) {
   Seen seen;
   for (int64_t r = 0; r < n; ++r)
-    for (int64_t part = 0; part < s.words / 4; ++part) seen.see(sub(row_part(k + r * row, s, part), load(mean + part * W)));
+    for (int64_t part = 0; part < s.words / 4; ++part)
+      seen.see(sub(row_part(k + r * row, s, part), load(mean + part * W)));
   return rate_of(hmax(seen.top), hsum(seen.bad));
 }
 
@@ -133,7 +134,8 @@ FG_INLINE Rates rates_of(__m512i bits) {
   const __mmask16 finite = _mm512_cmp_ps_mask(top, set1(0x1.fffffep127f), _CMP_LE_OQ);
   const __mmask16 served = finite & _mm512_cmp_ps_mask(top, set1(0x1p-100f), _CMP_GE_OQ);
   const vf found = _mm512_maskz_mul_ps(served, top, set1(1.0f / 127.0f));
-  return {_mm512_maskz_div_ps(served, set1(127.0f), top), _mm512_mask_blend_ps(finite, set1(__builtin_nanf("")), found)};
+  const vf scale = _mm512_mask_blend_ps(finite, set1(__builtin_nanf("")), found);
+  return {_mm512_maskz_div_ps(served, set1(127.0f), top), scale};
 }
 
 // Magnitudes are ordered as integers are, NaN behind infinity.
@@ -148,7 +150,8 @@ inline void pack_values(const T *v, int64_t row, const Sizes &s, const Sides &to
   __m512i bits[MOST_PARTS + 1] = {};
   for (int64_t key = 0; key < s.keys; key += NB)
     for (int64_t part = 0; part < parts; ++part)
-      for (int64_t r = key; r < key + NB && r < s.keys; ++r) bits[part] = larger(bits[part], row_part(v + r * row, s, part));
+      for (int64_t r = key; r < key + NB && r < s.keys; ++r)
+        bits[part] = larger(bits[part], row_part(v + r * row, s, part));
   vf rate[MOST_PARTS + 1];
   for (int64_t part = 0; part < parts; ++part) {
     const Rates found = rates_of(bits[part]);

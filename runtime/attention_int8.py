@@ -1,6 +1,6 @@
 """Attention that a quantized program has in int8, back in the compute dtype where the plan finds no kernel for it.
 
-The products of int8 pay only where the CPU has instructions for them, and the codes alone are what differs: attention
+The products of int8 pay only where the CPU has instructions for them, at some levels for many queries alone; attention
 in the compute dtype is the more exact form, and the one that other devices have kernels for.  As in :mod:`.upsample`,
 this is done once sizes and strides are known.
 """
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from fusegen.kernels import op as registry
 from fusegen.kernels.op import Op
 from fusegen.runtime.program import Applied, Node, Program, Ref
@@ -20,14 +22,21 @@ OP, PLAIN = "fusegen.attention_int8.default", "fusegen.attention.default"
 RULE = "attention in int8"
 
 
-def settled(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None], reason: str | None) -> Program:
+def settled(
+    program: Program,
+    declined: Callable[[Op, tuple[Any, ...]], str | None],
+    unserved: Callable[[Tensor, Tensor], str | None],
+) -> Program:
     """The static ``program``, lowered and its strides known, with ``attention`` in the place of each ``attention_int8``
-    that no kernel takes.  ``declined(op, args)``: why none does, or None; ``reason``: why the backend takes none.
+    that no kernel takes.  ``declined(op, args)``: why none does, or None; ``unserved(q, k)``: why the backend does not
+    let one, tensors on ``meta``.
     """
     found = [n for n in program.nodes if n.op == OP]
     if not found:
         return program
-    why = {n.name: reason or declined(registry.get("attention_int8"), _metas(n, program)) for n in found}
+    metas = {n.name: _metas(n, program) for n in found}
+    op = registry.get("attention_int8")
+    why = {name: unserved(*args[:2]) or declined(op, args) for name, args in metas.items()}
     nodes = tuple(_plain(n) if why.get(n.name) is not None else n for n in program.nodes)
     left = tuple(f"{name}: {stays}" for name, stays in why.items() if stays is not None)
     applied = Applied(RULE, len(found) - len(left), left)

@@ -146,7 +146,7 @@ def _lowered(program: Program, backend: Backend, declined: Callable[..., str | N
     if not backend.fuses:
         return backend.lower(program)
     static = backend.lower(conv_int8.settled(program, backend.no_int8_convolutions()))
-    static = attention_int8.settled(static, declined, backend.unserved_int8())
+    static = attention_int8.settled(static, declined, backend.unserved_int8_attention)
     static = winograd.folded(upsample.folded(static, declined), declined, backend.unserved_int8())
     static = direct_conv.folded(static, declined, backend.unpacked_convolutions())
     static = int8_rows.folded(static, declined, backend.unserved_int8_rows())

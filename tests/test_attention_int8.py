@@ -19,7 +19,8 @@ from fusegen.runtime.quantize import quantize, quantized
 registry.ops()
 needs_library = pytest.mark.skipif(not library.available(), reason=library.missing() or "")
 LEVELS = library.levels() if library.available() else ()
-needs_vnni = pytest.mark.skipif("avx512_bf16" not in LEVELS[-1:], reason="plans take it at avx512_bf16 alone")
+needs_vnni = pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="this CPU has no AVX512-BF16")
+needs_tiles = pytest.mark.skipif("amx" not in LEVELS, reason="this CPU has no AMX")
 INT8 = torch.ops.fusegen.attention_int8
 
 
@@ -111,12 +112,30 @@ def test_attention_over_many_keys_alone_becomes_int8() -> None:
 @needs_vnni
 def test_a_session_takes_the_kernel_and_says_so() -> None:
     module, inputs = attends()
-    session = api.compile(api.capture(module, inputs), dtype="bfloat16", quantize="int8")
-    with torch.no_grad():
-        assert relative(session(*inputs), module(*inputs)) < 0.02
+    with library.forced("avx512_bf16"):
+        session = api.compile(api.capture(module, inputs), dtype="bfloat16", quantize="int8")
+        with torch.no_grad():
+            assert relative(session(*inputs), module(*inputs)) < 0.02
     assert session.plan.counts()["kernel attention_int8 C++"] == 1 and session.plan.counts()["kernel attention"] == 3
     assert session.plan.notes == ("2 linear layers and 1 attentions multiply in int8, 3 stay",)
     assert [(a.count, a.left) for a in session.plan.applied if a.rule == RULE] == [(1, ())]
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("rows", "dtype", "served"), [(1024, "bfloat16", 1), (256, "bfloat16", 0), (256, "float32", 1)]
+)
+def test_on_tiles_it_is_served_where_it_pays(rows: int, dtype: str, served: int) -> None:
+    module, (_, text) = attends()
+    inputs = torch.randn(2, rows, 64), text
+    with library.forced("amx"):
+        session = api.compile(api.capture(module, inputs), dtype=dtype, quantize="int8")
+        with torch.no_grad():
+            assert relative(session(*inputs), module(*inputs)) < 0.02
+    assert session.plan.counts().get("kernel attention_int8 C++", 0) == served
+    (done,) = [a for a in session.plan.applied if a.rule == RULE]
+    assert done.count == served
+    assert served or "256 queries over 256 keys are faster in bfloat16" in done.left[0]
 
 
 @needs_library
@@ -135,5 +154,19 @@ def test_a_sample_is_its_own() -> None:
     module, (x, text) = attends()
     dynamic = {"x": {0: ("batch", 1, 8)}, "text": {0: "batch"}}
     program = api.capture(module, (x, text), dynamic=dynamic)
-    session = api.compile(program, dtype="bfloat16", quantize="int8", deterministic=True)
-    assert torch.equal(session(x, text)[1:], session(x[1:], text[1:]))
+    with library.forced("avx512_bf16"):
+        session = api.compile(program, dtype="bfloat16", quantize="int8", deterministic=True)
+        assert torch.equal(session(x, text)[1:], session(x[1:], text[1:]))
+
+
+@needs_tiles
+def test_on_tiles_a_row_is_its_own() -> None:
+    """Whatever stands beside it in its tile: rows that move what sums are relative to among them."""
+    q, k, v = drawn(1, 1, 50, 40, keys=700)
+    q[:, :, ::3] *= 300  # scores of hundreds of octaves
+    k[:, :, :128] *= 0.01
+    with library.forced("amx"):
+        made = INT8(q, k, v)
+        for i in (0, 1, 16, 49):
+            assert torch.equal(made[:, :, i : i + 1], INT8(q[:, :, i : i + 1], k, v))
+        assert torch.equal(made[:, :, 7:], INT8(q[:, :, 7:], k, v))

@@ -7,6 +7,8 @@
 
 namespace {
 
+constexpr int64_t SPAN = TQ;  // queries of an item
+
 // A block's weights of one query, and their sum.
 struct Weighed {
   int32_t codes[NB], sum, top;

@@ -2,6 +2,7 @@
 //
 // Keys: rows of words of four codes, 128 added, the operand that vpdpbusd wants unsigned.  Values, of each
 // block: (eight channels, four keys, channel of the eight, key of the four), signed.  What stands past the keys is a code of 0.
+// attention_int8_amx_sides.h packs both for tiles.
 #pragma once
 #include "quantized.h"
 
@@ -14,13 +15,25 @@ constexpr float FINE = 32.0f;  // steps of an octave
 // Sizes of a head's codes.
 struct Sizes {
   int64_t keys, blocks, dim, words, wide;  // words of a key's codes; channels up to whole eights
+#if defined(FG_LEVEL_AMX)
+  Sizes(int64_t keys, int64_t dim)  // words of whole steps of a tile; channels and one of ones up to whole tiles
+      : keys(keys), blocks((keys + NB - 1) / NB), dim(dim), words((dim + 63) / 64 * 16), wide(dim / 16 * 16 + 16) {}
+#else
   Sizes(int64_t keys, int64_t dim)
       : keys(keys), blocks((keys + NB - 1) / NB), dim(dim), words((dim + 3) / 4), wide((dim + 7) / 8 * 8) {}
+#endif
 };
+
+// How far scores are shifted to fit 16 bits.
+FG_INLINE int shift_of(int64_t dim) {
+  int shift = 0;
+  while (127 * 127 * dim >> shift > 32766) ++shift;
+  return shift;
+}
 
 struct Sides {
   uint8_t *k;      // (blocks NB, 4 words)
-  int8_t *v;       // (blocks, wide / 8, NB / 4, 8, 4)
+  int8_t *v;       // (blocks, wide / 8, NB / 4, 8, 4); for tiles (blocks, wide, NB)
   float *k_scale;  // (blocks,)
   float *v_scale;  // (wide,)
   float *broken;   // (1,): 0, or NaN where a key is not finite
@@ -97,6 +110,13 @@ inline void mean_of(const T *k, int64_t row, const Sizes &s, float *mean) {
   }
 }
 
+// 255 * 64 * 2^(-i / 32)
+alignas(64) constexpr int16_t kFalling[32] = {
+    16320, 15970, 15628, 15293, 14966, 14645, 14331, 14024, 13723, 13429, 13142, 12860, 12584, 12315, 12051, 11793,
+    11540, 11293, 11051, 10814, 10582, 10355, 10134, 9916,  9704,  9496,  9293,  9093,  8899,  8708,  8521,  8339,
+};
+
+#if !defined(FG_LEVEL_AMX)
 template <class T>
 inline void pack_keys(const T *k, int64_t row, const Sizes &s, const Sides &to) {
   float mean[MOST_DIM + W];
@@ -170,5 +190,7 @@ inline void pack_values(const T *v, int64_t row, const Sizes &s, const Sides &to
       put_values(v + r * row, row, s, r, static_cast<int>(s.keys - r < 4 ? s.keys - r : 4), d, load(rates), to.v);
   }
 }
+
+#endif
 
 }  // namespace

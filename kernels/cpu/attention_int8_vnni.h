@@ -11,6 +11,8 @@
 
 namespace {
 
+constexpr int64_t SPAN = TQ;  // queries of an item
+
 struct alignas(64) Tile {
   int32_t q[MOST_DIM / 4][TQ];     // words of four codes
   int32_t begin[TQ];               // of a score: -128 times the sum of the codes, and half of the shift's unit
@@ -122,12 +124,6 @@ inline void rates(float k_scale, float factor, Tile *t) {
     store(t->add + j * 16, exp2_falling<5>(sub(here, now)));
   }
 }
-
-// 255 * 64 * 2^(-i / 32)
-alignas(64) constexpr int16_t kFalling[32] = {
-    16320, 15970, 15628, 15293, 14966, 14645, 14331, 14024, 13723, 13429, 13142, 12860, 12584, 12315, 12051, 11793,
-    11540, 11293, 11051, 10814, 10582, 10355, 10134, 9916,  9704,  9496,  9293,  9093,  8899,  8708,  8521,  8339,
-};
 
 // 32 packed scores to weights in [0, 255].
 template <bool FAR>

@@ -33,7 +33,7 @@ LEVELS: dict[str, dict[str, tuple[str, ...]]] = {
         "avx2": _AVX2,
         "avx512": _AVX512,
         "avx512_bf16": _BF16,
-        "amx": (*_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+        "amx": (*_BF16, "-mavx512vbmi", "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     },
     "aarch64": {"scalar": (), "neon": ()},
 }

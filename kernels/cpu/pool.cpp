@@ -180,7 +180,7 @@ FG_API int64_t fg_cpu_levels() {
 #if defined(__linux__)
   unsigned a = 7, b = 0, c = 0, d = 0;
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  bool amx = (d >> 22 & 1) && (d >> 24 & 1);
+  bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1) && __builtin_cpu_supports("avx512vbmi");
   // Linux grants a process the 8 KiB tile state only when asked (ARCH_REQ_XCOMP_PERM for XTILEDATA).
   if (amx && syscall(SYS_arch_prctl, 0x1023, 18) == 0) bits |= 16;
 #endif

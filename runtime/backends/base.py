@@ -46,7 +46,11 @@ class Backend:
         return f"the backend {self.name} has no kernel for them"
 
     def unserved_int8(self) -> str | None:
-        """Why our kernels do not take convolutions and attention in int8, or None where they do."""
+        """Why our kernels do not take convolutions in int8, or None where they do."""
+        return None
+
+    def unserved_int8_attention(self, q: Tensor, k: Tensor) -> str | None:
+        """Why our kernels do not take attention of q over k in int8, or None where they do."""
         return None
 
     def unserved_int8_rows(self) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusegen.kernels.cpu import library
 from fusegen.runtime import residual
@@ -17,6 +18,8 @@ from fusegen.runtime.program import Node, Program
 from fusegen.runtime.rewrite.epilogue import fuse_epilogues, merge_linears
 from fusegen.runtime.specialize import propagate
 from fusegen.runtime.weights import Weights
+
+FEW_QUERIES, FEW_SCORES = 1024, 1 << 20  # of a head, for attention in int8 on AMX tiles
 
 
 def _level() -> str:
@@ -57,6 +60,18 @@ class Cpu(Backend):
     def unpacked_int8(self) -> str | None:
         """Ours are of AMX; the others read the weight as it lies."""
         return None if _level() == "amx" else f"at level {_level()} the weight is read as it lies"
+
+    def unserved_int8_attention(self, q: Tensor, k: Tensor) -> str | None:
+        """With AVX512-VNNI alone it is faster than attention in any dtype.  On AMX tiles bfloat16 makes up for what its
+        weights take by keys that need no codes, where queries or scores are few (docs/performance.md)."""
+        level, queries, keys = _level(), q.shape[-2], k.shape[-2]
+        if level == "avx512_bf16":
+            return None
+        if level != "amx":
+            return f"at level {level} it is faster in the compute dtype"
+        if q.dtype != torch.bfloat16 or (queries >= FEW_QUERIES and queries * keys >= FEW_SCORES):
+            return None
+        return f"at level amx {queries} queries over {keys} keys are faster in bfloat16"
 
     def no_int8_convolutions(self) -> str | None:
         """oneDNN has them with AVX512-VNNI; without, sums of its products of int8 saturate."""

@@ -11,19 +11,21 @@ namespace {
 constexpr int64_t kTallest = 256;    // rows of x in a block, and bytes of their codes, at the most
 constexpr int64_t kLarge = 1 << 20;  // bytes of a weight up to which half as many rows do: a cache holds it
 constexpr int64_t kBytes = 3 << 19;
-constexpr int64_t kPart = 40;        // steps of a panel at a time
+constexpr int64_t kPart = 18;        // steps of a panel at a time: the first cache holds them
+constexpr int64_t kHeld = 1 << 20;   // bytes of panels that the second cache holds beside a block
 constexpr int64_t kQuarters = kSide / kRows, kSlots = kTallest / kSide + 1;
 
-// Adds one step of codes: tiles `x` and `more`, rows `row` bytes apart, by 64 columns of a panel.
+// Adds one step of codes: tiles `x` and `more`, rows `row` bytes apart, by 64 columns of a panel; all is loaded first, as
+// tile_products.h has it.
 template <bool TWO>
 FG_INLINE void add_codes(const int8_t *x, const int8_t *more, int64_t row, const int8_t *panel) {
   _tile_loadd(6, panel, kPanel * 4);
   _tile_stream_loadd(4, x, row);
-  _tile_dpbssd(0, 4, 6);
   _tile_loadd(7, panel + kTile * 4, kPanel * 4);
+  if (TWO) _tile_stream_loadd(5, more, row);
+  _tile_dpbssd(0, 4, 6);
   _tile_dpbssd(1, 4, 7);
   if (TWO) {
-    _tile_stream_loadd(5, more, row);
     _tile_dpbssd(2, 5, 6);
     _tile_dpbssd(3, 5, 7);
   }
@@ -52,23 +54,31 @@ FG_INLINE void finish(const A *a, const Rest &rest, int64_t part) {
     Tail::put(a, sums, rest.scale + from, rows, at, column, left);
 }
 
+// Lines of the next panel that a pair asks for, so many with each step: weights come from memory.
+struct Next {
+  const int8_t *at;
+  int64_t lines;
+};
+
 // sums (+)= steps [from, to) of a pair of tiles by those of a panel.
 template <class Tail, bool TWO, class A>
 FG_INLINE void pair_by(const A *a, const int8_t *x, int64_t row, const int8_t *panel, int64_t from, int64_t to,
-                       float *sums, Rest &rest) {
+                       Next next, float *sums, Rest &rest) {
   begin_sums<TWO>(sums, from > 0);
   for (int64_t quarter = 0, s = from; quarter < kQuarters; ++quarter) {
     if (rest.sums) finish<Tail>(a, rest, quarter);
-    for (const int64_t until = from + (to - from) * (quarter + 1) / kQuarters; s < until; ++s)
+    for (const int64_t until = from + (to - from) * (quarter + 1) / kQuarters; s < until; ++s) {
       add_codes<TWO>(x + s * kStep, x + kTile * row + s * kStep, row, panel + s * kStep * kPanel);
+      for (int64_t i = 0; i < next.lines; ++i, next.at += 64) __builtin_prefetch(next.at, 0, 2);
+    }
   }
   end_sums<TWO>(sums);
   rest.sums = nullptr;
 }
 
-// Rows [first, last), in `coded`, by panels [p, end).
+// Rows [first, last), in `coded`, by panels [p, end); `ask`: for each panel during the one before.
 template <class Tail, class A>
-int block_by(const A *a, const Coded &coded, int64_t first, int64_t last, int64_t p, int64_t end) {
+int block_by(const A *a, const Coded &coded, int64_t first, int64_t last, int64_t p, int64_t end, bool ask) {
   alignas(64) float ring[kSlots][kSide * kSide];
   const int64_t row = coded.stride, steps = row / kStep - 1, pairs = (last - first + kSide - 1) / kSide;
   const int64_t parts = steps ? (steps + kPart - 1) / kPart : 1, slots = parts > 1 ? pairs + 1 : 2;
@@ -79,13 +89,15 @@ int block_by(const A *a, const Coded &coded, int64_t first, int64_t last, int64_
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t from = steps * part / parts, to = steps * (part + 1) / parts;
       const int8_t *panel = static_cast<const int8_t *>(a->panels) + p * steps * kStep * kPanel;
+      const int64_t lines = ask && p + 1 < end ? (2 * kTile + pairs - 1) / pairs : 0;
       for (int64_t t = 0; t < pairs; ++t) {
         const int64_t m = first + t * kSide, rows = last - m < kSide ? last - m : kSide;
         float *sums = ring[(slot + t) % slots];
         if (part + 1 == parts)
           for (int64_t r = 0; r < rows; ++r) Tail::ahead(a, (m + r) * a->out_features + p * Tail::COLUMNS);
-        rows > kTile ? pair_by<Tail, true>(a, codes + t * kSide * row, row, panel, from, to, sums, rest)
-                     : pair_by<Tail, false>(a, codes + t * kSide * row, row, panel, from, to, sums, rest);
+        const Next next = {panel + steps * kStep * kPanel + (from * pairs + t * (to - from)) * lines * 64, lines};
+        rows > kTile ? pair_by<Tail, true>(a, codes + t * kSide * row, row, panel, from, to, next, sums, rest)
+                     : pair_by<Tail, false>(a, codes + t * kSide * row, row, panel, from, to, next, sums, rest);
         if (part + 1 == parts) rest = {sums, coded.scale + m - coded.first, m, p, rows};
       }
       if (part + 1 == parts) slot = (slot + pairs) % slots;
@@ -109,6 +121,7 @@ int product(const A *a) {
   const int64_t some = groups > panels ? 1 : (panels + groups - 1) / groups;
   groups = (panels + some - 1) / some;
   const int64_t grain = 1 + kItem / (tall * some * kPanel * a->width + 1);
+  const bool cold = blocks < 8 * threads || panels * kPanel * stride > kHeld;
   Coded all = {};
   if (groups > 1) {
     void *memory = fg_scratch(static_cast<size_t>(bytes_of(rows, stride)));
@@ -122,12 +135,12 @@ int product(const A *a) {
   return parallel_for(blocks * groups, grain, [&](int64_t item) {
     const int64_t first = item % blocks * tall, last = first + tall < rows ? first + tall : rows;
     const int64_t p = item / blocks * some, end = p + some < panels ? p + some : panels;
-    if (all.codes) return block_by<Tail>(a, all, first, last, p, end);
+    if (all.codes) return block_by<Tail>(a, all, first, last, p, end, cold);
     void *memory = fg_scratch(static_cast<size_t>(bytes_of(tall, stride)));
     if (!memory) return static_cast<int>(FG_NO_MEMORY);
     const Coded coded = coded_at(memory, tall, stride, first);
     quantize_rows<T>(a, first, last, coded);
-    return block_by<Tail>(a, coded, first, last, p, end);
+    return block_by<Tail>(a, coded, first, last, p, end, cold);
   });
 }
 

@@ -85,6 +85,8 @@ class Capture:
                 if run is not None and phase != "constant":
                     self.runs[phase].append((step, run))
                 self._keep(step)
+                if phase == "constant":
+                    self.weights.settle()  # what packing one weight left is not there while the next are packed
         if phase == "constant":
             self.stable.update(o for s in self.plan.steps if s.phase == phase for o in s.node.outputs)
         self.weights.settle()

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kTaps = 9;
 constexpr int64_t kChunk = 32;                // channels of a plane
-constexpr int64_t kPlanes = 20;               // planes that go into sums at a time
+constexpr int64_t kPlanes = 10;               // planes that go into sums at a time, at the most
 constexpr int64_t kTapWords = kTaps * kSide;  // from one pair of channels of the taps to the next
 constexpr int64_t kPixels = 512;              // outputs of a block, about, and bytes of what is around them
 constexpr int64_t kBytes = 1 << 20;
@@ -149,12 +149,16 @@ FG_INLINE void finish(const Around &block, const Rest &rest, int64_t part) {
   }
 }
 
-// sums (+)= a pair's pixels by planes [from, to) of the taps of a group.
+// sums (+)= a pair's pixels by planes [from, to) of the taps of a group.  The taps behind these, which may lie in
+// memory, are asked for meanwhile: `lines` of them with each step.
 FG_INLINE void pair_by(const Around &block, int64_t pair, const uint32_t *taps, int64_t from, int64_t to, float *sums,
                        Rest &rest) {
   const int64_t last = block.rows * block.tiles - 1, column = block.cut.shared * kTile;
   const int64_t row = 4 * kTile * block.a->stride;
   const uint32_t *one = block.tile(2 * pair), *two = block.tile(2 * pair + 1 < last ? 2 * pair + 1 : last);
+  const int64_t lines = (2 * kTile + block.pairs() - 1) / block.pairs();
+  const char *behind = reinterpret_cast<const char *>(taps + to * kTile * kTapWords);
+  behind += pair * (to - from) * kTaps * lines * 64;
   begin_sums<true>(sums, from > 0);
   int64_t part = 0;
   for (int64_t p = from; p < to; ++p) {
@@ -166,6 +170,7 @@ FG_INLINE void pair_by(const Around &block, int64_t pair, const uint32_t *taps, 
 #pragma GCC unroll 3
       for (int64_t i = 0; i < 3; ++i)
         add_step<true, false>(one + at + i * column, two + at + i * column, row, w + i * kSide, 4 * kTapWords);
+      for (int64_t i = 0; i < 3 * lines; ++i, behind += 64) __builtin_prefetch(behind, 0, 2);
     }
   }
   end_sums<true>(sums);
@@ -183,16 +188,15 @@ inline void block_by(const Around &block, int64_t g, int64_t turn, Rest &rest) {
     memset(block.end, 0, kTile * kTapWords * 4);
     memcpy(block.end, taps + first * kTapWords, (channels - first) * kTapWords * 4);
   }
-  int64_t from = 0;
-  do {
-    const int64_t to = from + kPlanes < block.planes ? from + kPlanes : block.planes;
+  const int64_t parts = block.planes ? (block.planes + kPlanes - 1) / kPlanes : 1;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t from = block.planes * part / parts, to = block.planes * (part + 1) / parts;
     for (int64_t pair = 0; pair < pairs; ++pair) {
       float *sums = block.sums + (turn * pairs + pair) % slots * kSide * kSide;
       pair_by(block, pair, taps, from, to, sums, rest);
       if (to == block.planes) rest = {sums, pair, g * kSide};
     }
-    from = to;
-  } while (from < block.planes);
+  }
 }
 
 inline int convolve(const Args *a) {

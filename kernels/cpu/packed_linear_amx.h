@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kTallest = 256;     // rows of x in a block, and bytes of them, at the most
 constexpr int64_t kBytes = 3 << 19;
-constexpr int64_t kPart = 40;         // steps of a panel at a time
+constexpr int64_t kPart = 18;         // steps of a panel at a time: the first cache holds them
+constexpr int64_t kHeld = 1 << 20;    // bytes of panels that the second cache holds beside a block
 constexpr int64_t kQuarters = kSide / kRows;
 
 // Two tiles of x, rows `row` bytes apart, and how many words a step is from the one before.
@@ -68,6 +69,12 @@ struct Block {
   }
 };
 
+// Lines of the next panel that a pair asks for, so many with each step: weights come from memory.
+struct Next {
+  const char *at;
+  int64_t lines;
+};
+
 // What is still to be done with a pair's sums.
 struct Rest {
   const float *sums = nullptr;
@@ -99,7 +106,7 @@ FG_INLINE void finish_all(const A *a, Rest &rest) {
 // sums (+)= steps [from, to) of a pair of tiles by those of a panel.
 template <class Tail, bool TWO, class A>
 FG_INLINE void pair_by(const Block<A> &block, const Pair &pair, const uint32_t *panel, int64_t from, int64_t to,
-                       float *sums, Rest &rest) {
+                       Next next, float *sums, Rest &rest) {
   const bool cut = to == block.steps && block.a->width % 32;
   begin_sums<TWO>(sums, from > 0);
   for (int64_t quarter = 0, s = from; quarter < kQuarters; ++quarter) {
@@ -107,18 +114,21 @@ FG_INLINE void pair_by(const Block<A> &block, const Pair &pair, const uint32_t *
     for (const int64_t until = from + (to - from) * (quarter + 1) / kQuarters; s < until; ++s) {
       const uint32_t *x = pair.x + s * pair.step, *w = cut && s + 1 == to ? block.end : panel + s * 2 * kTileWords;
       add_step<TWO, true>(x, pair.more + s * pair.step, pair.row, w, kSide * 4);
+      for (int64_t i = 0; i < next.lines; ++i, next.at += 64) __builtin_prefetch(next.at, 0, 2);
     }
   }
   end_sums<TWO>(sums);
   rest.sums = nullptr;
 }
 
-// All of the block by panel p, the `turn`-th of them.
+// All of the block by panel p, the `turn`-th of them; `ask`: for the panel behind it.
 template <class Tail, class A>
-void block_by(const Block<A> &block, int64_t p, int64_t turn, Rest &rest) {
+void block_by(const Block<A> &block, int64_t p, int64_t turn, bool ask, Rest &rest) {
   const A *a = block.a;
   const int64_t columns = (a->width + 1) / 2, steps = block.steps, parts = block.parts;
   const uint32_t *panel = static_cast<const uint32_t *>(a->panels) + p * columns * kSide;
+  const char *behind = reinterpret_cast<const char *>(panel + columns * kSide);
+  const int64_t lines = ask ? (2 * kTile + block.pairs - 1) / block.pairs : 0;
   if (a->width % 32) {
     memset(block.end, 0, 2 * kTileWords * 4);
     memcpy(block.end, panel + (steps - 1) * 2 * kTileWords, (columns - (steps - 1) * kTile) * kSide * 4);
@@ -129,10 +139,11 @@ void block_by(const Block<A> &block, int64_t p, int64_t turn, Rest &rest) {
       const int64_t row = block.first + t * kSide, rows = block.last - row < kSide ? block.last - row : kSide;
       float *sums = block.sums + (turn * block.pairs + t) % block.slots * kSide * kSide;
       const Pair pair = block.pair(t);
+      const Next next = {behind + (from * block.pairs + t * (to - from)) * lines * 64, lines};
       if (part + 1 == parts)
         for (int64_t r = 0; r < rows; ++r) Tail::ahead(a, (row + r) * a->out_features + p * Tail::COLUMNS);
-      rows > kTile ? pair_by<Tail, true>(block, pair, panel, from, to, sums, rest)
-                   : pair_by<Tail, false>(block, pair, panel, from, to, sums, rest);
+      rows > kTile ? pair_by<Tail, true>(block, pair, panel, from, to, next, sums, rest)
+                   : pair_by<Tail, false>(block, pair, panel, from, to, next, sums, rest);
       if (part + 1 == parts) rest = {sums, row, p, rows};
     }
   }
@@ -151,6 +162,7 @@ int product(const A *a) {
   int64_t groups = blocks < 4 * threads ? (4 * threads + blocks - 1) / blocks : 1;
   const int64_t some = groups > panels ? 1 : (panels + groups - 1) / groups;
   groups = (panels + some - 1) / some;
+  const bool cold = blocks < 8 * threads || panels * kPanel * a->width * 2 > kHeld;
   const int64_t grain = 1 + kItem / (tall * some * kPanel * a->width + 1);
   return parallel_for(blocks * groups, grain, [&](int64_t item) {
     const int64_t first = item % blocks * tall, last = first + tall < rows ? first + tall : rows;
@@ -160,7 +172,7 @@ int product(const A *a) {
     const Tiles tiles;
     Rest rest;
     for (int64_t p = item / blocks * some, turn = 0; turn < some && p < panels; ++p, ++turn)
-      block_by<Tail>(block, p, turn, rest);
+      block_by<Tail>(block, p, turn, cold && turn + 1 < some && p + 1 < panels, rest);
     finish_all<Tail>(a, rest);
     return static_cast<int>(FG_OK);
   });

@@ -46,7 +46,8 @@ FG_INLINE void end_sums(S *sums) {
 }
 
 // Adds one step: tiles `x` and `more`, rows `x_row` bytes apart, by a step of the weight, pairs `w_row` bytes apart.
-// ONCE: x only passes through the first cache, so that the weight stays there.
+// ONCE: x only passes through the first cache, so that the weight stays there.  All is loaded before it is multiplied:
+// beside a busy neighbour on the core loads hardly overlap with products.
 template <bool TWO, bool ONCE>
 FG_INLINE void add_step(const uint32_t *x, const uint32_t *more, int64_t x_row, const uint32_t *w, int64_t w_row) {
   _tile_loadd(6, w, w_row);
@@ -54,14 +55,12 @@ FG_INLINE void add_step(const uint32_t *x, const uint32_t *more, int64_t x_row, 
     _tile_stream_loadd(4, x, x_row);
   else
     _tile_loadd(4, x, x_row);
-  _tile_dpbf16ps(0, 4, 6);
   _tile_loadd(7, w + kTile, w_row);
+  if (TWO && ONCE) _tile_stream_loadd(5, more, x_row);
+  if (TWO && !ONCE) _tile_loadd(5, more, x_row);
+  _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
   if (TWO) {
-    if (ONCE)
-      _tile_stream_loadd(5, more, x_row);
-    else
-      _tile_loadd(5, more, x_row);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }

@@ -24,6 +24,7 @@ struct Coding {
   float rate, scale;
   int64_t zero;
 
+  Coding() = default;
   explicit Coding(const Range &range) {
     const float span = range.high - range.low;
     const bool finite = !range.broken && span - span == 0.0f, served = finite && span >= 0x1p-100f;

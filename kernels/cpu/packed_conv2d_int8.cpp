@@ -9,17 +9,17 @@
 
 namespace {
 
-constexpr int64_t TAPS = 9, CHUNK = 64, WORD = 4, LANES = WORD * kPanel, TAP = CHUNK * kPanel;
+constexpr int64_t kTaps = 9, kChunk = 64, kWord = 4, kLanes = kWord * kPanel, kTap = kChunk * kPanel;
 constexpr int64_t kItem = 1 << 18;  // multiply-adds that are worth a thread
 
 using Args = fg_packed_conv2d_int8_args;
 
-// Adds the products of a pixel's codes, less their zero point, by one tap of a group, whose chunks lie TAPS apart.
+// Adds the products of a pixel's codes, less their zero point, by one tap of a group, whose chunks lie kTaps apart.
 FG_INLINE void multiply(const uint8_t *pixel, int32_t zero, const int8_t *taps, int64_t inputs, int32_t (&sums)[kPanel]) {
   for (int64_t i = 0; i < inputs; ++i) {
-    const int8_t *w = taps + i / CHUNK * TAPS * TAP + i % CHUNK / WORD * LANES + i % WORD;
+    const int8_t *w = taps + i / kChunk * kTaps * kTap + i % kChunk / kWord * kLanes + i % kWord;
     const int32_t code = pixel[i] - zero;
-    for (int64_t o = 0; o < kPanel; ++o) sums[o] += code * w[o * WORD];
+    for (int64_t o = 0; o < kPanel; ++o) sums[o] += code * w[o * kWord];
   }
 }
 
@@ -28,11 +28,11 @@ FG_INLINE void pixel(const Args *a, const uint8_t *codes, int32_t zero, const in
                      int32_t (&sums)[kPanel]) {
   const int64_t times = a->doubled ? 2 : 1;
   memset(sums, 0, sizeof sums);
-  for (int64_t tap = 0; tap < TAPS; ++tap) {
+  for (int64_t tap = 0; tap < kTaps; ++tap) {
     const int64_t down = row * a->stride + tap / 3 - 1, across = column * a->stride + tap % 3 - 1;
     if (down < 0 || down >= a->height * times || across < 0 || across >= a->width * times) continue;
     const uint8_t *at = codes + (down / times * a->width + across / times) * a->inputs;
-    multiply(at, zero, taps + tap * TAP, a->inputs, sums);
+    multiply(at, zero, taps + tap * kTap, a->inputs, sums);
   }
 }
 
@@ -45,7 +45,7 @@ FG_INLINE void put(const Args *a, const int32_t (&sums)[kPanel], float scale, in
   get_bias(a->scale, FG_FLOAT32, first, left, scales);
   for (int v = 0; v < kParts; ++v) {
     const int some = columns(left, v);
-    vf y = add(mul(mul(to_float(load_i(sums + v * W)), set1(scale)), scales[v]), bias[v]);
+    vf y = add(mul(to_float(load_i(sums + v * W)), mul(set1(scale), scales[v])), bias[v]);
     if (a->residual) y = add(y, load_n(static_cast<const T *>(a->residual) + at + v * W, some));
     store_n(static_cast<T *>(a->out) + at + v * W, y, some);
   }
@@ -55,8 +55,8 @@ template <class T>
 int products(const Args *a, const uint8_t *codes, const Coding *codings) {
   const int64_t times = a->doubled ? 2 : 1, size = a->height * a->width * a->inputs;
   const int64_t rows = (a->height * times - 1) / a->stride + 1, columns = (a->width * times - 1) / a->stride + 1;
-  const int64_t groups = (a->outputs + kPanel - 1) / kPanel, of_group = (a->inputs + CHUNK - 1) / CHUNK * TAPS * TAP;
-  const int64_t grain = 1 + kItem / (columns * TAPS * kPanel * a->inputs + 1);
+  const int64_t groups = (a->outputs + kPanel - 1) / kPanel, of_group = (a->inputs + kChunk - 1) / kChunk * kTaps * kTap;
+  const int64_t grain = 1 + kItem / (columns * kTaps * kPanel * a->inputs + 1);
   return parallel_for(a->batch * rows * groups, grain, [&](int64_t item) {
     const int64_t group = item % groups, row = item / groups % rows, sample = item / groups / rows;
     const Coding &by = codings[sample];

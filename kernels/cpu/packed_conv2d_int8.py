@@ -32,7 +32,7 @@ def decline(
         return f"x is {x.dtype}, scale {scale.dtype}"
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
         return f"bias is {bias.dtype}, neither float32 nor x's {x.dtype}"
-    if not is_channels_last(x) and x.shape[2:] != (1, 1):
+    if not is_channels_last(x) and (doubled or x.shape[2:] != (1, 1)):
         return "x is not channels-last"
     if not x.is_contiguous(memory_format=torch.channels_last):
         return "x is strided"

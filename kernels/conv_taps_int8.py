@@ -27,7 +27,8 @@ def allocate(weight: Tensor) -> tuple[Tensor, ...]:
     Raises ValueError for another shape or dtype.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.dtype != torch.int8:
-        raise ValueError(f"conv_taps_int8: weight is {weight.dtype} of shape {tuple(weight.shape)}, not int8 (O, I, 3, 3)")
+        shape = tuple(weight.shape)
+        raise ValueError(f"conv_taps_int8: weight is {weight.dtype} of shape {shape}, not int8 (O, I, 3, 3)")
     groups, chunks = -(-weight.shape[0] // GROUP), -(-weight.shape[1] // CHUNK)
     taps = torch.empty((groups, chunks, 3, 3, CHUNK // WORD, GROUP, WORD), dtype=torch.int8, device=weight.device)
     return taps, torch.empty((groups, GROUP), dtype=torch.int32, device=weight.device)

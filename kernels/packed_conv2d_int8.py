@@ -39,8 +39,8 @@ def allocate(
     residual: Tensor | None = None, stride: int = 1, doubled: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The uninitialised output (B, O, ceil(H / stride), ceil(W / stride)), or (B, O, 2 H, 2 W) where x is ``doubled``,
-    for x (B, I, H, W), taps (P, ceil(I / 64), 3, 3, 16, 32, 4) int8, sums (P, 32) int32, scale (O,), bias (O,) in float32
-    or x's dtype and a residual of the output's shape and x's dtype: channels-last where x is that and not also
+    for x (B, I, H, W), taps (P, ceil(I / 64), 3, 3, 16, 32, 4) int8, sums (P, 32) int32, scale (O,), bias (O,) in
+    float32 or x's dtype and a residual of the output's shape and x's dtype: channels-last where x is that and not also
     contiguous, else contiguous.
 
     Raises ValueError where they do not fit.
@@ -122,7 +122,8 @@ def _case(
     name: str, shape: tuple[int, ...], outputs: int, *, kind: str = "channels_last", bias: str = "fp32",
     residual: bool = False, stride: int = 1, doubled: bool = False, bench: bool = False,
 ) -> Case:  # fmt: skip
-    make = quantize_uint8.random_image if kind in ("positive", "extremes", "broken") else winograd_conv2d_int8.random_image
+    own = kind in ("positive", "extremes", "broken")
+    make = quantize_uint8.random_image if own else winograd_conv2d_int8.random_image
 
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         return _arguments(g, make(g, shape, dtype, kind), outputs, bias, residual, stride, doubled)

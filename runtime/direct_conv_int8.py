@@ -1,8 +1,8 @@
 """3x3 convolutions in int8 by taps that a session packs, also behind a nearest 2x upsampling, where the plan finds a
 kernel.
 
-Where a CPU multiplies tiles of int8 :mod:`.winograd`, which has fewer products, would spend more on its transforms.  The
-codes are those of the two nodes that the op stands for, made by its kernel as it goes.
+Where a CPU multiplies tiles of int8 :mod:`.winograd`, which has fewer products, would spend more on its transforms.
+The codes are those of the two nodes that the op stands for, made by its kernel as it goes.
 """
 
 from __future__ import annotations
@@ -93,6 +93,4 @@ def _stays(
 
     weight: Tensor = meta(node.args["weight"])
     x, *rest = (meta(value) for value in args.values())
-    return declined(
-        registry.get("packed_conv2d_int8"), (x, *registry.get("conv_taps_int8").allocate(weight), *rest)
-    )
+    return declined(registry.get("packed_conv2d_int8"), (x, *registry.get("conv_taps_int8").allocate(weight), *rest))

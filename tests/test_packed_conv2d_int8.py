@@ -1,5 +1,5 @@
-"""packed_conv2d_int8 against the convolution at every level; a sample's bits whatever its batch is; what a plan makes of
-a quantized program's 3x3 convolutions."""
+"""packed_conv2d_int8 against the convolution at every level; a sample's bits whatever its batch is; what a plan makes
+of a quantized program's 3x3 convolutions."""
 
 from __future__ import annotations
 
@@ -107,7 +107,6 @@ def test_what_is_not_finite_stays_in_its_sample(level: str, value: float, dtype:
     assert bool(got[1].isnan().all()) and same_bits(got[::2], want[::2])
 
 
-@needs_library
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_largest_sums_are_exact(level: str) -> None:
     """255 by 127 as often as sums may have it: all of an int32."""
@@ -157,8 +156,8 @@ class Block(nn.Module):
         super().__init__()
         self.scale = scale
         self.first, self.second = nn.Conv2d(3, inner, 3, padding=1), nn.Conv2d(inner, inner, 3, padding=1)
-        self.down = nn.Conv2d(inner, 48, 3, stride=2, padding=1)
-        self.third = nn.Conv2d(48, inner, **{"kernel_size": 3, "padding": 1, **options})
+        self.down = nn.Conv2d(inner, 96, 3, stride=2, padding=1)
+        self.third = nn.Conv2d(96, inner, **{"kernel_size": 3, "padding": 1, **options})
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
@@ -241,7 +240,7 @@ def test_it_stays_where_it_was_asked_to_do_without(at_any_level: None) -> None:
 def test_what_does_not_fit_stays(at_any_level: None, more: dict[str, Any], served: int) -> None:
     counts, session = planned(Block(**more))
     assert counts.get(FUSED, 0) == served == applied(session)[0]
-    assert any("upsample" in k for k in counts) == (more != {} and served != 3 or "scale" in more or "stride" in more)
+    assert any("upsample" in k for k in counts)
 
 
 @needs_library

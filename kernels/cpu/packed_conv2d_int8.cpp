@@ -15,7 +15,8 @@ constexpr int64_t kItem = 1 << 18;  // multiply-adds that are worth a thread
 using Args = fg_packed_conv2d_int8_args;
 
 // Adds the products of a pixel's codes, less their zero point, by one tap of a group, whose chunks lie kTaps apart.
-FG_INLINE void multiply(const uint8_t *pixel, int32_t zero, const int8_t *taps, int64_t inputs, int32_t (&sums)[kPanel]) {
+FG_INLINE void multiply(const uint8_t *pixel, int32_t zero, const int8_t *taps, int64_t inputs,
+                        int32_t (&sums)[kPanel]) {
   for (int64_t i = 0; i < inputs; ++i) {
     const int8_t *w = taps + i / kChunk * kTaps * kTap + i % kChunk / kWord * kLanes + i % kWord;
     const int32_t code = pixel[i] - zero;
@@ -55,7 +56,8 @@ template <class T>
 int products(const Args *a, const uint8_t *codes, const Coding *codings) {
   const int64_t times = a->doubled ? 2 : 1, size = a->height * a->width * a->inputs;
   const int64_t rows = (a->height * times - 1) / a->stride + 1, columns = (a->width * times - 1) / a->stride + 1;
-  const int64_t groups = (a->outputs + kPanel - 1) / kPanel, of_group = (a->inputs + kChunk - 1) / kChunk * kTaps * kTap;
+  const int64_t groups = (a->outputs + kPanel - 1) / kPanel;
+  const int64_t of_group = (a->inputs + kChunk - 1) / kChunk * kTaps * kTap;
   const int64_t grain = 1 + kItem / (columns * kTaps * kPanel * a->inputs + 1);
   return parallel_for(a->batch * rows * groups, grain, [&](int64_t item) {
     const int64_t group = item % groups, row = item / groups % rows, sample = item / groups / rows;

@@ -1,10 +1,10 @@
 // A 3x3 convolution in int8 on AMX tiles: 32 pixels by 32 outputs at a time.
 //
-// Codes of pixels are made into planes of 64 channels, the code of zero around the images: a tap's tile is then 16 lines
-// in a row, wherever it lies.  Of stride 2 even columns lie before the odd ones, and a convolution of what is doubled is
-// four, one for each place in a pixel's 2 x 2, whose taps read some pixels more than once: both are nothing but other
-// offsets of the nine taps.  Where an image is narrow, samples lie side by side, pixel by pixel, so that tiles are full.
-// Sums begin with what the zero point takes off them, and become outputs between the next products.
+// Codes of pixels are made into planes of 64 channels, the code of zero around the images: a tap's tile is then 16
+// lines in a row, wherever it lies.  Of stride 2 even columns lie before the odd ones, and a convolution of what is
+// doubled is four, one for each place in a pixel's 2 x 2, whose taps read some pixels more than once: both are nothing
+// but other offsets of the nine taps.  Where an image is narrow, samples lie side by side, pixel by pixel, so that tiles
+// are full.  Sums begin with what the zero point takes off them, and become outputs between the next products.
 #pragma once
 #include "image_codes.h"
 #include "panel.h"

@@ -12,11 +12,10 @@ int quantize(const fg_quantize_uint8_args *a) {
   const T *x = static_cast<const T *>(a->x);
   uint8_t *codes = static_cast<uint8_t *>(a->codes);
   const Pieces pieces(a->elements);
-  const size_t room = static_cast<size_t>(a->batch * pieces.each) * sizeof(Range);
-  Range *found = static_cast<Range *>(fg_scratch(room + static_cast<size_t>(a->batch) * sizeof(Coding) + alignof(Coding)));
-  if (!found) return FG_NO_MEMORY;
-  Coding *codings = reinterpret_cast<Coding *>(reinterpret_cast<char *>(found) + (room + 7) / 8 * 8);
-  find_codings(x, a->batch, pieces, found, codings);
+  const size_t some = static_cast<size_t>(a->batch), ranges = some * static_cast<size_t>(pieces.each);
+  Coding *codings = static_cast<Coding *>(fg_scratch(some * sizeof(Coding) + ranges * sizeof(Range)));
+  if (!codings) return FG_NO_MEMORY;
+  find_codings(x, a->batch, pieces, reinterpret_cast<Range *>(codings + a->batch), codings);
   for (int64_t b = 0; b < a->batch; ++b) {
     static_cast<float *>(a->scale)[b] = codings[b].scale;
     static_cast<int64_t *>(a->zero)[b] = codings[b].zero;

@@ -21,6 +21,8 @@ constexpr int64_t kRows = 8;
 constexpr int64_t kBytes = 1 << 20;               // and bytes of what is around them
 constexpr int64_t kItems = 4;                     // a thread, at the least, where work can be shared out
 constexpr int64_t kSamples = 64;                  // that are worked on at a time, at the most
+constexpr int64_t kPlanes = 10;                   // planes that go into sums at a time, at the most,
+constexpr int64_t kPairs = 16;                    // where no more pairs than these have sums that wait for the rest
 constexpr int64_t kRoom = 4;                      // rows of sums that are finished at a time
 
 using Args = fg_packed_conv2d_int8_args;
@@ -119,7 +121,7 @@ struct Band {
   }
 };
 
-// A group of outputs: its taps, those of the group that follows, to be asked for, and what sums begin with.
+// A group of outputs: its taps, what is to be asked for of those behind, and what sums begin with.
 struct Group {
   alignas(64) int32_t start[kSide * kSide];
   const int8_t *taps, *next, *end;
@@ -130,7 +132,7 @@ struct Group {
     const Args *a = band.cut.a;
     const int64_t bytes = band.cut.planes * kPlaneTaps;
     first = g * kSide;
-    taps = static_cast<const int8_t *>(a->taps) + g * bytes, next = taps + bytes, end = more ? next + bytes : next;
+    taps = static_cast<const int8_t *>(a->taps) + g * bytes, next = taps, end = taps + (more ? 2 * bytes : bytes);
     for (int64_t r = 0; r < kSide; ++r) {
       const int64_t n = band.sample + (r & (band.cut.shared - 1));
       const __m512i zero = _mm512_set1_epi32(n < band.cut.samples ? -static_cast<int>(band.job.codings[n].zero) : 0);
@@ -218,44 +220,57 @@ FG_INLINE void add_tap(const uint8_t *one, const uint8_t *two, const int8_t *tap
   _tile_dpbusd(3, 5, 7);
 }
 
-// A pair's pixels by the taps of a group, the other pair's sums finished meanwhile; `ahead`: lines of the next group to
+// What a pair of tiles is multiplied by: planes [from, to) of a group's taps, for a phase; `ahead`: lines behind these to
 // ask for with each tap.
+struct Part {
+  int64_t phase, from, to, ahead;
+};
+
+// A pair's pixels by a part of a group's taps, the other pair's sums finished meanwhile, where they are whole.
 template <class T>
-FG_INLINE void pair_by(const Band<T> &band, int64_t number, int64_t phase, Group &group, int64_t ahead, Pair &pair,
-                       const Pair &other) {
-  const int64_t last = band.tiles - 1, *offsets = band.cut.offsets[phase];
+FG_INLINE void pair_by(const Band<T> &band, int64_t number, const Part &by, Group &group, Pair &pair, Pair &other) {
+  const int64_t last = band.tiles - 1, *offsets = band.cut.offsets[by.phase];
   const uint8_t *one = band.tile(2 * number), *two = band.tile(2 * number + 1 < last ? 2 * number + 1 : last);
-  const int8_t *taps = group.taps;
-  begin_sums<true>(group.start, true);
+  const int8_t *taps = group.taps + by.from * kPlaneTaps;
+  begin_sums<true>(by.from ? pair.sums : group.start, true);
   int64_t part = other.left ? 0 : kSide / kRoom;
-  for (int64_t p = 0; p < band.cut.planes; ++p) {
+  for (int64_t p = by.from; p < by.to; ++p) {
 #pragma GCC unroll 3
     for (int64_t tap = 0; tap < kTaps; ++tap, taps += kTapBytes) {
       const int64_t at = (p * band.cut.plane + offsets[tap]) * kChunk;
       add_tap(one + at, two + at, taps);
       if (part < kSide / kRoom) finish(band, other, part++);
-      for (int64_t n = 0; n < ahead && group.next < group.end; ++n, group.next += kChunk)
+      for (int64_t n = 0; n < by.ahead && group.next < group.end; ++n, group.next += kChunk)
         __builtin_prefetch(group.next, 0, 2);
     }
   }
   end_sums<true>(pair.sums);
   for (; part < kSide / kRoom; ++part) finish(band, other, part);
-  pair.settle(band, number, phase, group.first);
+  other.left = 0;
+  if (by.to == band.cut.planes) pair.settle(band, number, by.phase, group.first);
 }
 
 // A band by groups [from, to) of the outputs.
 template <class T>
 void band_by(const Band<T> &band, int64_t from, int64_t to) {
   Group group;
-  Pair pair[2];
-  const int64_t pairs = band.pairs(), visits = pairs * band.cut.phases, ahead = up(kTapBytes / kChunk, visits);
+  Pair pair[kPairs + 1], *other = pair + kPairs;
+  const int64_t pairs = band.pairs(), planes = band.cut.planes, phases = band.cut.phases;
+  const int64_t parts = pairs <= kPairs && planes > kPlanes ? up(planes, kPlanes) : 1;
+  const int64_t slots = parts > 1 ? pairs + 1 : 2, ahead = up(kTapBytes / kChunk, pairs * phases);
   int64_t turn = 0;
   for (int64_t g = from; g < to; ++g) {
     group.open(band, g, g + 1 < to);
-    for (int64_t i = 0; i < visits; ++i, ++turn)
-      pair_by(band, i % pairs, i / pairs, group, ahead, pair[turn % 2], pair[(turn + 1) % 2]);
+    group.next += planes / parts * kPlaneTaps;
+    for (int64_t phase = 0; phase < phases; ++phase, turn += pairs)
+      for (int64_t part = 0; part < parts; ++part)
+        for (int64_t i = 0; i < pairs; ++i) {
+          Pair &own = pair[(turn + i) % slots];
+          pair_by(band, i, {phase, planes * part / parts, planes * (part + 1) / parts, ahead}, group, own, *other);
+          other = &own;
+        }
   }
-  for (int64_t part = 0; part < kSide / kRoom; ++part) finish(band, pair[(turn + 1) % 2], part);
+  for (int64_t part = 0; other->left && part < kSide / kRoom; ++part) finish(band, *other, part);
 }
 
 // All bands by all groups; `planes`: the pixels of all samples, or null where each band is to have its own.

@@ -165,6 +165,7 @@ CASES = [
     _case("many samples", (19, 20, 3, 3), 24, residual=True),
     _case("several blocks", (3, 67, 33, 19), 130, residual=True),
     _case("many inputs", (1, 521, 6, 7), 40),
+    _case("more inputs", (2, 677, 3, 5), 33, residual=True),  # than tiles of AMX sum up at a time
     _case("positive", (2, 48, 6, 7), 40, kind="positive"),
     _case("offset", (2, 48, 6, 7), 40, kind="offset"),
     _case("extremes", (4, 24, 5, 5), 40, kind="extremes", bias="no"),

@@ -3,8 +3,8 @@
 // Codes of pixels are made into planes of 64 channels, the code of zero around the images: a tap's tile is then 16
 // lines in a row, wherever it lies.  Of stride 2 even columns lie before the odd ones, and a convolution of what is
 // doubled is four, one for each place in a pixel's 2 x 2, whose taps read some pixels more than once: both are nothing
-// but other offsets of the nine taps.  Where an image is narrow, samples lie side by side, pixel by pixel, so that tiles
-// are full.  Sums begin with what the zero point takes off them, and become outputs between the next products.
+// but other offsets of the nine taps.  Where an image is narrow, samples lie side by side, pixel by pixel, so that
+// tiles are full.  Sums begin with what the zero point takes off them, and become outputs between the next products.
 #pragma once
 #include "image_codes.h"
 #include "panel.h"
@@ -220,8 +220,8 @@ FG_INLINE void add_tap(const uint8_t *one, const uint8_t *two, const int8_t *tap
   _tile_dpbusd(3, 5, 7);
 }
 
-// What a pair of tiles is multiplied by: planes [from, to) of a group's taps, for a phase; `ahead`: lines behind these to
-// ask for with each tap.
+// What a pair of tiles is multiplied by: planes [from, to) of a group's taps, for a phase; `ahead`: lines behind these
+// to ask for with each tap.
 struct Part {
   int64_t phase, from, to, ahead;
 };

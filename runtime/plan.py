@@ -15,6 +15,7 @@ from fusegen.runtime import (
     attention_int8,
     conv_int8,
     direct_conv,
+    direct_conv_int8,
     few_rows,
     gated_norm,
     int8_rows,
@@ -147,6 +148,7 @@ def _lowered(program: Program, backend: Backend, declined: Callable[..., str | N
         return backend.lower(program)
     static = backend.lower(conv_int8.settled(program, backend.no_int8_convolutions()))
     static = attention_int8.settled(static, declined, backend.unserved_int8_attention)
+    static = direct_conv_int8.folded(static, declined, backend.unpacked_convolutions())
     static = winograd.folded(upsample.folded(static, declined), declined, backend.unserved_int8())
     static = direct_conv.folded(static, declined, backend.unpacked_convolutions())
     static = int8_rows.folded(static, declined, backend.unserved_int8_rows())

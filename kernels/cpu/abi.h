@@ -274,7 +274,7 @@ struct fg_qk_norm_rope_args {
   X(attention_decode) \
   X(attention_int8) X(attention_varlen) \
   X(bias_act)         \
-  X(conv_taps)        \
+  X(conv_taps) X(conv_taps_int8) \
   X(filtered_lrelu)   \
   X(gated_mlp_act)    \
   X(group_norm)       \
@@ -286,7 +286,7 @@ struct fg_qk_norm_rope_args {
   X(linear_int8) X(linear_panels) \
   X(modulated_conv2d) \
   X(noise_normal)     \
-  X(packed_conv2d)    \
+  X(packed_conv2d) X(packed_conv2d_int8) \
   X(packed_gated_linear) X(packed_gated_linear_int8) \
   X(packed_linear) X(packed_linear_int8) \
   X(pixel_shuffle)    \

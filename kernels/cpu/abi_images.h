@@ -52,6 +52,23 @@ struct fg_packed_conv2d_args {
   int64_t stride;
 };
 
+// A weight (outputs, inputs, 3, 3) of int8 codes as products of words read it; see conv_taps_int8.cpp.
+struct fg_conv_taps_int8_args {
+  const void *weight;
+  void *taps, *sums;  // int8, int32
+  int64_t inputs, outputs;
+};
+
+// As fg_packed_conv2d_args, in int8, at stride 1 of x or, where `doubled`, of it with each pixel 2 x 2 times.
+struct fg_packed_conv2d_int8_args {
+  const void *x, *taps, *sums, *scale;  // conv_taps_int8's, and float32 (outputs,)
+  const void *bias, *residual;
+  void *out;
+  int64_t dtype, bias_dtype;
+  int64_t batch, inputs, outputs, height, width;  // of x
+  int64_t stride, doubled;
+};
+
 // As fg_winograd_conv2d_args, in int8; see winograd_int8.h.
 struct fg_winograd_conv2d_int8_args {
   const void *x, *filters, *scale;  // dense, channels innermost; winograd_int8_filters's

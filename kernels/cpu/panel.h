@@ -21,6 +21,7 @@ FG_INLINE void get_bias(const void *bias, int64_t dtype, int64_t at, int64_t n, 
     const int some = columns(n, v);
     to[v] = !bias                 ? set1(0.0f)
             : dtype == FG_FLOAT32 ? load_n(static_cast<const float *>(bias) + at + v * W, some)
+            : dtype == FG_FLOAT16 ? load_n(static_cast<const fp16 *>(bias) + at + v * W, some)
                                   : load_n(static_cast<const bf16 *>(bias) + at + v * W, some);
   }
 }

@@ -12,9 +12,9 @@ constexpr int64_t kTile = 16;                 // rows of a tile, words of a row
 constexpr int64_t kTileWords = kTile * kTile;
 constexpr int64_t kSide = 2 * kTile;          // rows and columns of the sums
 
-// Tiles 0 to 3 hold the sums, row by row; 4 and 5 x, 6 and 7 the weight.  TWO: of 32 rows, not 16.
-template <bool TWO>
-FG_INLINE void begin_sums(const float *sums, bool add) {
+// Tiles 0 to 3 hold the sums, of four bytes, row by row; 4 and 5 x, 6 and 7 the weight.  TWO: of 32 rows, not 16.
+template <bool TWO, class S>
+FG_INLINE void begin_sums(const S *sums, bool add) {
   const int64_t row = kSide * 4;
   written();
   if (!add) {
@@ -34,8 +34,8 @@ FG_INLINE void begin_sums(const float *sums, bool add) {
   }
 }
 
-template <bool TWO>
-FG_INLINE void end_sums(float *sums) {
+template <bool TWO, class S>
+FG_INLINE void end_sums(S *sums) {
   const int64_t row = kSide * 4;
   _tile_stored(0, sums, row);
   _tile_stored(1, sums + kTile, row);

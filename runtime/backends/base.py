@@ -42,7 +42,7 @@ class Backend:
         return None
 
     def unpacked_convolutions(self) -> str | None:
-        """Why our kernel of packed taps does not take 3x3 convolutions in bfloat16, or None where it does."""
+        """Why our kernels of packed taps do not take 3x3 convolutions in bfloat16 and int8, or None where they do."""
         return f"the backend {self.name} has no kernel for them"
 
     def unserved_int8(self) -> str | None:

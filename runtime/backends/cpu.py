@@ -43,7 +43,7 @@ class Cpu(Backend):
         return None if _level() in ("avx512_bf16", "amx") else f"at level {_level()} they are oneDNN's"
 
     def unpacked_convolutions(self) -> str | None:
-        """Ours is of AMX.  With AVX512-BF16 Winograd's algorithm has fewer products."""
+        """Ours are of AMX.  With AVX512-BF16 Winograd's algorithm has fewer products."""
         if _level() == "amx":
             return None
         rest = "are Winograd's or" if _level() == "avx512_bf16" else "are"

@@ -240,7 +240,7 @@ def test_it_stays_where_it_was_asked_to_do_without(at_any_level: None) -> None:
 def test_what_does_not_fit_stays(at_any_level: None, more: dict[str, Any], served: int) -> None:
     counts, session = planned(Block(**more))
     assert counts.get(FUSED, 0) == served == applied(session)[0]
-    assert any("upsample" in k for k in counts)
+    assert served < 3 or any("upsample" in k for k in counts)  # what is not doubled stays upsampled
 
 
 @needs_library

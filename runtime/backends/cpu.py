@@ -50,7 +50,8 @@ class Cpu(Backend):
         return f"at level {_level()} they {rest} oneDNN's"
 
     def unserved_int8(self) -> str | None:
-        """They are faster than oneDNN with AVX512-VNNI (Zen 5); with AMX it has products that ours are not made of."""
+        """These forms, Winograd's and 1x1 convolutions as rows, are faster than oneDNN with AVX512-VNNI (Zen 5); tiles
+        have forms of their own."""
         return None if _level() == "avx512_bf16" else f"at level {_level()} they are oneDNN's"
 
     def unserved_int8_rows(self) -> str | None:

@@ -3,8 +3,8 @@
 //
 // The keys are split into pieces of PIECE.  An item is up to ROWS queries over some pieces: of each it leaves their
 // maxima, sums and weighted values, which are then put together in the order of the pieces.  What is added to what
-// depends on the number of keys alone: not on threads, the batch, which queries were taken together, or the blocks of a
-// paged cache.
+// depends on the number of keys alone, and with AMX on how many heads share a key head: not on threads, the batch, how
+// many queries there are, which were taken together, or the blocks of a paged cache.
 #pragma once
 #include <type_traits>
 

@@ -3,8 +3,8 @@
 //
 // The keys are split into pieces of PIECE.  An item is up to ROWS queries over some pieces: of each it leaves their
 // maxima, sums and weighted values, which are then put together in the order of the pieces.  What is added to what
-// depends on the number of keys alone, and with AMX on how many heads share a key head: not on threads, the batch, how
-// many queries there are, which were taken together, or the blocks of a paged cache.
+// depends on the number of keys alone: not on threads, the batch, which queries were taken together, or the blocks of a
+// paged cache.
 #pragma once
 #include <type_traits>
 
@@ -72,7 +72,7 @@ struct Ahead {
 #if defined(FG_HAS_AVX512)
 #include "attention_few_pairs.h"
 #endif
-#if defined(FG_HAS_AVX512_BF16)
+#if defined(FG_HAS_AVX512_BF16) && !defined(FG_LEVEL_AMX)
 #include "attention_few_bf16.h"
 #endif
 namespace {
@@ -151,7 +151,7 @@ struct Pieces {
   using T = typename F::element;
   const Item &item;
   const fg_attention_args *const a = item.of[0].a;
-  const int dim = static_cast<int>(a->dim), rows = item.rows, tall = F::tall(rows);
+  const int dim = static_cast<int>(a->dim), rows = item.rows, tall = (rows + 1) / 2 * 2;
   const int bytes = item.heads * dim * static_cast<int>(sizeof(T));
   const int lead = fours(item.heads > 1 ? 2 * LEAD : LEAD), pause = PAUSE / bytes / 4 * 4;
   const int page = bytes < HALF ? HALF / bytes : 1;  // keys
@@ -159,11 +159,10 @@ struct Pieces {
   const int64_t all = a->heads / a->kv_heads * a->queries;  // queries of a key head
   alignas(64) float o[MOST_ROWS * WIDE], s[MOST_ROWS * ROW];
   alignas(64) char q[MOST_ROWS * WIDE * 4];
-  const typename F::Setting setting;
   int64_t k0;
   int n;
 
-  explicit Pieces(const Item &item) : item(item), setting(item.rows) {
+  explicit Pieces(const Item &item) : item(item) {
     memset(q, 0, static_cast<size_t>(item.heads) * tall * WIDE * 4);
     for (int g = 0; g < item.heads; ++g)
       for (int m = 0; m < rows; ++m) {
@@ -227,41 +226,33 @@ struct Pieces {
     }
   }
 
+  void values() {
+    const int wide = rows <= 4 ? 2 : 4;
+    memset(o, 0, static_cast<size_t>(item.heads) * tall * WIDE * 4);
+    for (int r = 0, count; r < n; r += count) {
+      count = F::whole_run(run_of(item.of[0], k0 + r, n - r < most ? n - r : most), n - r);
+      touch(true, r, count);
+      Ahead ahead = behind(true, r, lead + pause, groups_of(wide, rows));
+      const int64_t here = v_at(r), step = count > 1 ? v_at(r + 1) - here : 0;
+      for (int g = 0; g < item.heads; ++g)
+        in_groups(wide, rows, [&](auto M, int m) {
+          const int i = g * tall + m;
+          F::template blends<M.value>(s + i * ROW, r, v(g) + here, ahead, step, count, dim, o + i * WIDE);
+        });
+    }
+  }
+
   // The n keys from k0 on.  Each query leaves a part, `apart` floats from the next one's; a key head's stand together.
   void run(int64_t begin, int count, float *parts, int64_t apart) {
     k0 = begin, n = count;
     scores();
     weights(parts, apart);
-    memset(o, 0, static_cast<size_t>(item.heads) * tall * WIDE * 4);
-    values_of(*this);
+    values();
     for (int g = 0; g < item.heads; ++g)
       for (int m = 0; m < rows; ++m)
         F::give(o + (g * tall + m) * WIDE, dim, parts + (g * all + m) * apart + PART_HEAD);
   }
 };
-
-// o += the piece's weights by its values.
-template <class F>
-void values_of(Pieces<F> &x) {
-  const int wide = x.rows <= 4 ? 2 : 4, n = x.n;
-  for (int r = 0, count; r < n; r += count) {
-    count = F::whole_run(run_of(x.item.of[0], x.k0 + r, n - r < x.most ? n - r : x.most), n - r);
-    x.touch(true, r, count);
-    Ahead ahead = x.behind(true, r, x.lead + x.pause, groups_of(wide, x.rows));
-    const int64_t here = x.v_at(r), step = count > 1 ? x.v_at(r + 1) - here : 0;
-    for (int g = 0; g < x.item.heads; ++g)
-      in_groups(wide, x.rows, [&](auto M, int m) {
-        const int i = g * x.tall + m;
-        F::template blends<M.value>(x.s + i * ROW, r, x.v(g) + here, ahead, step, count, x.dim, x.o + i * WIDE);
-      });
-  }
-}
-
-}  // namespace
-#if defined(FG_LEVEL_AMX)
-#include "attention_few_amx.h"
-#endif
-namespace {
 
 // One query's output from its parts, `size` floats each, one after another.
 template <class T>
@@ -292,11 +283,11 @@ inline Range pieces_of(const Head &h) {
 
 // How many heads of the keys an item takes: where their rows lie side by side, as many as leave every thread some
 // items, so that memory is read in its own order; else one.
-template <class E, class F>
+template <class T, class F>
 int64_t heads_together(const fg_attention_args *a, const F &head_at, int64_t rows, int64_t pieces) {
   int64_t apart = a->kv_heads > 1 ? head_at(0, a->heads / a->kv_heads).k - head_at(0, 0).k : 0;
-  int64_t blocks = (rows + ROWS - 1) / ROWS, most = MOST_ROWS / E::tall(static_cast<int>(rows < ROWS ? rows : ROWS));
-  if (apart <= 0 || apart >= a->k_row * static_cast<int64_t>(sizeof(typename E::element))) return 1;
+  int64_t blocks = (rows + ROWS - 1) / ROWS, most = MOST_ROWS / (rows < ROWS ? (rows + 1) / 2 * 2 : ROWS);
+  if (apart <= 0 || apart >= a->k_row * static_cast<int64_t>(sizeof(T))) return 1;
   int64_t heads = a->kv_heads < most ? a->kv_heads : most;
   while (heads > 1 && a->batch * blocks * pieces * (a->kv_heads / heads) < 4 * fg_threads()) heads = (heads + 1) / 2;
   return heads;
@@ -330,7 +321,7 @@ int few_by(const fg_attention_args *a, const F &head_at) {
   int64_t size = part_size(a->dim), apart = pieces * size;
   float *parts = static_cast<float *>(fg_scratch(static_cast<size_t>(a->batch * a->kv_heads * rows * apart * 4)));
   if (!parts && pieces) return FG_NO_MEMORY;
-  int64_t together = heads_together<E>(a, head_at, rows, pieces), groups = (a->kv_heads + together - 1) / together;
+  int64_t together = heads_together<T>(a, head_at, rows, pieces), groups = (a->kv_heads + together - 1) / together;
   int64_t all = a->batch * groups * blocks, span = all * pieces / (16 * fg_threads());  // pieces of an item
   span = span < 1 ? 1 : span < pieces ? span : pieces;
   int64_t spans = (pieces + span - 1) / (span > 0 ? span : 1);
@@ -359,10 +350,6 @@ int few_by(const fg_attention_args *a, const F &head_at) {
 
 template <class T, class F>
 int few(const fg_attention_args *a, const F &head_at) {
-#if defined(FG_LEVEL_AMX)
-  if constexpr (std::is_same_v<T, bf16>)
-    if (a->dim >= SHORT && a->heads / a->kv_heads >= TileFew::FEWEST) return few_by<TileFew>(a, head_at);
-#endif
   return a->dim < SHORT ? few_by<FloatFew<T>>(a, head_at) : few_by<typename BestFew<T>::type>(a, head_at);
 }
 

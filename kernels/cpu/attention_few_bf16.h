@@ -8,9 +8,7 @@ namespace {
 
 struct Bf16Few : PairScores<bf16> {
   using element = bf16;
-  using Setting = NoSetting;
 
-  static int tall(int rows) { return (rows + 1) / 2 * 2; }
 
   // The scores from s[r] on become BLOCK weights in bfloat16, in s as an array of those.  The sum of the rounded
   // weights, two a lane, divides what they weighed: their common error cancels.

@@ -74,17 +74,9 @@ void all_dots(const float *q, const T *k, Ahead &ahead, int64_t stride, int n, i
     for (int r = 0; r < n; ++r) dots<M, 1>(q, k + r * stride, ahead, stride, dim, s + r);
 }
 
-// What an engine needs while it is at work: nothing.
-struct NoSetting {
-  explicit NoSetting(int) {}
-};
-
 template <class T>
 struct FloatFew {
   using element = T;
-  using Setting = NoSetting;
-
-  static int tall(int rows) { return (rows + 1) / 2 * 2; }  // rows that a head's queries have room for
 
   static void take_query(const T *from, int dim, int m, char *to) {
     float *at = reinterpret_cast<float *>(to) + m * WIDE;

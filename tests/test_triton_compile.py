@@ -52,6 +52,7 @@ def test_compiles_without_spilling(op: str, name: str, arch: int) -> None:
     assert usages
     for usage in usages:
         assert usage.spills == 0, usage
+        assert not usage.serialized, usage
         assert 0 < usage.registers <= 255
         assert usage.shared <= compiler.ARCHITECTURES[arch]
     if op == "attention" and name.startswith("bf16"):

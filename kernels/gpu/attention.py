@@ -28,6 +28,7 @@ from fusegen.kernels.op import FLOATS, Kernel
 Q, K, V, MASK, LENGTHS = range(5)  # positions of the tensors in the schema
 WIDEST = 256  # the largest head dimension
 _NO_MASK, _BOOLEAN, _ADDITIVE = range(3)
+_ONE_LOOP = tl.constexpr(160)  # the widest tile of a head that has loops of its own for whole and for cut blocks
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def attention_kernel(
     q, k, v, mask, key_lengths, out, scale,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, m_b, m_h, m_q, m_k, o_b, o_h, o_l, heads, share, queries, keys,
     UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr,
-    LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LENGTHS: tl.constexpr, CAUSAL: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head.  Strides of q, k, v and out are in units of UNIT elements; ``share`` query heads
@@ -63,15 +64,19 @@ def attention_kernel(
         tl.maximum(tl.minimum(tl.load(key_lengths + b).to(tl.int32), keys), 0) if LENGTHS else tl.cast(keys, tl.int32)
     )
     end = tl.minimum(length, first + BLOCK_M) if CAUSAL else length
-    # Blocks before ``sure`` are whole and, where CAUSAL, before every query of this tile.
-    sure = (tl.minimum(length, first + 1) if CAUSAL else length) // BLOCK_N * BLOCK_N
-    acc0, acc1, top, total = walk(
-        q0, q1, acc0, acc1, top, total, k, v, mask, rows, 0, sure, length, scale, k_l, v_l, m_q, m_k, queries, 0.0,
-        DIM, D0, D1, MASK, CAUSAL, False, MASK > 0, 0, False, BLOCK_N, PRECISION,
-    )  # fmt: skip
+    # Blocks before ``sure`` are whole and, where CAUSAL, before every query of this tile.  Wide heads, whose sums leave
+    # no registers for a second loop, have one for all.
+    sure = 0
+    if D0 + D1 <= _ONE_LOOP:
+        sure = (tl.minimum(length, first + 1) if CAUSAL else length) // BLOCK_N * BLOCK_N
+        acc0, acc1, top, total = walk(
+            q0, q1, acc0, acc1, top, total, k, v, mask, rows, 0, sure, length, scale, k_l, v_l, m_q, m_k, queries, 0.0,
+            DIM, D0, D1, MASK, CAUSAL, False, MASK > 0, 0, False, FOLD, BLOCK_N, PRECISION, None,
+        )  # fmt: skip
     acc0, acc1, top, total = walk(
         q0, q1, acc0, acc1, top, total, k, v, mask, rows, sure, end, length, scale, k_l, v_l, m_q, m_k, queries, 0.0,
-        DIM, D0, D1, MASK, CAUSAL, True, MASK > 0, 0, False, BLOCK_N, PRECISION,
+        DIM, D0, D1, MASK, CAUSAL, True, MASK > 0, 0, False, FOLD, BLOCK_N, PRECISION,
+        1 if D0 + D1 <= _ONE_LOOP else None,
     )  # fmt: skip
     share_of = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]  # nothing to attend: zeros
     keep, d = (rows < queries)[:, None], tl.arange(0, D0)[None, :]
@@ -170,7 +175,8 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
         values |= {f"{name}_{axis}": s // step for axis, s in zip("bhl", tensor.stride()[:3], strict=True)}
     values |= {f"m_{axis}": s for axis, s in zip("bhqk", strides, strict=True)}
     values |= {"heads": count, "share": count // max(1, k.shape[1]), "queries": queries, "keys": keys}
-    values |= {"scale": (dim**-0.5 if scale is None else float(scale)) * LOG2E, "UNIT": step, "DIM": dim}
+    by = (dim**-0.5 if scale is None else float(scale)) * LOG2E
+    values |= {"scale": by, "FOLD": by > 0.0 and kind != _ADDITIVE, "UNIT": step, "DIM": dim}
     values |= dict(zip(("D0", "D1"), widths(dim, config.split), strict=True))
     values |= {"MASK": kind, "LENGTHS": key_lengths is not None, "CAUSAL": bool(causal)}
     values |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PRECISION": config.precision}

@@ -43,14 +43,16 @@ def load_rows(
 def walk(
     q0, q1, acc0, acc1, top, total, k, v, mask, rows, begin, end, lengths, scale, k_l, v_l, m_q, m_k, queries,
     softcap, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    EDGE: tl.constexpr, CLOSED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EDGE: tl.constexpr, CLOSED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Keys [begin, end) in blocks, for the queries at positions ``rows``.  EDGE: some keys may be out of bounds, after
     their query (CAUSAL) or out of its window (where WINDOW > 0).  CLOSED: a row may have met no key yet.  CAP: the
-    scores are capped."""
+    scores are capped.  FOLD: ``scale`` is positive, and nothing but it comes between a product and its exponential.
+    STAGES: 1 for the second of two loops in a kernel, None for the launch's: where both are pipelined, the assembler
+    runs the matrix units of sm_90 in turn with everything else."""
     inner = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, end, BLOCK_N):
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         far = tl.cast(start, tl.int64)
         left = lengths - start
         s = tl.dot(
@@ -59,7 +61,8 @@ def walk(
         if D1 > 0:
             k1 = load_rows(k + far * k_l, inner, k_l, left, D0, D1, DIM, EDGE)
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
-        s = capped(s, scale, softcap) if CAP else s * scale
+        if not FOLD:
+            s = capped(s, scale, softcap) if CAP else s * scale
         if MASK > 0:
             at = mask + rows[:, None].to(tl.int64) * m_q + (far + inner)[None, :] * m_k
             given = tl.load(at, mask=(rows < queries)[:, None] & (inner < left)[None, :], other=0)
@@ -76,10 +79,10 @@ def walk(
                 apart = rows[:, None] - (start + inner)[None, :]
                 keep = keep & (apart < WINDOW) & (apart > -WINDOW)
             s = tl.where(keep, s, float("-inf"))
-        new = tl.maximum(top, tl.max(s, axis=1))
+        new = tl.maximum(top, tl.max(s, axis=1) * scale if FOLD else tl.max(s, axis=1))
         # Where a row has met no key yet, its maximum is -inf, and subtracting that from itself would make NaN.
         base = tl.where(new == float("-inf"), 0.0, new) if CLOSED else new
-        p, fade = tl.exp2(s - base[:, None]), tl.exp2(top - base)
+        p, fade = tl.exp2((s * scale if FOLD else s) - base[:, None]), tl.exp2(top - base)
         total = total * fade + tl.sum(p, axis=1)
         v0 = load_rows(v + far * v_l, inner, v_l, left, 0, D0, DIM, EDGE)
         acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * fade[:, None], input_precision=PRECISION)

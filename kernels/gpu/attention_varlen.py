@@ -49,8 +49,8 @@ def varlen_kernel(
     q, k, v, cu_q, cu_k, sinks, out, scale, softcap,
     q_l, q_h, k_l, k_h, v_l, v_h, o_l, o_h, heads, share, sequences, queries, keys,
     UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SINKS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, STEPS: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FOLD: tl.constexpr, STEPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.  Strides are in units of UNIT elements."""
     h = (tl.program_id(0) % heads).to(tl.int64)
@@ -84,11 +84,11 @@ def varlen_kernel(
         sure = (tl.minimum(length, tl.maximum(at + 1, 0)) if CAUSAL else length) // BLOCK_N * BLOCK_N
         acc0, acc1, top, total = walk(
             q0, q1, acc0, acc1, top, total, k, v, k, rows, 0, sure, length, scale, k_l, v_l, 0, 0, queries, softcap,
-            DIM, D0, D1, 0, CAUSAL, False, False, 0, CAP, BLOCK_N, PRECISION,
+            DIM, D0, D1, 0, CAUSAL, False, False, 0, CAP, FOLD, BLOCK_N, PRECISION, None,
         )  # fmt: skip
     acc0, acc1, top, total = walk(
         q0, q1, acc0, acc1, top, total, k, v, k, rows, sure, end, length, scale, k_l, v_l, 0, 0, queries, softcap,
-        DIM, D0, D1, 0, CAUSAL, True, True, WINDOW, CAP, BLOCK_N, PRECISION,
+        DIM, D0, D1, 0, CAUSAL, True, True, WINDOW, CAP, FOLD, BLOCK_N, PRECISION, None if WINDOW > 0 else 1,
     )  # fmt: skip
     share_of = 1.0 / tl.where(total > 0.0, total, 1.0)  # nothing to attend: zeros
     if SINKS:
@@ -144,7 +144,8 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     values |= {"cu_k": Use(CU_Q if cu_k is None else CU_K), "sinks": Use(Q if sinks is None else SINKS)}
     for name, tensor in strided.items():
         values |= {f"{name}_{axis}": s // step for axis, s in zip("lh", tensor.stride()[:2], strict=True)}
-    values |= {"scale": (dim**-0.5 if scale is None else float(scale)) * LOG2E, "softcap": float(softcap) * LOG2E}
+    by = (dim**-0.5 if scale is None else float(scale)) * LOG2E
+    values |= {"scale": by, "FOLD": by > 0.0 and softcap <= 0.0, "softcap": float(softcap) * LOG2E}
     values |= {"heads": heads, "share": heads // max(1, k.shape[1]), "sequences": sequences, "queries": queries}
     values |= {"keys": k.shape[0], "UNIT": step, "DIM": dim, "SINKS": sinks is not None, "CAUSAL": bool(causal)}
     values |= dict(zip(("D0", "D1"), widths(dim, config.split), strict=True))

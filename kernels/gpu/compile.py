@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
@@ -52,6 +53,7 @@ _COLUMNS = (
     "spills",
     "matrix",
     "16-byte loads",
+    "serialized",
 )
 _MATRIX = ("HGMMA", "HMMA", "IGMMA", "IMMA", "UTCHMMA", "UTCIMMA", "UTCQMMA")
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -81,7 +83,8 @@ class Specimen:
 @dataclass(frozen=True)
 class Usage:
     """What one compiled kernel takes.  ``shared`` and ``stack`` are bytes, ``spills`` loads and stores of local memory
-    in the code, ``matrix`` and ``wide`` the instructions that multiply matrices and that load 16 bytes a thread."""
+    in the code, ``matrix`` and ``wide`` the instructions that multiply matrices and that load 16 bytes a thread.
+    ``serialized``: the assembler waits for each asynchronous product of sm_90 before anything else goes on."""
 
     op: str
     specimen: str
@@ -94,6 +97,7 @@ class Usage:
     spills: int
     matrix: str
     wide: int
+    serialized: bool = False
     triton: str = triton.__version__
 
 
@@ -136,6 +140,17 @@ def _tool(name: str, *args: str) -> str:
     return subprocess.run([str(_BIN / name), *args], capture_output=True, text=True, check=True).stdout
 
 
+def _serialized(ptx: str) -> bool:
+    """Whether the assembler gives up the overlap of ``wgmma`` with other work, of which it only warns."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "-arch=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        return "serialized" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 def compile_for(specimen: Specimen, arch: int) -> Iterator[Usage]:
     """Compile each launch of a specimen; raises what Triton or its assembler raises."""
     args = specimen.args()
@@ -165,6 +180,7 @@ def compile_for(specimen: Specimen, arch: int) -> Iterator[Usage]:
             spills=count("LDL", "STL"),
             matrix=", ".join(matrix),
             wide=sum(n for name, n in code.items() if name.startswith(("LDG", "LDGSTS")) and ".128" in name),
+            serialized=_serialized(made.asm["ptx"]),
         )
 
 
@@ -184,29 +200,18 @@ def show(usages: Sequence[Usage]) -> None:
     from rich.table import Table
 
     table = Table(title=f"What each Triton kernel takes of a GPU (Triton {triton.__version__})")
-    for name in (
-        "op",
-        "specimen",
-        "kernel",
-        "sm",
-        "warps",
-        "registers",
-        "shared",
-        "stack",
-        "spills",
-        "matrix",
-        "16-byte loads",
-    ):
+    for name in _COLUMNS:
         table.add_column(name, justify="left" if name in ("op", "specimen", "kernel", "matrix") else "right")
     for u in usages:
-        cells = (u.arch, u.warps, u.registers, u.shared, u.stack, u.spills, u.matrix, u.wide)
-        table.add_row(u.op, u.specimen, u.kernel, *map(str, cells), style="red" if u.spills else "")
+        cells = (u.arch, u.warps, u.registers, u.shared, u.stack, u.spills, u.matrix, u.wide, "yes" * u.serialized)
+        style = "red" if u.spills or u.serialized else ""
+        table.add_row(u.op, u.specimen, u.kernel, *map(str, cells), style=style)
     console = Console()
     (console if console.is_terminal else Console(width=150)).print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; 1 where a kernel spills registers."""
+    """The command line; 1 where a kernel spills registers or its products are serialized."""
     parser = argparse.ArgumentParser(prog="python -m fusegen.kernels.gpu.compile", description=__doc__)
     parser.add_argument(
         "--arch", type=int, action="append", choices=tuple(ARCHITECTURES), help="only this one (80, 90, 100)"
@@ -221,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(usages)
     if args.json:
         args.json.write_text("[\n" + ",\n".join(json.dumps(asdict(u)) for u in usages) + "\n]\n")
-    return int(any(u.spills for u in usages))
+    return int(any(u.spills or u.serialized for u in usages))
 
 
 if __name__ == "__main__":

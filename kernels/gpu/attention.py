@@ -28,7 +28,6 @@ from fusegen.kernels.op import FLOATS, Kernel
 Q, K, V, MASK, LENGTHS = range(5)  # positions of the tensors in the schema
 WIDEST = 256  # the largest head dimension
 _NO_MASK, _BOOLEAN, _ADDITIVE = range(3)
-_ONE_LOOP = tl.constexpr(160)  # the widest tile of a head that has loops of its own for whole and for cut blocks
 
 
 @triton.jit
@@ -64,19 +63,11 @@ def attention_kernel(
         tl.maximum(tl.minimum(tl.load(key_lengths + b).to(tl.int32), keys), 0) if LENGTHS else tl.cast(keys, tl.int32)
     )
     end = tl.minimum(length, first + BLOCK_M) if CAUSAL else length
-    # Blocks before ``sure`` are whole and, where CAUSAL, before every query of this tile.  Wide heads, whose sums leave
-    # no registers for a second loop, have one for all.
-    sure = 0
-    if D0 + D1 <= _ONE_LOOP:
-        sure = (tl.minimum(length, first + 1) if CAUSAL else length) // BLOCK_N * BLOCK_N
-        acc0, acc1, top, total = walk(
-            q0, q1, acc0, acc1, top, total, k, v, mask, rows, 0, sure, length, scale, k_l, v_l, m_q, m_k, queries, 0.0,
-            DIM, D0, D1, MASK, CAUSAL, False, MASK > 0, 0, False, FOLD, BLOCK_N, PRECISION, None,
-        )  # fmt: skip
+    # Blocks before ``sure`` are whole and, where CAUSAL, before every query of this tile.
+    sure = (tl.minimum(length, first + 1) if CAUSAL else length) // BLOCK_N * BLOCK_N
     acc0, acc1, top, total = walk(
-        q0, q1, acc0, acc1, top, total, k, v, mask, rows, sure, end, length, scale, k_l, v_l, m_q, m_k, queries, 0.0,
-        DIM, D0, D1, MASK, CAUSAL, True, MASK > 0, 0, False, FOLD, BLOCK_N, PRECISION,
-        1 if D0 + D1 <= _ONE_LOOP else None,
+        q0, q1, acc0, acc1, top, total, k, v, mask, rows, 0, sure, end, length, scale, k_l, v_l, m_q, m_k, queries, 0.0,
+        DIM, D0, D1, MASK, CAUSAL, MASK > 0, 0, False, FOLD, BLOCK_N, PRECISION,
     )  # fmt: skip
     share_of = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]  # nothing to attend: zeros
     keep, d = (rows < queries)[:, None], tl.arange(0, D0)[None, :]
@@ -124,7 +115,9 @@ def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, limit: int =
         found = replace(found, num_warps=4 if 64 < wide <= 128 else 8)
     elif limit < SHARED_BYTES and wide > 128:  # before sm_90 products read their operands from registers
         found = Config(128 if wide <= 160 else 64, 32, 8, 2, split)
-    else:  # eight warps, not four: 1.13 to 1.16 times as fast on an H200 at head dimensions 40 and 64
+    elif limit >= SHARED_BYTES and wide <= 128:  # one group of warps a program, several programs a multiprocessor
+        found = Config(64, 64, 4, 3, split)
+    else:
         found = Config(128, 64, 8, 3 if wide <= 160 else 2, split)
     block_m = min(found.block_m, max(SMALLEST, power(q.shape[-2])))
     block_n = min(found.block_n, max(SMALLEST, power(k.shape[-2])))

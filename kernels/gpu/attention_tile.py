@@ -41,25 +41,26 @@ def load_rows(
 
 @triton.jit
 def walk(
-    q0, q1, acc0, acc1, top, total, k, v, mask, rows, begin, end, lengths, scale, k_l, v_l, m_q, m_k, queries,
+    q0, q1, acc0, acc1, top, total, k, v, mask, rows, begin, sure, end, lengths, scale, k_l, v_l, m_q, m_k, queries,
     softcap, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    EDGE: tl.constexpr, CLOSED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FOLD: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    CLOSED: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FOLD: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys [begin, end) in blocks, for the queries at positions ``rows``.  EDGE: some keys may be out of bounds, after
-    their query (CAUSAL) or out of its window (where WINDOW > 0).  CLOSED: a row may have met no key yet.  CAP: the
-    scores are capped.  FOLD: ``scale`` is positive, and nothing but it comes between a product and its exponential.
-    STAGES: 1 for the second of two loops in a kernel, None for the launch's: where both are pipelined, the assembler
-    runs the matrix units of sm_90 in turn with everything else."""
+    """Keys [begin, end) in blocks, for the queries at positions ``rows``.  From ``sure`` on some keys may be out of
+    bounds, after their query (CAUSAL) or out of its window (where WINDOW > 0).  CLOSED: a row may have met no key yet.
+    CAP: the scores are capped.  FOLD: ``scale`` is positive, and nothing but it comes between a product and its
+    exponential.  One loop, not one for whole blocks and one for the rest: beside a second pipelined loop the assembler
+    runs the matrix units of sm_90 in turn with everything else, and beside one that is not pipelined CUDA 12.8's left
+    addresses unset where the first had nothing to do."""
     inner = tl.arange(0, BLOCK_N)
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(begin, end, BLOCK_N):
         far = tl.cast(start, tl.int64)
         left = lengths - start
         s = tl.dot(
-            q0, tl.trans(load_rows(k + far * k_l, inner, k_l, left, 0, D0, DIM, EDGE)), input_precision=PRECISION
+            q0, tl.trans(load_rows(k + far * k_l, inner, k_l, left, 0, D0, DIM, True)), input_precision=PRECISION
         )
         if D1 > 0:
-            k1 = load_rows(k + far * k_l, inner, k_l, left, D0, D1, DIM, EDGE)
+            k1 = load_rows(k + far * k_l, inner, k_l, left, D0, D1, DIM, True)
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
         if not FOLD:
             s = capped(s, scale, softcap) if CAP else s * scale
@@ -71,7 +72,7 @@ def walk(
             else:  # a finite mask stays finite: the lowest float32 times log2(e) would not
                 added = tl.maximum(given.to(tl.float32) * _LOG2E, -3.0e38)
                 s = tl.where(given == float("-inf"), float("-inf"), s + added)
-        if EDGE:
+        if start >= sure:
             keep = (inner < left)[None, :]
             if CAUSAL:
                 keep = keep & (rows[:, None] >= (start + inner)[None, :])
@@ -84,10 +85,10 @@ def walk(
         base = tl.where(new == float("-inf"), 0.0, new) if CLOSED else new
         p, fade = tl.exp2((s * scale if FOLD else s) - base[:, None]), tl.exp2(top - base)
         total = total * fade + tl.sum(p, axis=1)
-        v0 = load_rows(v + far * v_l, inner, v_l, left, 0, D0, DIM, EDGE)
+        v0 = load_rows(v + far * v_l, inner, v_l, left, 0, D0, DIM, True)
         acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * fade[:, None], input_precision=PRECISION)
         if D1 > 0:
-            v1 = load_rows(v + far * v_l, inner, v_l, left, D0, D1, DIM, EDGE)
+            v1 = load_rows(v + far * v_l, inner, v_l, left, D0, D1, DIM, True)
             acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * fade[:, None], input_precision=PRECISION)
         top = new
     return acc0, acc1, top, total

@@ -75,20 +75,16 @@ def varlen_kernel(
     acc1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 1), tl.float32)
     top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     end = tl.minimum(length, tl.maximum(at + BLOCK_M, 0)) if CAUSAL else length
-    low, sure = 0, 0
+    low = 0
+    # Blocks before ``sure`` are whole and, where CAUSAL, before every query of this tile.
+    sure = (tl.minimum(length, tl.maximum(at + 1, 0)) if CAUSAL else length) // BLOCK_N * BLOCK_N
     if WINDOW > 0:
         low = tl.maximum(at - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         sure = low
         end = tl.minimum(end, tl.maximum(at + BLOCK_M - 1 + WINDOW, 0))
-    else:  # blocks before ``sure`` are whole and, where CAUSAL, before every query of this tile
-        sure = (tl.minimum(length, tl.maximum(at + 1, 0)) if CAUSAL else length) // BLOCK_N * BLOCK_N
-        acc0, acc1, top, total = walk(
-            q0, q1, acc0, acc1, top, total, k, v, k, rows, 0, sure, length, scale, k_l, v_l, 0, 0, queries, softcap,
-            DIM, D0, D1, 0, CAUSAL, False, False, 0, CAP, FOLD, BLOCK_N, PRECISION, None,
-        )  # fmt: skip
     acc0, acc1, top, total = walk(
-        q0, q1, acc0, acc1, top, total, k, v, k, rows, sure, end, length, scale, k_l, v_l, 0, 0, queries, softcap,
-        DIM, D0, D1, 0, CAUSAL, True, True, WINDOW, CAP, FOLD, BLOCK_N, PRECISION, None if WINDOW > 0 else 1,
+        q0, q1, acc0, acc1, top, total, k, v, k, rows, low, sure, end, length, scale, k_l, v_l, 0, 0, queries, softcap,
+        DIM, D0, D1, 0, CAUSAL, True, WINDOW, CAP, FOLD, BLOCK_N, PRECISION,
     )  # fmt: skip
     share_of = 1.0 / tl.where(total > 0.0, total, 1.0)  # nothing to attend: zeros
     if SINKS:

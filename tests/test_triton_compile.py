@@ -17,6 +17,7 @@ from fusegen.kernels import op as registry
 from fusegen.kernels.gpu import compile as compiler
 from fusegen.kernels.gpu import tune
 from fusegen.kernels.gpu.launch import unit
+from fusegen.kernels.gpu.machine_code import unset
 
 # The fewest that reach every kernel, both layouts, the split head and the matrix units.
 SUBSET = (
@@ -53,6 +54,7 @@ def test_compiles_without_spilling(op: str, name: str, arch: int) -> None:
     for usage in usages:
         assert usage.spills == 0, usage
         assert not usage.serialized, usage
+        assert usage.unset == 0, usage
         assert 0 < usage.registers <= 255
         assert usage.shared <= compiler.ARCHITECTURES[arch]
     if op == "attention" and name.startswith("bf16"):
@@ -82,6 +84,32 @@ def test_the_committed_table_has_every_specimen_on_every_architecture_and_no_spi
     known = {(s.op, s.name, arch) for s in compiler.specimens() for arch in compiler.ARCHITECTURES}
     assert {(r.op, r.specimen, r.arch) for r in rows} == known
     assert [r for r in rows if r.spills] == []
+
+
+# One side of the branch skips the write; so lay the address of a product in code of CUDA 12.8's assembler.
+SKIPPED = """
+        /*0000*/                   ULDC UR4, c[0x0][0x210] ;
+        /*0010*/              @!P0 BRA `(.L_x_0) ;
+        /*0020*/                   UIADD3 UR38, UR4, 0xc000, URZ ;
+.L_x_0:
+        /*0030*/                   UIADD3 UR46, UP1, UR38, 0x20, URZ ;
+        /*0040*/                   EXIT ;
+"""
+
+
+def test_a_register_that_one_path_leaves_unset_is_found() -> None:
+    assert list(unset(SKIPPED)) == ["UIADD3 UR46, UP1, UR38, 0x20, URZ"]
+    assert list(unset(SKIPPED.replace("@!P0 BRA `(.L_x_0)", "NOP"))) == []
+    assert list(unset(SKIPPED.replace("ULDC UR4", "ULDC UR38"))) == ["UIADD3 UR38, UR4, 0xc000, URZ"]
+
+
+def test_a_product_reads_the_addresses_of_the_operands_that_it_has_in_memory() -> None:
+    product = "        /*0000*/                   HGMMA.64x16x16.F32.BF16 R24, {}, R24, gsb0 ;\n"
+    half = "        /*0000*/                   UMOV UR{} , 0x1 ;\n"
+    right, both = product.format("R36, gdesc[UR16]"), product.format("gdesc[UR16]")
+    written = "".join(half.format(n) for n in (18, 19))
+    assert list(unset(written + right)) == []
+    assert len(list(unset(written + both))) == 1
 
 
 @pytest.mark.parametrize(("strides", "expected"), [((40, 320), 8), ((44, 320), 4), ((3, 8), 1), ((0, 16), 8)])

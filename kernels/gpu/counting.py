@@ -54,8 +54,8 @@ def wide(sizes: tuple[int, ...], *strides: tuple[int, ...]) -> bool:
 
 
 def cover(n: int, most: int) -> int:
-    """The largest power of two up to ``most`` in blocks of which ``n`` leaves at most an eighth unused; where none
-    does, the one that leaves least."""
-    sizes = [size for size in (4096, 2048, 1024, 512, 256, 128, 64) if size <= min(most, power(n))]
+    """The largest power of two up to ``most`` whose blocks leave at most a seventh of ``n`` unused; where there is none
+    the one that leaves least."""
+    sizes = [size for size in (8192, 4096, 2048, 1024, 512, 256, 128, 64) if size <= min(most, power(n))]
     unused = {size: blocks(n, size) * size - n for size in sizes or [min(most, power(n))]}
-    return next((size for size in unused if 8 * unused[size] <= n), min(unused, key=lambda size: unused[size]))
+    return next((size for size in unused if 7 * unused[size] <= n), min(unused, key=lambda size: unused[size]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusegen.kernels.gpu.counting import MANY, indices, three, wide
 from fusegen.kernels.gpu.launch import Stage, blocks, power, unit
 from fusegen.kernels.strides import merged
 
@@ -56,20 +58,21 @@ def load_table(p, step, keep, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.
 
 @triton.jit
 def rotate_kernel(
-    x, weight, cos, sin, positions, y, rows, n1, n2, x0, x1, x2, x_d, y0, y1, y2, t0, t1, t2, t_d, p0, p1, p2, entries,
-    eps,
+    x, weight, cos, sin, positions, y, rows, n1, n2, by1, shift1, by2, shift2, x0, x1, x2, x_d, y0, y1, y2,
+    t0, t1, t2, t_d, p0, p1, p2, entries, eps,
     NORM: tl.constexpr, WEIGHT: tl.constexpr, POSITIONS: tl.constexpr, FULL: tl.constexpr, PAIRS: tl.constexpr,
-    WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, FLAT: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, TABLE_UNIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of WIDTH features a program; HALF pairs turn, and the REST (padded to a power of two) pass.
 
-    Rows are counted in three loops (.., n1, n2), with strides of x and y in multiples of UNIT, t of the tables and p of
-    the positions; with POSITIONS the tables have ``entries`` rows of stride t0, and a row outside them is NaN.
+    Rows are counted in three loops (.., n1, n2), with strides of x and y in multiples of UNIT, t of the tables in
+    those of TABLE_UNIT, p of the positions; with POSITIONS the tables have ``entries`` rows of stride t0, and a row
+    outside them is NaN.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     keep = row < rows
-    i0, i1, i2 = row // n2 // n1, row // n2 % n1, row % n2
+    i0, i1, i2 = indices(row, n1, n2, by1, shift1, by2, shift2, FLAT, WIDE)
     start = x + (i0 * x0 + i1 * x1 + i2 * x2) * UNIT
     a, b = load_pairs(start, x_d, keep, HALF, BLOCK, ROWS, PAIRS)
     if REST:
@@ -94,9 +97,9 @@ def rotate_kernel(
     if POSITIONS:
         at = tl.load(positions + i0 * p0 + i1 * p1 + i2 * p2, mask=keep, other=-1).to(tl.int64)
         inside = (at >= 0) & (at < entries)
-        offset = tl.where(inside, at, 0) * t0
+        offset = tl.where(inside, at, 0) * t0 * TABLE_UNIT
     else:
-        offset = i0 * t0 + i1 * t1 + i2 * t2
+        offset = (i0 * t0 + i1 * t1 + i2 * t2) * TABLE_UNIT
     ca, cb = load_table(cos + offset, t_d, inside, HALF, BLOCK, ROWS, PAIRS, FULL)
     sa, sb = load_table(sin + offset, t_d, inside, HALF, BLOCK, ROWS, PAIRS, FULL)
     if POSITIONS:
@@ -149,9 +152,11 @@ def loops(x: Tensor, y: Tensor, cos: Tensor, positions: Tensor | None) -> Any:
 
 
 def decline(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> str | None:
-    """Tables that differ in layout.  (Any rows of up to four dimensions are three loops.)"""
+    """Tables that differ in layout, and 2^31 rows.  (Any rows of up to four dimensions are three loops.)"""
     if cos.stride() != sin.stride():
         return f"cos has strides {cos.stride()} and sin {sin.stride()}"
+    if x.numel() >= MANY * max(x.shape[-1], 1):
+        return f"{x.numel() // x.shape[-1]} rows are 2^31 or more"
     return None
 
 
@@ -162,19 +167,20 @@ def stages(
     """One launch.  ``named``: the tensors' places; ``weight``: whether there is one, None where there is no norm."""
     if not x.numel():
         return ()
-    (n0, n1, n2), (ys, xs, ts, ps) = loops(x, y, cos, positions)
-    width = x.shape[-1] if rotary_dim is None else rotary_dim
-    size = unit(x.element_size(), *xs, *ys)
+    sizes, (ys, xs, ts, ps) = loops(x, y, cos, positions)
+    width, rows = x.shape[-1] if rotary_dim is None else rotary_dim, math.prod(sizes)
+    ts = ts if positions is None else (cos.stride(0), 0, 0)
+    size, size_t = unit(x.element_size(), *xs, *ys), unit(cos.element_size(), *ts)
+    spans = ((*xs, x.stride(-1)), (*ys, 1), (*(ts if positions is None else ps), cos.stride(-1)))
     values = {
         **named,
         "y": y,
-        "rows": n0 * n1 * n2,
-        "n1": n1,
-        "n2": n2,
+        "rows": rows,
+        **three(*sizes),
         **_each("x", [s // size for s in xs]),
         "x_d": x.stride(-1),
         **_each("y", [s // size for s in ys]),
-        **_each("t", ts if positions is None else (cos.stride(0), 0, 0)),
+        **_each("t", [s // size_t for s in ts]),
         "t_d": cos.stride(-1),
         **_each("p", ps),
         "entries": cos.shape[0] if positions is not None else 0,
@@ -188,10 +194,12 @@ def stages(
         "HALF": width // 2,
         "BLOCK": power(width // 2),
         "REST": power(x.shape[-1] - width) if x.shape[-1] > width else 0,
+        "WIDE": wide((*sizes, x.shape[-1]), *spans),
         "UNIT": size,
+        "TABLE_UNIT": size_t,
         "ROWS": config.rows,
     }
-    return (Stage(rotate_kernel, (blocks(n0 * n1 * n2, config.rows),), values, {"num_warps": config.num_warps}),)
+    return (Stage(rotate_kernel, (blocks(rows, config.rows),), values, {"num_warps": config.num_warps}),)
 
 
 def _each(name: str, steps: Sequence[int]) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """One Triton kernel for the norms over the last dimension: whole rows in registers, several to a program where short.
 
+A row is held as chunks of a power of two, few of whose lanes are idle: 640 is five of 128, half a warp's.
+
 Layer norm or RMS norm of x, or of x + gate * branch with that sum written as well; then weight and bias, scale and
 shift.  :mod:`.layer_norm`, :mod:`.rms_norm` and :mod:`.add_norm` name the arguments of their schemas by role.
 """
@@ -15,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusegen.kernels.gpu.launch import Stage, Use, blocks, power
+from fusegen.kernels.gpu.counting import MANY, cover, divider, quotient
+from fusegen.kernels.gpu.launch import ALIGNMENT, Stage, Use, blocks, power, unit
 from fusegen.kernels.rows import Rows, rows_of, spread
 
 WIDEST = 32768  # the longest row held in the registers of 32 warps
@@ -25,51 +28,111 @@ _OPTIONAL = ("branch", "gate", "weight", "bias", "scale", "shift")
 
 
 @triton.jit
+def _tile(p, k, row, rows, p_d, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunk ``k`` of the rows at ``p`` (ROWS, 1)."""
+    d = k * CHUNK + tl.arange(0, CHUNK)[None, :]
+    keep = (row < rows) & (d < WIDTH) if (k + 1) * CHUNK > WIDTH else row < rows
+    return tl.load(p + d.to(tl.int64) * p_d, mask=keep, other=0.0)
+
+
+@triton.jit
+def _tiles(p, row, rows, p_d, EARLY: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """All chunks of the rows at ``p``; not EARLY, ``p`` for :func:`_one` to read them from."""
+    if EARLY:
+        tiles = ()
+        for k in tl.static_range(CHUNKS):
+            tiles += (_tile(p, k, row, rows, p_d, WIDTH, CHUNK),)
+    else:
+        tiles = p
+    return tiles
+
+
+@triton.jit
+def _one(tiles, k: tl.constexpr, row, rows, p_d, EARLY: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr):
+    return (tiles[k] if EARLY else _tile(tiles, k, row, rows, p_d, WIDTH, CHUNK)).to(tl.float32)
+
+
+@triton.jit
 def row_norm_kernel(
-    x, branch, gate, weight, bias, scale, shift, y, total, rows, inner, width, eps, offset,
+    x, branch, gate, weight, bias, scale, shift, y, total, rows, inner, by, turn, eps, offset,
     x_outer, x_inner, x_d, branch_outer, branch_inner, branch_d, gate_outer, gate_inner, gate_d,
     scale_outer, scale_inner, scale_d, shift_outer, shift_inner, shift_d,
     RMS: tl.constexpr, BRANCH: tl.constexpr, GATE: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
-    SCALE: tl.constexpr, SHIFT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, FLAT: tl.constexpr, EARLY: tl.constexpr, UNIT: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program; row r of x starts at (r // inner) * x_outer + (r % inner) * x_inner; y is contiguous."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    d = tl.arange(0, BLOCK)[None, :]
-    keep = (row < rows) & (d < width)
-    far, near = row // inner, row % inner
-    tile = tl.load(x + far * x_outer + near * x_inner + d * x_d, mask=keep, other=0.0).to(tl.float32)
+    """ROWS rows of WIDTH a program; row r of x starts at ((r // inner) * x_outer + (r % inner) * x_inner) * UNIT; y is
+    contiguous.
+
+    EARLY, all is read before the first sum, whose wait would otherwise come before the parameters'; rows that leave no
+    registers for it read those late.  FLAT: inner is all rows.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    outer = row * 0 if FLAT else quotient(row, by, turn)
+    far, near = outer.to(tl.int64) * UNIT, (row - outer * inner).to(tl.int64) * UNIT
+    at = far * x_outer + near * x_inner
+    tiles = _tiles(x + at, row, rows, x_d, True, WIDTH, CHUNK, CHUNKS)
     if BRANCH:
-        added = tl.load(branch + far * branch_outer + near * branch_inner + d * branch_d, mask=keep, other=0.0)
-        added = added.to(tl.float32)
-        if GATE:
-            own = tl.load(gate + far * gate_outer + near * gate_inner + d * gate_d, mask=keep, other=0.0)
-            added = added * own.to(tl.float32)
-        stored = (tile + added).to(total.dtype.element_ty)
-        tl.store(total + row * width + d, stored, mask=keep)
-        tile = stored.to(tl.float32)  # the norm is that of the sum as stored
-    count = tl.cast(width, tl.float32)
-    if not RMS:
-        mean = (tl.sum(tile, axis=1) / count)[:, None]
-        tile = tl.where(keep, tile - mean, 0.0)
-    out = tile / tl.sqrt((tl.sum(tile * tile, axis=1) / count)[:, None] + eps)
+        at = far * branch_outer + near * branch_inner
+        added = _tiles(branch + at, row, rows, branch_d, EARLY, WIDTH, CHUNK, CHUNKS)
+    if GATE:
+        at = far * gate_outer + near * gate_inner
+        gates = _tiles(gate + at, row, rows, gate_d, EARLY, WIDTH, CHUNK, CHUNKS)
+    always = far * 0  # a parameter as if each row had its own: no exchange between threads
     if WEIGHT:
-        out = out * (tl.load(weight + d, mask=d < width, other=0.0).to(tl.float32) + offset)
+        weights = _tiles(weight + always, row, rows, 1, EARLY, WIDTH, CHUNK, CHUNKS)
     if BIAS:
-        out = out + tl.load(bias + d, mask=d < width, other=0.0).to(tl.float32)
+        biases = _tiles(bias + always, row, rows, 1, EARLY, WIDTH, CHUNK, CHUNKS)
     if SCALE:
-        own = tl.load(scale + far * scale_outer + near * scale_inner + d * scale_d, mask=keep, other=0.0)
-        out = out * (1.0 + own.to(tl.float32))
+        at = far * scale_outer + near * scale_inner
+        scales = _tiles(scale + at, row, rows, scale_d, EARLY, WIDTH, CHUNK, CHUNKS)
     if SHIFT:
-        own = tl.load(shift + far * shift_outer + near * shift_inner + d * shift_d, mask=keep, other=0.0)
-        out = out + own.to(tl.float32)
-    tl.store(y + row * width + d, out.to(y.dtype.element_ty), mask=keep)
+        at = far * shift_outer + near * shift_inner
+        shifts = _tiles(shift + at, row, rows, shift_d, EARLY, WIDTH, CHUNK, CHUNKS)
+
+    start = row.to(tl.int64) * WIDTH
+    e = tl.arange(0, CHUNK)[None, :]
+    sums, held = tl.zeros((ROWS, CHUNK), tl.float32), ()
+    for k in tl.static_range(CHUNKS):
+        tile = tiles[k].to(tl.float32)
+        if BRANCH:
+            more = _one(added, k, row, rows, branch_d, EARLY, WIDTH, CHUNK)
+            if GATE:
+                more = more * _one(gates, k, row, rows, gate_d, EARLY, WIDTH, CHUNK)
+            stored = (tile + more).to(total.dtype.element_ty)
+            keep = (row < rows) & (k * CHUNK + e < WIDTH) if (k + 1) * CHUNK > WIDTH else row < rows
+            tl.store(total + (start + k * CHUNK + e), stored, mask=keep)
+            tile = stored.to(tl.float32)  # the norm is that of the sum as stored
+        held += (tile,)
+        sums += tile
+    mean = tl.zeros((ROWS, 1), tl.float32) if RMS else tl.sum(sums, axis=1)[:, None] * (1.0 / WIDTH)
+    squares = tl.zeros((ROWS, CHUNK), tl.float32)
+    for k in tl.static_range(CHUNKS):
+        away = held[k] if RMS else held[k] - mean
+        if (k + 1) * CHUNK > WIDTH and not RMS:
+            away = tl.where(k * CHUNK + e < WIDTH, away, 0.0)
+        squares += away * away
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, axis=1)[:, None] * (1.0 / WIDTH) + eps)
+    for k in tl.static_range(CHUNKS):
+        out = (held[k] if RMS else held[k] - mean) * rstd
+        if WEIGHT:
+            out = out * (_one(weights, k, row, rows, 1, EARLY, WIDTH, CHUNK) + offset)
+        if BIAS:
+            out = out + _one(biases, k, row, rows, 1, EARLY, WIDTH, CHUNK)
+        if SCALE:
+            out = out * (1.0 + _one(scales, k, row, rows, scale_d, EARLY, WIDTH, CHUNK))
+        if SHIFT:
+            out = out + _one(shifts, k, row, rows, shift_d, EARLY, WIDTH, CHUNK)
+        keep = (row < rows) & (k * CHUNK + e < WIDTH) if (k + 1) * CHUNK > WIDTH else row < rows
+        tl.store(y + (start + k * CHUNK + e), out.to(y.dtype.element_ty), mask=keep)
 
 
 @dataclass(frozen=True)
 class Config:
-    """``rows`` a program, and its warps."""
+    """``rows`` a program, read ``chunk`` elements at a time, and its warps."""
 
     rows: int
+    chunk: int
     num_warps: int
 
 
@@ -79,24 +142,29 @@ def key(x: Tensor, *rest: Any) -> str:
     return f"{x.shape[-1]} {str(x.dtype).removeprefix('torch.')} {more}"
 
 
+def _config(x: Tensor, most: int, warps: int) -> Config:
+    """Chunks of at most ``most`` elements; as many rows as make a thread hold 16 bytes of each chunk."""
+    lanes = max(1, (chunk := cover(x.shape[-1], most)) * x.element_size() // ALIGNMENT)
+    return Config(max(1, 32 * warps // lanes), chunk, max(warps, min(32, lanes // 32)))
+
+
 def default(x: Tensor, *rest: Any, limit: int = 0) -> Config:
-    """About 1024 elements a program, one warp for every 1024 bytes of them: with twice that, float32 may spill."""
-    block = power(x.shape[-1])
-    rows = max(1, min(16, 1024 // block))
-    return Config(rows, max(1, min(32, rows * block * x.element_size() // 1024)))
+    """A quarter of a row at once, but what a warp reads: 8 to 56 elements a thread, and short rows within a warp."""
+    return _config(x, max(32 * ALIGNMENT // x.element_size(), power(x.shape[-1]) // 4), 4)
 
 
 def space(x: Tensor, *rest: Any) -> Iterator[Config]:
-    """1 to 16 rows, with 4 to 64 elements a thread."""
-    for rows in (1, 2, 4, 8, 16):
-        for warps in (1, 2, 4, 8, 16, 32):
-            if 4 <= rows * power(x.shape[-1]) // (32 * warps) <= 64:
-                yield Config(rows, warps)
+    """Chunks of 64 to 4096, up to 64 elements a thread."""
+    for most in (64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        for warps in (1, 2, 4, 8):
+            found = _config(x, most, warps)
+            if blocks(x.shape[-1], found.chunk) * found.chunk * found.rows <= 64 * 32 * found.num_warps:
+                yield found
 
 
 def small(*args: Any) -> Iterator[Config]:
-    """For tests: several rows a program, so that some programs are cut."""
-    yield Config(4, 4)
+    """For tests: several rows a program and chunks a row, so that some are cut."""
+    yield Config(4, 16, 4)
 
 
 def _rows(roles: Mapping[str, int], args: tuple[Any, ...]) -> tuple[Rows | None, dict[str, Tensor]]:
@@ -124,22 +192,28 @@ def stages(
     there = {n: n in roles and args[roles[n]] is not None for n in _OPTIONAL}
     values: dict[str, Any] = {n: Use(roles[n] if there.get(n, True) else roles["x"]) for n in ("x", *_OPTIONAL)}
     strides = dict(zip(views, rows.strides, strict=True))
+    size = unit(x.element_size(), *(step for pair in rows.strides for step in pair))
     for name in _SPREAD:
-        outer, inner = strides.get(name, (0, 0))
+        outer, inner = (step // size for step in strides.get(name, (0, 0)))
         last = views[name].stride(-1) if name in views else 0
         values |= {f"{name}_outer": outer, f"{name}_inner": inner, f"{name}_d": last}
-    count = rows.outer * rows.inner
-    values |= {"y": outs[0], "total": outs[-1], "rows": count, "inner": rows.inner, "width": x.shape[-1]}
+    count, (by, turn), width = rows.outer * rows.inner, divider(rows.inner), x.shape[-1]
+    values |= {"y": outs[0], "total": outs[-1], "rows": count, "inner": rows.inner, "by": by, "turn": turn}
     values |= {"eps": eps, "offset": offset, "RMS": rms} | {n.upper(): there[n] for n in _OPTIONAL}
-    values |= {"ROWS": config.rows, "BLOCK": power(x.shape[-1])}
+    values |= {"FLAT": rows.outer == 1, "UNIT": size, "WIDTH": width, "ROWS": config.rows}
+    held = blocks(width, config.chunk) * config.chunk * config.rows // (32 * config.num_warps)
+    values |= {"CHUNK": config.chunk, "CHUNKS": blocks(width, config.chunk)}
+    values["EARLY"] = held <= 40 and config.num_warps <= 8
     return (Stage(row_norm_kernel, (blocks(count, config.rows),), values, {"num_warps": config.num_warps}),)
 
 
 def decline(args: tuple[Any, ...], roles: Mapping[str, int]) -> str | None:
-    """Rows too long for registers, and leading dimensions that need more than two strides."""
+    """Rows too long for registers, 2^31 rows, and leading dimensions that need more than two strides."""
     x = args[roles["x"]]
     if x.shape[-1] > WIDEST:
         return f"a row of {x.shape[-1]} does not fit a block's registers (limit {WIDEST})"
+    if x.numel() >= MANY * max(x.shape[-1], 1):
+        return f"{x.numel() // x.shape[-1]} rows are 2^31 or more"
     if x.numel() and _rows(roles, args)[0] is None:
         return f"the rows of strides {tuple(x.stride()[:-1])} need more than two strides"
     return None

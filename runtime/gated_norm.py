@@ -1,8 +1,9 @@
-"""A gated residual addition and the norm that reads its sum as one op, where a kernel takes them.
+"""A residual addition and the norm that reads its sum as one op, where a kernel takes them.
 
-The blocks of diffusion transformers end so (adaLN-Zero, Peebles & Xie 2023): x + gate * branch, then the next layer's
-modulated norm.  The sum is read again by the next addition, so no spelling can say it; an addition without a gate is
-left alone, since a product takes it.  As in :mod:`.join`, it is done once sizes and strides are known.
+The blocks of diffusion transformers end so with a gate (adaLN-Zero, Peebles & Xie 2023): x + gate * branch, then the
+next layer's modulated norm; other transformers' without one, where no product of the backend took the addition.  The
+sum is read again by the next addition, so no spelling can say it.  As in :mod:`.join`, it is done once sizes and
+strides are known.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from fusegen.kernels.op import Op
 from fusegen.runtime.program import Applied, Node, Program, Ref, substitute
 from fusegen.runtime.specialize import propagate, spec_of
 
-RULE = "norm joined with the gated addition it reads"
+RULE = "norm joined with the addition it reads"
 _NORMS = {"fusegen.layer_norm.default": "layer", "fusegen.rms_norm.default": "rms"}
 _JOINED = "fusegen.add_norm.default"
 
 
 def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None]) -> Program:
-    """The static ``program``, its strides known, with ``add_norm`` in the place of the product with the gate, the
-    addition and its first norm, where a kernel takes it.  ``declined(op, args)``: why none does, or None.
+    """The static ``program``, its strides known, with ``add_norm`` in the place of the product with the gate (if there
+    is one), the addition and its first norm, where a kernel takes it.  ``declined(op, args)``: why none does, or None.
     """
     made = {o: n for n in program.nodes for o in n.outputs}
     users = program.users()
@@ -41,7 +42,7 @@ def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | Non
         reason = _declined(joined, program, declined)
         if reason is None:
             fused[norm.name] = joined
-            gone |= {total.name, product}
+            gone |= {total.name} if product is None else {total.name, product}
         else:
             left.append(f"{norm.name}: {reason}")
     if fused or left:
@@ -52,8 +53,9 @@ def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | Non
 
 def _parts(
     total: Node, made: Mapping[str, Node], users: Mapping[str, list[Node]], program: Program
-) -> tuple[str, Ref, Ref, Ref] | None:
-    """The name of the node that makes gate * branch, then x, branch and gate; None where ``total`` is another sum."""
+) -> tuple[str | None, Ref, Ref, Ref | None] | None:
+    """The name of the node that makes gate * branch, then x, branch and gate; no name and no gate where the branch has
+    none.  None where ``total`` is another sum."""
     if total.op != "aten.add.Tensor" or total.args["alpha"] != 1:
         return None
     operands = total.args["self"], total.args["other"]
@@ -67,6 +69,10 @@ def _parts(
         for gate, branch in (factors, factors[::-1]):
             if _alike(x, branch, program) and _alike(x, Ref(total.outputs[0]), program):
                 return product.name, x, branch, gate
+    x, branch = operands
+    if isinstance(x, Ref) and isinstance(branch, Ref):
+        if _alike(x, branch, program) and _alike(x, Ref(total.outputs[0]), program):
+            return None, x, branch, None
     return None
 
 
@@ -75,7 +81,7 @@ def _alike(x: Ref, other: Ref, program: Program) -> bool:
     return one.sizes == two.sizes and one.dtype == two.dtype
 
 
-def _joined(norm: Node, total: Node, x: Ref, branch: Ref, gate: Ref) -> Node:
+def _joined(norm: Node, total: Node, x: Ref, branch: Ref, gate: Ref | None) -> Node:
     """The op in the place of the norm; its outputs keep the names of norm and sum."""
     kind = _NORMS[norm.op]
     kept = {k: norm.args.get(k) for k in ("weight", "bias", "scale", "shift")}

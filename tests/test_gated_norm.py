@@ -1,4 +1,4 @@
-"""A gated residual addition and the norm of its sum become one op where a kernel takes them."""
+"""A residual addition, gated or not, and the norm of its sum become one op where a kernel takes them."""
 
 from __future__ import annotations
 
@@ -62,9 +62,14 @@ def test_they_become_one(kind: str, gate: str, dtype: str, bound: float) -> None
     assert f"kernel {kind}_norm C++" not in counts and "aten aten.add.Tensor" not in counts
 
 
-@pytest.mark.parametrize(
-    "options", [{"late": True}, {"twice": True}, {"again": True}], ids=["read before", "alpha", "product read again"]
-)
+def test_without_a_gate_of_its_own_the_addition_is_still_taken() -> None:
+    torch.manual_seed(0)
+    counts, left = planned(Block(again=True), torch.randn(2, 7, 24))  # the product is read again, so it stays
+    assert counts[FUSED] == 1 and left == [] and "kernel layer_norm C++" not in counts
+    assert "aten aten.mul.Tensor" in counts
+
+
+@pytest.mark.parametrize("options", [{"late": True}, {"twice": True}], ids=["read before", "alpha"])
 def test_what_stays_separate(options: dict[str, bool]) -> None:
     torch.manual_seed(0)
     counts, left = planned(Block(**options), torch.randn(2, 7, 24))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fusegen.bench import gpu_contenders, kernels, roofline, timing, verify
 from fusegen.bench.gpu_stages import (
     Call,
+    Declined,
     Setting,
     arguments,
     captured,
@@ -123,6 +124,8 @@ def _heat(setting: Setting, op: Op, base: Row, args: tuple[Any, ...], dtype: tor
             if rows[who].ok:
                 replays[who] = captured(calls)
                 replays[who]()
+        except Declined as why:
+            rows[who] = replace(base, contender=who, ok=True, note=str(why)[:300])
         except Exception as error:
             # A rehearsal's cases are the smallest, not those that a peer's form is written for.
             excused = setting.rehearse and who != "fusegen"

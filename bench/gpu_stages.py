@@ -74,11 +74,15 @@ def expected(op: Op, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return kernels.results(op, op.reference(*wide), wide)
 
 
+class Declined(RuntimeError):
+    """No kernel takes these arguments; the reference serves them.  One line."""
+
+
 def bound(op: Op, args: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Launch]:
-    """(outputs full of NaN, the launch of the GPU kernel); raises where every kernel declines."""
+    """(outputs full of NaN, the launch of the GPU kernel); raises :class:`Declined`."""
     picked = registry.pick(op, "cuda", args)
     if picked.kernel is None:
-        raise RuntimeError(picked.refusal())
+        raise Declined(f"the reference serves: {picked.refusal()}")
     outs = op.allocate(*args)
     for out in outs:
         out.fill_(math.nan if out.is_floating_point() else -1)

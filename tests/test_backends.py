@@ -5,11 +5,12 @@ from __future__ import annotations
 import peers
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import plainly, relative
 from torch import nn
 
 from fusegen.runtime import api, backends
-from fusegen.runtime.backends import onednn
+from fusegen.runtime.backends import onednn, plain
 from fusegen.runtime.errors import RequestError
 
 
@@ -106,6 +107,24 @@ def test_convolutions_written_to_their_planned_place(channels, batch, dtype, bou
     planned = [s.binding.planned for s in session.plan.steps if "conv2d" in s.binding.name]
     assert len(planned) >= 4 and all(planned)
     assert not any(s.binding.planned for s in fresh.plan.steps if "onednn conv2d" in s.binding.name)
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["channels-last", "contiguous"])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 1)])
+def test_a_plain_convolution_of_single_pixels_is_a_product(last, stride, monkeypatch):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 5, 6, 7), torch.randn(3, 5, 1, 1), torch.randn(3)
+    want = F.conv2d(x, weight, bias, stride)
+    residual, layout = torch.randn_like(want), torch.channels_last if last else torch.contiguous_format
+    called = []
+    convolve = torch.nn.functional.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args: called.append(args) or convolve(*args))
+    values = dict(input=x.contiguous(memory_format=layout), weight=weight, bias=bias, residual=residual)
+    values |= dict(activation="relu", multiplier=None, stride=stride, padding=(0, 0), dilation=(1, 1), groups=1)
+    got = plain.conv2d(**values)
+    assert relative(got, torch.relu(want + residual)) <= 1e-6
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    assert bool(called) == (not last or stride != (1, 1))
 
 
 class Aliases(nn.Module):

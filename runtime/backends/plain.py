@@ -22,7 +22,14 @@ def linear(**values: Any) -> Tensor:
 
 
 def conv2d(**values: Any) -> Tensor:
-    """``runtime.conv2d``, channels-last."""
+    """``runtime.conv2d``, channels-last; of single pixels as a product of matrices, whose library adds the bias too."""
+    x, weight = values["input"], values["weight"]
+    plain = tuple(values["stride"]) == (1, 1) and not any(values["padding"]) and values["groups"] == 1
+    if plain and weight.shape[2:] == (1, 1) and x.is_contiguous(memory_format=torch.channels_last):
+        after = {k: None if values[k] is None else values[k].permute(0, 2, 3, 1) for k in ("residual", "multiplier")}
+        rows, own = x.permute(0, 2, 3, 1), {k: values[k] for k in ("bias", "activation")}
+        made = EAGER["runtime.linear"](input=rows, weight=weight.flatten(1), **own, **after)
+        return made.contiguous().permute(0, 3, 1, 2)
     return EAGER["runtime.conv2d"](**values).contiguous(memory_format=torch.channels_last)
 
 

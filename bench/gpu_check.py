@@ -109,7 +109,8 @@ class Started:
 
 
 def start(queue: Sequence[Timed], path: Path, rehearse: bool, cache: str) -> Started:
-    command = [sys.executable, "-W", "ignore", "-m", "fusegen.bench.gpu_check", "--out", str(path)]
+    # -P: in a checkout's folder, transformers would take its kernels/ for a package of its own.
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "fusegen.bench.gpu_check", "--out", str(path)]
     command += [f"--stage={stage}@{until}" for stage, until in queue] + (["--rehearse"] if rehearse else [])
     extra = {**INTERPRETED, "FUSEGEN_CACHE": cache} if rehearse else {}
     errors = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)

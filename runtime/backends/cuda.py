@@ -15,6 +15,7 @@ from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.program import Node, Program
+from fusegen.runtime.rewrite import biases
 from fusegen.runtime.rewrite.epilogue import merge_linears
 from fusegen.runtime.specialize import propagate
 from fusegen.runtime.weights import Weights
@@ -41,8 +42,8 @@ class Cuda(Backend):
             raise RequestError("there is no CUDA device here", mend="pass device='cpu'")
 
     def lower(self, program: Program) -> Program:
-        """Merge products of one input; convolutions give channels-last."""
-        return propagate(plain.convolutions(merge_linears(program)))
+        """Biases go where they cost no launch, products of one input are merged, convolutions give channels-last."""
+        return propagate(plain.convolutions(merge_linears(biases.moved(program))))
 
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """ATen, and our form of convolutions."""

@@ -20,7 +20,7 @@ from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
 
 ROLES = {"x": 0, "weight": 2, "bias": 3, "add": 6, "scale": 7, "shift": 8}  # positions in the schema
-SLAB = 16384  # elements of the padded tile that a one-launch program may hold in registers
+SLAB = 49152  # elements of the padded tiles that a one-launch program may hold in registers, 48 a thread
 SOURCE = Path(kernels.__file__)
 _FLAGS = {"WEIGHT": "weight", "BIAS": "bias", "PLUS": "add", "SCALE": "scale", "SHIFT": "shift"}
 
@@ -46,9 +46,13 @@ class Problem:
     dtype: torch.dtype
 
     @property
-    def tile(self) -> tuple[int, int]:
-        """The tile that holds a whole slab."""
-        return power(self.channels // self.groups), power(self.pixels)
+    def slab(self) -> tuple[int, int, int]:
+        """(channels, pixels, tiles) that hold a whole slab.  Where channels are innermost one tile takes all of them:
+        several would each read all lines of memory."""
+        per, most = self.channels // self.groups, power(self.channels // self.groups)
+        sizes = [most] if self.last else [most >> i for i in range(most.bit_length())]
+        channels = next(c for c in sizes if self.last or 7 * (blocks(per, c) * c - per) <= per)
+        return channels, power(self.pixels), blocks(per, channels)
 
     def key(self, what: str) -> str:
         """Everything but the batch; ``what`` else the best choice depends on."""
@@ -56,26 +60,26 @@ class Problem:
         return f"{self.channels}x{self.pixels} {self.groups} {layout} {dtype} {what}"
 
     def default(self) -> Config:
-        """One launch where the padded slab fits; else tiles of 4096 elements, 64 channels wide where those are
-        innermost."""
-        block_c, block_s = self.tile
-        if block_c * block_s <= SLAB:
-            return Config(True, block_c * block_s, block_c, max(1, min(16, block_c * block_s // 512)))
+        """One launch where the padded slab fits, with 8 elements of each tile a thread; else tiles of 4096 elements,
+        64 channels wide where those are innermost."""
+        channels, pixels, tiles = self.slab
+        if channels * pixels * tiles <= (SLAB // 3 if self.last else SLAB):
+            return Config(True, channels * pixels, channels, max(1, min(32, channels * pixels // 256)))
         block, most = 4096, power(self.channels)
-        return Config(False, block, min(64, most) if self.last else max(1, min(most, block // block_s)), 4)
+        return Config(False, block, min(64, most) if self.last else max(1, min(most, block // pixels)), 4)
 
     def space(self) -> Iterator[Config]:
-        """The slab with more or fewer warps up to twice its default limit; tiles of 1024 to 16384 elements."""
-        block_c, block_s = self.tile
-        slab = block_c * block_s
+        """The slab with more or fewer warps up to its limit; tiles of 1024 to 16384 elements."""
+        channels, pixels, tiles = self.slab
+        tile = channels * pixels
         for warps in (1, 2, 4, 8, 16, 32):
-            if slab <= 2 * SLAB and 4 <= slab // (32 * warps) <= 64:
-                yield Config(True, slab, block_c, warps)
+            if tile * tiles <= SLAB and tile // (32 * warps) >= 4 and tile * tiles // (32 * warps) <= 64:
+                yield Config(True, tile, channels, warps)
         for block in (1024, 2048, 4096, 8192, 16384):
             for warps in (4, 8, 16):
-                for channels in (32, 64, 128) if self.last else (1, 4):
-                    if channels <= power(self.channels) and 8 <= block // (32 * warps) <= 64 and slab >= 4096:
-                        yield Config(False, block, channels, warps)
+                for wide in (32, 64, 128) if self.last else (1, 4):
+                    if wide <= power(self.channels) and 8 <= block // (32 * warps) <= 64 and tile * tiles >= 4096:
+                        yield Config(False, block, wide, warps)
 
 
 def problem(x: Tensor, groups: int, channels: int | None = None) -> Problem:
@@ -140,8 +144,10 @@ def launches(
     every = _values(outs, args, roles, given, join) | {"eps": eps, "SILU": silu}
     batch, warps, all_groups = x.shape[0], {"num_warps": config.num_warps}, (x.shape[0] * given.groups,)
     if config.slab:
-        block_c, block_s = given.tile
-        return (_stage(kernels.slab_kernel, all_groups, every, warps, BLOCK_C=block_c, BLOCK_S=block_s),)
+        block_c, block_s, tiles = given.slab
+        even = (block_c * tiles, block_s) == (every["per_group"], given.pixels)
+        every |= {"BLOCK_C": block_c, "BLOCK_S": block_s, "TILES": tiles, "EVEN": even}
+        return (_stage(kernels.slab_kernel, all_groups, every, warps),)
     block_c, block_s = config.channels, config.block // config.channels
     chunks = blocks(given.pixels, block_s)
     grid = (chunks, blocks(given.channels, block_c), batch)

@@ -1,8 +1,9 @@
 """The Triton kernels of group normalization, with or without something joined to x first.
 
-A tensor is seen as (B, C, S) with any strides of C and S.  A slab (one sample's group) that fits a block's registers
-takes one launch.  A larger one takes three, parallel also at batch 1: means and squared deviations of each channel over
-each chunk of S; their combination per group (Chan, Golub & LeVeque 1983), in a fixed order; the normalization.
+A tensor is seen as (B, C, S) with any strides of C and S.  A slab (one sample's group) that fits a block's registers,
+as tiles of a power of two channels, takes one launch.  A larger one takes three, parallel also at batch 1: means and
+squared deviations of each channel over each chunk of S; their combination per group (Chan, Golub & LeVeque 1983), in a
+fixed order; the normalization.
 
 ``JOIN`` is 0, ADDED (x + other, rounded and stored) or CONCAT (the channels of x, ``split`` of them, then other's): the
 first launch writes what it joins, the last one reads that.
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fusegen.kernels.gpu.activation import sigmoid
 
 ADDED, CONCAT = tl.constexpr(1), tl.constexpr(2)
 
@@ -35,23 +38,23 @@ def _joined(
 
 
 @triton.jit
-def _finish(
-    x, weight, bias, scale, shift, b, channel, keep, mean, rstd, scale_b, scale_c, shift_b, shift_c,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr,
+def _affine(
+    weight, bias, scale, shift, b, channel, keep, scale_b, scale_c, shift_b, shift_c,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """Normalize, scale and shift per channel, modulate, activate; ``channel``, ``mean`` and ``rstd`` are columns."""
-    y = (x - mean) * rstd
+    """(gain, offset) of each of the column ``channel``: what follows the statistics, put together."""
+    gain = tl.full(channel.shape, 1.0, tl.float32)
+    offset = tl.zeros(channel.shape, tl.float32)
     if WEIGHT:
-        y = y * tl.load(weight + channel, mask=keep, other=0.0).to(tl.float32)
+        gain = tl.load(weight + channel, mask=keep, other=0.0).to(tl.float32)
     if BIAS:
-        y = y + tl.load(bias + channel, mask=keep, other=0.0).to(tl.float32)
+        offset = tl.load(bias + channel, mask=keep, other=0.0).to(tl.float32)
     if SCALE:
-        y = y * (1.0 + tl.load(scale + b * scale_b + channel * scale_c, mask=keep, other=0.0).to(tl.float32))
+        own = 1.0 + tl.load(scale + b * scale_b + channel * scale_c, mask=keep, other=0.0).to(tl.float32)
+        gain, offset = gain * own, offset * own
     if SHIFT:
-        y = y + tl.load(shift + b * shift_b + channel * shift_c, mask=keep, other=0.0).to(tl.float32)
-    if SILU:
-        y = y / (1.0 + tl.exp(-y))
-    return y
+        offset = offset + tl.load(shift + b * shift_b + channel * shift_c, mask=keep, other=0.0).to(tl.float32)
+    return gain, offset
 
 
 @triton.jit
@@ -59,26 +62,48 @@ def slab_kernel(
     x, other, joined, weight, bias, add, scale, shift, y, x_b, x_c, x_s, o_b, o_c, o_s, y_b, y_c, y_s,
     add_b, add_c, scale_b, scale_c, shift_b, shift_c, split, groups, per_group, pixels, eps,
     JOIN: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, SCALE: tl.constexpr,
-    SHIFT: tl.constexpr, SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    SHIFT: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    """One program a slab: (per_group, pixels) held whole in registers as a (BLOCK_C, BLOCK_S) tile."""
+    """One program a slab: (per_group, pixels) held whole in registers, in TILES of (BLOCK_C, BLOCK_S); EVEN, with
+    nothing left over."""
     b, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0) % groups
     c, s = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_S)[None, :]
-    keep_c, keep = c < per_group, (c < per_group) & (s < pixels)
-    channel, wide_s = (group * per_group + c).to(tl.int64), s.to(tl.int64)
-    tile = _joined(x, other, joined, b, channel, wide_s, keep, x_b, x_c, x_s, o_b, o_c, o_s, y_b, y_c, y_s, split, JOIN)
-    if PLUS:
-        tile = tile + tl.load(add + b * add_b + channel * add_c, mask=keep_c, other=0.0).to(tl.float32)
-        tile = tl.where(keep, tile, 0.0)
+    wide_s = s.to(tl.int64)
+    tiles, gains, offsets, sums = (), (), (), tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    for k in tl.static_range(TILES):
+        keep_c, channel = k * BLOCK_C + c < per_group, (group * per_group + k * BLOCK_C + c).to(tl.int64)
+        keep = keep_c & (s < pixels)
+        tile = _joined(
+            x, other, joined, b, channel, wide_s, keep, x_b, x_c, x_s, o_b, o_c, o_s, y_b, y_c, y_s, split, JOIN
+        )  # fmt: skip
+        if PLUS:
+            tile = tile + tl.load(add + b * add_b + channel * add_c, mask=keep_c, other=0.0).to(tl.float32)
+            tile = tile if EVEN else tl.where(keep, tile, 0.0)
+        gain, offset = _affine(
+            weight, bias, scale, shift, b, channel, keep_c, scale_b, scale_c, shift_b, shift_c,
+            WEIGHT, BIAS, SCALE, SHIFT,
+        )  # fmt: skip
+        tiles += (tile,)
+        gains += (gain,)
+        offsets += (offset,)
+        sums += tile
     count = tl.cast(per_group * pixels, tl.float32)
-    mean = tl.sum(tl.sum(tile, axis=1), axis=0) / count
-    centred = tl.where(keep, tile - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, axis=1), axis=0) / count + eps)
-    out = _finish(
-        tile, weight, bias, scale, shift, b, channel, keep_c, mean, rstd, scale_b, scale_c, shift_b, shift_c,
-        WEIGHT, BIAS, SCALE, SHIFT, SILU,
-    )  # fmt: skip
-    tl.store(y + b * y_b + channel * y_c + wide_s * y_s, out.to(y.dtype.element_ty), mask=keep)
+    mean = tl.sum(tl.sum(sums, axis=1), axis=0) / count
+    squares = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    for k in tl.static_range(TILES):
+        away = tiles[k] - mean
+        if not EVEN:
+            away = tl.where((k * BLOCK_C + c < per_group) & (s < pixels), away, 0.0)
+        squares += away * away
+    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / count + eps)
+    for k in tl.static_range(TILES):
+        keep_c, channel = k * BLOCK_C + c < per_group, (group * per_group + k * BLOCK_C + c).to(tl.int64)
+        out = (tiles[k] - mean) * (rstd * gains[k]) + offsets[k]
+        if SILU:
+            out = out * sigmoid(out)
+        at = y + b * y_b + channel * y_c + wide_s * y_s
+        tl.store(at, out.to(y.dtype.element_ty), mask=keep_c & (s < pixels))
 
 
 @triton.jit
@@ -150,8 +175,10 @@ def apply_kernel(
         mean -= tl.load(add + b * add_b + c * add_c, mask=keep_c, other=0.0).to(tl.float32)
     wide_c, wide_s = c.to(tl.int64), s.to(tl.int64)
     tile = tl.load(x + b * x_b + wide_c * x_c + wide_s * x_s, mask=keep, other=0.0).to(tl.float32)
-    out = _finish(
-        tile, weight, bias, scale, shift, b, c, keep_c, mean, rstd, scale_b, scale_c, shift_b, shift_c,
-        WEIGHT, BIAS, SCALE, SHIFT, SILU,
-    )  # fmt: skip
+    gain, offset = _affine(
+        weight, bias, scale, shift, b, c, keep_c, scale_b, scale_c, shift_b, shift_c, WEIGHT, BIAS, SCALE, SHIFT
+    )
+    out = (tile - mean) * (rstd * gain) + offset
+    if SILU:
+        out = out * sigmoid(out)
     tl.store(y + b * y_b + wide_c * y_c + wide_s * y_s, out.to(y.dtype.element_ty), mask=keep)

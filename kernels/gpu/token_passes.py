@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fusegen.kernels import sample_token as spec
+from fusegen.kernels.gpu.arrival import arrive
 from fusegen.kernels.gpu.token_row import (
     ARRIVED,
     BELOW,
@@ -29,7 +30,6 @@ from fusegen.kernels.gpu.token_row import (
     UNDER,
     UPPER,
     append,
-    arrive,
     bin_of,
     clean,
     clear,
@@ -99,7 +99,7 @@ def bins_kernel(
         tl.atomic_add(masses + bin, w, mask=w > 0, sem="relaxed")
         if TOP_K:
             tally(counts, bin, d < float("inf"))
-        if arrive(cells, tl.num_programs(0)):
+        if arrive(cells + ARRIVED, tl.num_programs(0)):
             rows = rows_of(masses)
             fewest, lower = tl.sum(rows, axis=0), tl.cast(_BINS, tl.int32)
             most, end, left = fewest, lower, tl.cast(0, tl.int64)
@@ -197,7 +197,7 @@ def moments_kernel(
         tl.atomic_add(cells + MASS, tl.sum(w, axis=0), sem="relaxed")
         own = tl.sum((w.to(tl.float32) * tl.where(there, d, 0.0)).to(tl.int64), axis=0)
         tl.atomic_add(cells + MOMENT, own, sem="relaxed")
-        if arrive(cells, tl.num_programs(0)):
+        if arrive(cells + ARRIVED, tl.num_programs(0)):
             farthest = tl.cast(float("inf"), tl.float32)
             mass, moment = tl.load(cells + MASS), tl.load(cells + MOMENT)
             if TOP_K or TOP_P:
@@ -234,7 +234,7 @@ def away_kernel(
         w = tl.where(kept(d, w, tl.load(reals + FARTHEST), least, 0.0, float("inf")), w, 0)
         masses += b * _BINS
         tl.atomic_add(masses + bin_of(tl.abs(d - centre), scale_of(inverse)), w, mask=w > 0, sem="relaxed")
-        if arrive(cells, tl.num_programs(0)):
+        if arrive(cells + ARRIVED, tl.num_programs(0)):
             lower, below = find(masses, rows_of(masses), tl.load(cells + LIMIT))
             clear(masses)
             tl.store(cells + LOWER, lower.to(tl.int64))

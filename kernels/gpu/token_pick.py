@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from fusegen.kernels import sample_token as spec
+from fusegen.kernels.gpu.arrival import arrive
 from fusegen.kernels.gpu.noise_normal import philox
 from fusegen.kernels.gpu.token_passes import (
     ALONE,
@@ -39,7 +40,6 @@ from fusegen.kernels.gpu.token_row import (
     MODEL,
     RAW,
     append,
-    arrive,
     bin_of,
     clean,
     clear,
@@ -123,7 +123,7 @@ def pick_kernel(
         elif TOP_K or TOP_P:
             append(entries, cells, v, i, (d < float("inf")) & (((bin >= lower) & (bin <= upper)) | (bin == end)))
         tl.atomic_add(lanes + tl.arange(0, _LANES), w, mask=keep & (w > 0) & (bin < lower), sem="relaxed")
-    if arrive(cells, tl.num_programs(0)):
+    if arrive(cells + ARRIVED, tl.num_programs(0)):
         norm, reach = tl.cast(0.0, tl.float32), tl.cast(0.0, tl.float32)
         if greedy == 0:
             if TYPICAL or TOP_K or TOP_P:
@@ -185,7 +185,7 @@ def top_bins_kernel(y, cells, reals, counts, size, row, top):
     cells, counts = cells + b * _CELLS, counts + b * _BINS
     _, _, bin, keep = keeping(y + b * row, cells, reals + b * 8, size)
     tally(counts, bin, keep)
-    if arrive(cells, tl.num_programs(0)):
+    if arrive(cells + ARRIVED, tl.num_programs(0)):
         tl.store(cells + LOWER, find(counts, rows_of(counts), top)[0].to(tl.int64))
         clear(counts)
         tl.store(cells + ARRIVED, 0)
@@ -198,7 +198,7 @@ def top_kernel(y, cells, reals, entries, ids, logprobs, size, row, top):
     cells, reals, entries = cells + b * _CELLS, reals + b * 8, entries + b * size
     v, i, bin, keep = keeping(y + b * row, cells, reals, size)
     append(entries, cells, v, i, keep & (bin <= tl.load(cells + LOWER)))
-    if arrive(cells, tl.num_programs(0)):
+    if arrive(cells + ARRIVED, tl.num_programs(0)):
         length = tl.load(cells + LISTED).to(tl.int32)
         largest, inverse, norm = tl.load(reals + LARGEST), tl.load(reals + INVERSE), tl.load(reals + NORM)
         alone, before = tl.load(reals + ALONE) != 0.0, tl.cast(2**63 - 1, tl.int64)

@@ -153,13 +153,6 @@ def clear(bins):
 
 
 @triton.jit
-def arrive(cells, programs):
-    """Whether every other program of the row has come here before; what they wrote can be read then."""
-    tl.debug_barrier()
-    return tl.atomic_add(cells + ARRIVED, 1, sem="acq_rel") == programs - 1
-
-
-@triton.jit
 def append(entries, cells, y, i, wanted):
     """Add the wanted (value, id) to the row's list."""
     n = tl.sum(wanted.to(tl.int32), axis=0)

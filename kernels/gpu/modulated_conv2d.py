@@ -3,7 +3,8 @@
 Styles multiply the input tile between its load and the product; the norm, noise, bias and activation follow on the
 accumulator.  Styles are divided by their largest magnitude and the result multiplied by it, so that half precision does
 not overflow.  A transposed convolution runs phase by phase: an output of one phase meets every up-th tap.  The weights
-are laid out anew, taps outermost, by a first launch, which also squares them for the norms of the second.
+are laid out anew, taps outermost, by a first launch, which also squares them for the norms of the second.  Few pixels
+need neither: see :mod:`.modulated_few`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusegen.kernels.gpu import modulated_few as few
 from fusegen.kernels.gpu.activation import activated
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
 from fusegen.kernels.gpu.tune import Tunable
@@ -139,13 +141,15 @@ def modulated_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of ``pixels`` by ``outputs`` by ``channels``, and how a program runs."""
+    """Tiles of ``pixels`` by ``outputs`` by ``channels``, and how a program runs.  ``splits``: with few pixels, the
+    parts that sums are made in, ``channels`` counting (channel, tap) pairs; 0 where the weights are laid out anew."""
 
     pixels: int
     outputs: int
     channels: int
     num_warps: int
     num_stages: int
+    splits: int = 0
 
 
 def key(x: Tensor, weight: Tensor, styles: Tensor, *rest: Any) -> str:
@@ -153,7 +157,8 @@ def key(x: Tensor, weight: Tensor, styles: Tensor, *rest: Any) -> str:
     s = sizes(x, weight, styles, *rest)
     layout = "last" if is_channels_last(x) else "first"
     kind = str(x.dtype).removeprefix("torch.")
-    return f"{s.channels}-{s.outputs} {s.height}x{s.width} {s.taps_y}x{s.taps_x} up{s.up} {layout} {kind}"
+    rows = " rows" if few.serves(x, weight, styles, *rest) else ""
+    return f"{s.channels}-{s.outputs} {s.height}x{s.width} {s.taps_y}x{s.taps_x} up{s.up} {layout} {kind}{rows}"
 
 
 def _quarter(x: Tensor, *rest: Any) -> tuple[int, int]:
@@ -164,6 +169,8 @@ def _quarter(x: Tensor, *rest: Any) -> tuple[int, int]:
 
 def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = 0) -> Config:
     """128 pixels by 128 channels where there are so many; less where that leaves most of the chip idle."""
+    if few.serves(x, weight, *rest):
+        return _few(x, weight, *rest, outputs=32, channels=64 if x.dtype == torch.float32 else 128)
     rows, cols = _quarter(x, weight, *rest)
     wide = x.dtype == torch.float32
     most = 64 if wide and sizes(x, weight, *rest).up > 1 else 128  # or an sm_80 spills thousands of registers
@@ -173,8 +180,22 @@ def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = 0) -> Config:
     return Config(pixels, outputs, 32 if wide else 64, warps, 2 if wide else 3)
 
 
+def _few(x: Tensor, weight: Tensor, *rest: Any, outputs: int, channels: int, num_warps: int = 0) -> Config:
+    s = sizes(x, weight, *rest)
+    pixels = max(SMALLEST, min(32, power(s.out_y * s.out_x)))
+    channels = max(SMALLEST, min(channels, power(s.channels * s.taps_y * s.taps_x)))
+    splits = few.splits(x, weight, pixels, outputs, channels, *rest)
+    warps = num_warps or (8 if pixels * channels * x.element_size() > 4096 else 4)
+    return Config(pixels, outputs, channels, warps, 5, splits)
+
+
 def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
-    """Tiles of 16 to 256 pixels by 16 to 128 channels."""
+    """Tiles of 16 to 256 pixels by 16 to 128 channels; with few pixels, 16 to 64 outputs by parts of sums."""
+    if few.serves(x, weight, *rest):
+        for outputs in (16, 32, 64):
+            for channels in (64, 128, 256):
+                for warps in (4, 8):
+                    yield _few(x, weight, *rest, outputs=outputs, channels=channels, num_warps=warps)
     rows, cols = _quarter(x, weight, *rest)
     for pixels in (16, 32, 64, 128, 256):
         for outputs in (16, 32, 64, 128):
@@ -232,6 +253,8 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
         "BLOCK_O": config.outputs, "BLOCK_I": config.channels,
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
     }  # fmt: skip
+    if config.splits:
+        return (few.stage(values | {"weight": Use(WEIGHT), "styles": Use(STYLES)}, args, config),)
     grid = (tiles_y * tiles_x * blocks(s.outputs, config.outputs), s.batch * up * up)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     prepared = _prepared(args, packed, squares, scaled, norms)
@@ -250,6 +273,8 @@ def decline(x: Tensor, *rest: Any) -> str | None:
 
 def small(x: Tensor, *rest: Any) -> Iterator[Config]:
     yield Config(16, 16, 16, 4, 2)
+    if few.serves(x, *rest):
+        yield _few(x, *rest, outputs=16, channels=16)
 
 
 def specimens() -> Iterator[Named]:
@@ -263,6 +288,10 @@ def specimens() -> Iterator[Named]:
             yield f"{kind} {name}", lambda a=(x, *own, *after, *layer): a  # type: ignore[misc]
             rest = (True, 2, [0, 0], "linear", None, None, None, 1e-8)
             yield f"{kind} {name} transposed", lambda a=(x, *own, None, None, *rest): a  # type: ignore[misc]
+        x = meta(1, 512, 4, 4, dtype=dtype)
+        after = (meta(1, 1, 4, 4, dtype=dtype), meta(512, dtype=dtype))
+        yield f"{kind} 512 4x4", lambda a=(x, *own, *after, *layer): a  # type: ignore[misc]
+        yield f"{kind} 512 4x4 transposed", lambda a=(x, *own, None, None, *rest): a  # type: ignore[misc]
 
 
 TUNABLE = Tunable("modulated_conv2d", Config, key, default, space, stages, Path(__file__), small)

@@ -1,7 +1,9 @@
-"""One token a row on NVIDIA GPUs: penalties and biases by many programs, then one program a row for the rest.
+"""One token a row on NVIDIA GPUs, every pass of a row by many programs: see :mod:`.token_passes`.
 
-Thresholds are found by narrowing a bracket of keys eightfold a pass, with masses as integers, so that nothing depends
-on the order in which anything is summed.  Launched with ``EXACT``; see ``kernels/sample_token.py``.
+A first pass finds the largest y (and writes y where anything changes the logits), one the bins in which top-k and top-p
+end, two what typical-p needs, one draws, two find the likeliest tokens: each only where its argument is given.  Masses
+are integers, so that nothing depends on the order in which anything is summed.  Launched with ``EXACT``; see
+``kernels/sample_token.py``.
 """
 
 from __future__ import annotations
@@ -16,17 +18,15 @@ from torch import Tensor
 
 from fusegen.kernels import sample_token as spec
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, TritonLaunch, Use, blocks, meta, power
-from fusegen.kernels.gpu.noise_normal import EXACT, philox
-from fusegen.kernels.gpu.token_row import after, boundary, clean, draw, largest_of, masses_of, moment_of, share
+from fusegen.kernels.gpu.noise_normal import EXACT
+from fusegen.kernels.gpu.token_passes import away_kernel, bins_kernel, moments_kernel
+from fusegen.kernels.gpu.token_pick import pick_kernel, top_bins_kernel, top_kernel
+from fusegen.kernels.gpu.token_row import BEST, BINS, BLOCK, CELLS, LANES, LOWEST, RAW, clean, pack
 from fusegen.kernels.op import FLOATS, Kernel
 
 WARPS = 8
-BLOCK = 1024
 PAIRS = 2048  # the most sparse biases a row
-_TAG = tl.constexpr(spec.TAG)
-_LAST = tl.constexpr(0x7F7FFFFF)  # the bits of the largest finite float
-_UNIT = tl.constexpr(2.0**-spec.BITS)
-_WHOLE = tl.constexpr(2.0**spec.BITS)
+_CELLS, _LOWEST = tl.constexpr(CELLS), tl.constexpr(LOWEST)
 
 
 @triton.jit
@@ -45,16 +45,26 @@ def count_kernel(history, lengths, prompts, counts, length, size, LENGTHS: tl.co
 
 
 @triton.jit
+def publish(cell, v, i, keep):
+    """Raise a cell to the largest of the kept (value, id)."""
+    tl.atomic_max(cell, tl.max(tl.where(keep, pack(v, i), _LOWEST), axis=0), sem="relaxed")
+
+
+@triton.jit
 def prepare_kernel(
-    logits, y, counts, repetition, frequency, presence, bias, mask, size, logits_row, bias_row, mask_row,
+    logits, y, cells, counts, repetition, frequency, presence, bias, mask, size, logits_row, bias_row, mask_row,
     HISTORY: tl.constexpr, REPETITION: tl.constexpr, FREQUENCY: tl.constexpr, PRESENCE: tl.constexpr,
-    BIAS: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, MASK: tl.constexpr, WRITE: tl.constexpr, FIND: tl.constexpr, FIND_RAW: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y (B, V) float32 but for sparse biases; leaves ``counts`` zero.  MASK: 0 none, 1 bool, 2 bits."""
+    """y (B, V) float32 but for sparse biases, where WRITE, its largest, and that of the logits; leaves ``counts`` zero.
+    MASK: 0 none, 1 bool, 2 bits."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     keep = i < size
     v = clean(tl.load(logits + b * logits_row + i, mask=keep, other=0.0).to(tl.float32))
+    if FIND_RAW:
+        publish(cells + b * _CELLS + RAW, v, i, keep)
     if HISTORY:
         count = tl.load(counts + b * size + i, mask=keep, other=0)
         tl.store(counts + b * size + i, 0, mask=keep)
@@ -74,7 +84,10 @@ def prepare_kernel(
     if MASK == 2:
         word = tl.load(mask + b * mask_row + i // 32, mask=keep, other=0)
         v = tl.where(((word >> (i % 32)) & 1) != 0, v, -float("inf"))
-    tl.store(y + b * size + i, v, mask=keep)
+    if WRITE:
+        tl.store(y + b * size + i, v, mask=keep)
+    if FIND:
+        publish(cells + b * _CELLS + BEST, v, i, keep)
 
 
 @triton.jit
@@ -93,94 +106,6 @@ def bias_kernel(y, ids, values, size, pairs, row, BLOCK: tl.constexpr):
     tl.store(y + b * size + mine, total, mask=inside)
 
 
-@triton.jit
-def row_kernel(
-    y, logits, seeds, positions, requests, temperature, top_k, top_p, min_p, typical_p, token, logprob, settings,
-    least_of, size, REQUESTS: tl.constexpr, TEMPERATURE: tl.constexpr, TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr, MIN_P: tl.constexpr, TYPICAL: tl.constexpr, MODEL: tl.constexpr,
-):  # fmt: skip
-    """Thresholds, draw and log-probability of row b; ``settings`` (B, 8) is what ``top_kernel`` needs of them."""
-    b = tl.program_id(0).to(tl.int64)
-    y += b * size
-    largest, picked = largest_of(y, size)
-    farthest, centre, away, least = float("inf"), 0.0, float("inf"), tl.cast(0, tl.int64)
-    heat = tl.load(temperature + b) if TEMPERATURE else 1.0
-    inverse = tl.div_rn(1.0, tl.where(heat > 0.0, heat, 1.0))
-    greedy = (heat <= 0.0) | (heat != heat) | (inverse == float("inf")) | (largest == -float("inf"))
-    inverse = tl.where(greedy, 1.0, inverse)
-    norm, reach = 0.0, 0.0
-    if not greedy:
-        if TOP_K:
-            k = tl.load(top_k + b)
-            if k > 0:
-                farthest = boundary(y, size, largest, inverse, farthest, least, 0.0, k, _LAST, True, False)
-        if TOP_P:
-            p = tl.load(top_p + b)
-            if p < 1.0:
-                mass = tl.sum(masses_of(y, size, largest, inverse, farthest, least, centre, away), axis=0)
-                farthest = boundary(
-                    y, size, largest, inverse, farthest, least, 0.0, share(mass, p), _LAST, False, False
-                )
-        if MIN_P:
-            p = tl.load(min_p + b)
-            least = tl.where(p > 0.0, (tl.minimum(p, 1.0) * _WHOLE).to(tl.int64), 0)
-        if TYPICAL:
-            p = tl.load(typical_p + b)
-            if p < 1.0:
-                mass = tl.sum(masses_of(y, size, largest, inverse, farthest, least, centre, away), axis=0)
-                moment = moment_of(y, size, largest, inverse, farthest, least)
-                centre = tl.div_rn(moment.to(tl.float32), mass.to(tl.float32))
-                limit = share(mass, p)
-                away = boundary(y, size, largest, inverse, farthest, least, centre, limit, _LAST, False, True)
-        masses = masses_of(y, size, largest, inverse, farthest, least, centre, away)
-        total = tl.sum(masses, axis=0)
-        c0 = tl.zeros((1,), tl.uint32) + tl.load(positions + b).to(tl.uint32)
-        who = tl.load(requests + b) if REQUESTS else tl.cast(0, tl.int64)
-        c1, c2 = tl.zeros_like(c0) + who.to(tl.uint32), tl.zeros_like(c0) + (who >> 32).to(tl.uint32)
-        high, low, _, _ = philox(c0, c1, c2, tl.zeros_like(c0) + _TAG, tl.load(seeds + b))
-        random = tl.max((high.to(tl.uint64) << 32) | low.to(tl.uint64), axis=0)
-        goal = tl.umulhi(random, total.to(tl.uint64)).to(tl.int64)
-        picked = draw(y, size, largest, inverse, farthest, least, centre, away, masses, total, goal)
-        norm = tl.log(total.to(tl.float64) * _UNIT).to(tl.float32)
-        reach = (largest - tl.load(y + picked)) * inverse
-    none = largest == -float("inf")
-    if MODEL:
-        logits += b * size
-        largest, _ = largest_of(logits, size)
-        everything = masses_of(logits, size, largest, 1.0, float("inf"), tl.cast(0, tl.int64), 0.0, float("inf"))
-        norm = tl.log(tl.sum(everything, axis=0).to(tl.float64) * _UNIT).to(tl.float32)
-        reach = largest - clean(tl.load(logits + picked).to(tl.float32))
-        inverse, farthest, centre, away, least = 1.0, float("inf"), 0.0, float("inf"), tl.cast(0, tl.int64)
-    tl.store(token + b, tl.where(none, -1, picked.to(tl.int64)))
-    tl.store(logprob + b, tl.where(none, -float("inf"), 0.0 - reach - norm))
-    settings += b * 8
-    tl.store(settings, largest)
-    tl.store(settings + 1, inverse)
-    tl.store(settings + 2, farthest)
-    tl.store(settings + 3, centre)
-    tl.store(settings + 4, away)
-    tl.store(settings + 5, norm)
-    tl.store(settings + 6, 0.0 if MODEL else greedy.to(tl.float32))
-    tl.store(least_of + b, least)
-
-
-@triton.jit
-def top_kernel(y, settings, least_of, ids, logprobs, size, row, top):
-    """The ``top`` likeliest kept tokens of a row, one after the other: by value, then by id."""
-    b = tl.program_id(0).to(tl.int64)
-    y += b * row
-    settings += b * 8
-    largest, inverse, farthest = tl.load(settings), tl.load(settings + 1), tl.load(settings + 2)
-    centre, away, norm = tl.load(settings + 3), tl.load(settings + 4), tl.load(settings + 5)
-    alone, least = tl.load(settings + 6) != 0.0, tl.load(least_of + b)
-    value, last = float("inf"), tl.cast(-1, tl.int32)
-    for n in range(top):
-        value, last = after(y, size, largest, inverse, farthest, least, centre, away, value, last)
-        found = (value > -float("inf")) & ((n == 0) | (alone == 0))
-        tl.store(ids + b * top + n, tl.where(found, last, -1).to(tl.int64))
-        tl.store(logprobs + b * top + n, tl.where(found, 0.0 - (largest - value) * inverse - norm, -float("inf")))
-
-
 def _count(a: spec.Arguments, counts: Tensor | Use, use: dict[str, Any]) -> Stage:
     assert a.history is not None
     batch, length = a.history.shape
@@ -190,15 +115,17 @@ def _count(a: spec.Arguments, counts: Tensor | Use, use: dict[str, Any]) -> Stag
     return Stage(count_kernel, (blocks(length, BLOCK), batch), values, {"num_warps": 4})
 
 
-def _prepare(a: spec.Arguments, counts: Tensor | Use, y: Tensor, use: dict[str, Any]) -> Stage:
+def _prepare(a: spec.Arguments, counts: Tensor | Use, y: Tensor | Use, cells: Tensor, use: dict[str, Any]) -> Stage:
     names = ("logits", "repetition", "frequency", "presence", "bias", "mask")
-    values: dict[str, Any] = {name: use[name] for name in names} | {"y": y, "counts": counts}
+    values: dict[str, Any] = {name: use[name] for name in names} | {"y": y, "cells": cells, "counts": counts}
     values |= {"size": a.logits.shape[1], "logits_row": a.logits.stride(0), "BLOCK": BLOCK}
     for name in ("bias", "mask"):
         tensor = getattr(a, name)
         values[f"{name}_row"] = tensor.stride(0) if tensor is not None and tensor.dim() == 2 else 0
     values |= {name.upper(): getattr(a, name) is not None for name in names[1:5]} | {"HISTORY": a.history is not None}
     values["MASK"] = 0 if a.mask is None else 1 if a.mask.dtype == torch.bool else 2
+    changed = _changed(a)
+    values |= {"WRITE": changed, "FIND": a.bias_ids is None, "FIND_RAW": changed and a.model}
     return Stage(
         prepare_kernel, (blocks(a.logits.shape[1], BLOCK), a.logits.shape[0]), values, {"num_warps": 4, **EXACT}
     )
@@ -212,29 +139,56 @@ def _biases(a: spec.Arguments, y: Tensor, use: dict[str, Any]) -> Stage:
     return Stage(bias_kernel, (a.logits.shape[0] if pairs else 0,), values, {"num_warps": 4, **EXACT})
 
 
+def _changed(a: spec.Arguments) -> bool:
+    """Whether y is not the logits."""
+    return any(t is not None for t in (a.history, a.bias, a.mask, a.bias_ids))
+
+
+def _row(a: spec.Arguments, outs: tuple[Tensor, ...]) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The passes over y, each with the values that not all of them share."""
+    (batch, size), device = a.logits.shape, a.logits.device
+    make = lambda width, dtype: torch.zeros((batch, width), dtype=dtype, device=device)  # noqa: E731
+    cut, typical = a.top_k is not None or a.top_p is not None, a.typical_p is not None
+    bins = {"masses": make(BINS, torch.int64) if cut or typical else Use(0)}
+    bins["counts"] = make(BINS, torch.int32) if a.top_k is not None or a.top else Use(0)
+    entries = torch.empty((batch, size), dtype=torch.int64, device=device) if cut or typical or a.top else Use(0)
+    if cut:
+        yield bins_kernel, bins
+    if typical:
+        yield moments_kernel, {"entries": entries}
+        yield away_kernel, bins
+    pick = {"lanes": make(LANES, torch.int64), "entries": entries, "token": outs[0], "logprob": outs[1]}
+    pick |= {"raw": Use(0), "raw_row": a.logits.stride(0), "TYPICAL": typical, "REQUESTS": a.requests is not None}
+    yield pick_kernel, pick | {"PROBABILITIES": (2 if _changed(a) else 1) if a.model else 0}
+    if a.top:
+        source = {"y": Use(0), "row": a.logits.stride(0)} if a.model else {}
+        yield top_bins_kernel, bins | source | {"top": a.top}
+        yield top_kernel, source | {"entries": entries, "ids": outs[2], "logprobs": outs[3], "top": a.top}
+
+
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]:
-    """Counts of the history, y, sparse biases, the row, and the likeliest tokens, as far as they are asked for."""
+    """Counts of the history, y, sparse biases, then the passes over y, as far as they are asked for."""
     a = spec.Arguments(*args)
     (batch, size), device = a.logits.shape, a.logits.device
     use: dict[str, Any] = {name: Use(0 if getattr(a, name) is None else i) for i, name in enumerate(spec.ARGUMENTS)}
-    y = torch.empty((batch, size), dtype=torch.float32, device=device)
-    given = torch.empty_like(y) if a.model else y  # the model's own logits: converted once, like y
+    cells = torch.zeros((batch, CELLS), dtype=torch.int64, device=device)
+    cells[:, [BEST.value, RAW.value]] = LOWEST
+    changed = _changed(a)
+    y = torch.empty((batch, size), dtype=torch.float32, device=device) if changed else Use(0)
     counts = Use(0) if a.history is None else torch.zeros((batch, size), dtype=torch.int32, device=device)
-    settings = torch.empty((batch, 8), dtype=torch.float32, device=device)
-    least = torch.empty((batch,), dtype=torch.int64, device=device)
-    names = ("seeds", "positions", "requests", "temperature", "top_k", "top_p", "min_p", "typical_p")
-    row: dict[str, Any] = {name: use[name] for name in names} | {"y": y, "token": outs[0], "logprob": outs[1]}
-    row |= {"settings": settings, "least_of": least, "size": size, "logits": given, "MODEL": a.model}
-    row |= {name.upper(): getattr(a, name) is not None for name in names[2:7]} | {"TYPICAL": a.typical_p is not None}
-    top: dict[str, Any] = {"y": given if a.model else y, "settings": settings, "least_of": least, "ids": outs[2]}
-    top |= {"logprobs": outs[3], "size": size, "row": size, "top": a.top}
-    wide = {"num_warps": WARPS, **EXACT}
     made: tuple[Stage, ...] = () if a.history is None else (_count(a, counts, use),)
-    made += (_prepare(a, counts, y, use),) + (() if a.bias_ids is None else (_biases(a, y, use),))
-    if a.model:
-        made += (_prepare(spec.Arguments(a.logits, a.seeds, a.positions), Use(0), given, use),)
-    made += (Stage(row_kernel, (batch,), row, wide),)
-    return made + ((Stage(top_kernel, (batch,), top, wide),) if a.top else ())
+    made += (_prepare(a, counts, y, cells, use),)
+    if isinstance(y, Tensor) and a.bias_ids is not None:
+        largest = _prepare(spec.Arguments(y, a.seeds, a.positions), Use(0), Use(0), cells, use | {"logits": y})
+        made += (_biases(a, y, use), largest)
+    shared: dict[str, Any] = use | {"y": y, "row": size if changed else a.logits.stride(0), "size": size}
+    shared |= {"cells": cells, "reals": torch.empty((batch, 8), dtype=torch.float32, device=device)}
+    shared |= {name.upper(): getattr(a, name) is not None for name in ("temperature", "top_k", "top_p", "min_p")}
+    for kernel, own in _row(a, outs):
+        values = shared | own
+        values = {name: values[name] for name in kernel.arg_names}
+        made += (Stage(kernel, (blocks(size, BLOCK), batch), values, {"num_warps": WARPS, **EXACT}),)
+    return made
 
 
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> TritonLaunch:

@@ -1,10 +1,10 @@
 """Modulated convolution on NVIDIA GPUs: an implicit product of matrices, pixels by channels out.
 
-Styles multiply the input tile between its load and the product; the norm, noise, bias and activation follow on the
-accumulator.  Styles are divided by their largest magnitude and the result multiplied by it, so that half precision does
-not overflow.  A transposed convolution runs phase by phase: an output of one phase meets every up-th tap.  The weights
-are laid out anew, taps outermost, by a first launch, which also squares them for the norms of the second.  Few pixels
-need neither: see :mod:`.modulated_few`.
+A first launch multiplies x by the styles, channels innermost, and lays the weights out anew, taps outermost, so that
+the product copies both straight into shared memory, 16 bytes a thread; it also squares the weights for the norms of the
+second.  Norm, noise, bias and activation follow on the accumulator.  Styles are divided by their largest magnitude and
+the result multiplied by it, so that half precision does not overflow.  A transposed convolution runs phase by phase: an
+output of one phase meets every up-th tap.  Few pixels need none of this: see :mod:`.modulated_few`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from fusegen.kernels.gpu import modulated_few as few
 from fusegen.kernels.gpu.activation import activated
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
+from fusegen.kernels.gpu.modulated_layout import prepared
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.modulated_conv2d import finish, sizes
 from fusegen.kernels.op import FLOATS, Kernel, is_channels_last
@@ -31,59 +32,12 @@ SMALLEST = 16  # tl.dot's least extent
 
 
 @triton.jit
-def weights_kernel(
-    weight, packed, squares, outputs, channels, w_o, w_i, w_y, w_x,
-    TAPS_X: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """weight (O, I, ky, kx) -> packed (tap, O, I) in its dtype, and the sum of squares over the taps (O, I)."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = at < outputs * channels
-    base = weight + at // channels * w_o + at % channels * w_i
-    total = tl.zeros((BLOCK,), tl.float32)
-    for tap in range(TAPS):
-        w = tl.load(base + tap // TAPS_X * w_y + tap % TAPS_X * w_x, mask=keep, other=0.0).to(tl.float32)
-        tl.store(packed + tap * outputs * channels + at, w.to(packed.dtype.element_ty), mask=keep)
-        total += w * w
-    tl.store(squares + at, total, mask=keep)
-
-
-@triton.jit
-def scales_kernel(
-    styles, squares, scaled, norms, outputs, channels, s_b, s_i, eps,
-    DEMODULATE: tl.constexpr, BLOCK: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # fmt: skip
-    """scaled (B, I): styles over their largest magnitude; norms (B, O): what the convolution of those is scaled by."""
-    b = tl.program_id(1).to(tl.int64)
-    o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    i = tl.arange(0, BLOCK)
-    top = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, channels, BLOCK):
-        s = tl.load(styles + b * s_b + (first + i) * s_i, mask=first + i < channels, other=0.0).to(tl.float32)
-        top = tl.maximum(top, tl.abs(s))
-    largest = tl.max(top, axis=0)
-    largest = tl.where(largest > 0.0, largest, 1.0)
-    total = tl.zeros((OUTPUTS,), tl.float32)
-    for first in range(0, channels, BLOCK):
-        keep = first + i < channels
-        s = tl.load(styles + b * s_b + (first + i) * s_i, mask=keep, other=0.0).to(tl.float32) / largest
-        tl.store(scaled + b * channels + first + i, s, mask=keep)  # every program of b writes the same
-        if DEMODULATE:
-            near = o[:, None].to(tl.int64) * channels + first + i[None, :]
-            w = tl.load(squares + near, mask=(o < outputs)[:, None] & keep[None, :], other=0.0)
-            total += tl.sum(w * (s * s)[None, :], axis=1)
-    norm = tl.zeros((OUTPUTS,), tl.float32) + largest
-    if DEMODULATE:
-        norm = 1.0 / tl.sqrt(total + eps / largest / largest)
-    tl.store(norms + b * outputs + o, norm, mask=o < outputs)
-
-
-@triton.jit
 def modulated_kernel(
-    x, packed, scaled, norms, noise, bias, out, channels, outputs, height, width, out_y, out_x, pad_y, pad_x,
-    x_b, x_c, x_y, x_x, y_b, y_c, y_y, y_x, n_b, n_y, n_x, tiles_y, tiles_x, alpha, gain, clamp,
+    scaled, packed, norms, noise, bias, out, padded, outputs, height, width, out_y, out_x, pad_y, pad_x,
+    y_b, y_c, y_y, y_x, n_b, n_y, n_x, tiles_y, tiles_x, alpha, gain, clamp,
     TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, UP: tl.constexpr, NOISE: tl.constexpr, BIAS: tl.constexpr,
     ACT: tl.constexpr, CLAMP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK_O: tl.constexpr,
-    BLOCK_I: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCKS_I: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """ROWS x COLS outputs of one phase and BLOCK_O channels of one sample."""
     pid = tl.program_id(0)
@@ -104,25 +58,19 @@ def modulated_kernel(
         step = -1
     o = block_o * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tl.arange(0, BLOCK_I)
-    x += b * x_b
-    scaled += b * channels
-    blocks_i = (channels + BLOCK_I - 1) // BLOCK_I
+    scaled += b * height * width * padded
     acc = tl.zeros((ROWS * COLS, BLOCK_O), tl.float32)
-    for k in range(met_y * met_x * blocks_i):
-        block_i, j = k % blocks_i, k // blocks_i
+    for k in range(met_y * met_x * BLOCKS_I):
+        block_i, j = k % BLOCKS_I, k // BLOCKS_I
         j_y, j_x = j // met_x, j % met_x
         c = block_i * BLOCK_I + i
         y, z = at_y + j_y * step, at_x + j_x * step
         inside = (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        start = y.to(tl.int64) * x_y + z.to(tl.int64) * x_x
-        tile = tl.load(
-            x + start[:, None] + c[None, :].to(tl.int64) * x_c, inside[:, None] & (c < channels)[None, :], 0.0
-        )
-        s = tl.load(scaled + c, mask=c < channels, other=0.0)
-        tile = (tile.to(tl.float32) * s[None, :]).to(x.dtype.element_ty)
+        start = (y * width + z).to(tl.int64) * padded
+        tile = tl.load(scaled + start[:, None] + c[None, :], inside[:, None] & (c < padded)[None, :], 0.0)
         tap = (first_y + UP * j_y) * TAPS_X + first_x + UP * j_x
-        w_at = packed + (tap * outputs + o[None, :]).to(tl.int64) * channels + c[:, None]
-        w = tl.load(w_at, mask=(c < channels)[:, None] & (o < outputs)[None, :], other=0.0)
+        w_at = packed + (tap * outputs + o[None, :]).to(tl.int64) * padded + c[:, None]
+        w = tl.load(w_at, mask=(c < padded)[:, None] & (o < outputs)[None, :], other=0.0)
         acc = tl.dot(tile, w, acc, input_precision=PRECISION)
     acc *= tl.load(norms + b * outputs + o, mask=o < outputs, other=0.0)[None, :]
     o_y, o_x = q_y * UP + phase_y, q_x * UP + phase_x
@@ -177,7 +125,8 @@ def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = 0) -> Config:
     pixels = max(SMALLEST, min(128, power(rows) * power(cols)))
     outputs = max(SMALLEST, min(most if pixels >= 128 and rows * cols > 1024 else 32, power(weight.shape[0])))
     warps = 8 if pixels * outputs > (4096 if wide else 8192) else 4
-    return Config(pixels, outputs, 32 if wide else 64, warps, 2 if wide else 3)
+    channels = max(SMALLEST, min(32 if wide else 64, power(x.shape[1])))
+    return Config(pixels, outputs, channels, warps, 3 if wide or warps == 8 else 4)
 
 
 def _few(x: Tensor, weight: Tensor, *rest: Any, outputs: int, channels: int, num_warps: int = 0) -> Config:
@@ -206,59 +155,50 @@ def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
                         yield Config(pixels, outputs, channels, 8 if pixels * outputs >= 8192 else 4, stages)
 
 
-def _prepared(
-    args: tuple[Any, ...], packed: Tensor, squares: Tensor, scaled: Tensor, norms: Tensor
-) -> tuple[Stage, ...]:
-    """The launches that lay the weights out and find the scales."""
-    weight, styles, demodulate, eps = args[WEIGHT], args[STYLES], args[5], args[12]
-    (outputs, channels), taps = weight.shape[:2], weight.shape[2] * weight.shape[3]
-    shape = {"outputs": outputs, "channels": channels}
-    first = shape | {f"w_{n}": t for n, t in zip("oiyx", weight.stride(), strict=True)}
-    first |= {"weight": Use(WEIGHT), "packed": packed, "squares": squares, "TAPS_X": weight.shape[3]}
-    second = shape | {"styles": Use(STYLES), "squares": squares, "scaled": scaled, "norms": norms, "eps": eps}
-    second |= {"s_b": styles.stride(0), "s_i": styles.stride(1), "DEMODULATE": demodulate, "BLOCK": 128, "OUTPUTS": 16}
-    grid = (blocks(outputs * channels, 512),)
-    return (
-        Stage(weights_kernel, grid, first | {"TAPS": taps, "BLOCK": 512}, {"num_warps": 4}),
-        Stage(scales_kernel, (blocks(outputs, 16), styles.shape[0]), second, {"num_warps": 4}),
-    )
+def _values(y: Tensor, args: tuple[Any, ...], config: Config) -> dict[str, Any]:
+    """What the kernels of few and of many pixels are given."""
+    x, _, _, noise, bias, _, up = args[:7]
+    s, found = sizes(*args[:8]), finish("modulated_conv2d", *args[8:12])
+    values = {f"x_{n}": t for n, t in zip("bcyx", x.stride(), strict=True)}
+    values |= {f"y_{n}": t for n, t in zip("bcyx", y.stride(), strict=True)}
+    return values | {
+        "x": Use(X), "weight": Use(WEIGHT), "styles": Use(STYLES), "out": y,
+        "noise": Use(X) if noise is None else Use(NOISE), "bias": Use(X) if bias is None else Use(BIAS),
+        "outputs": s.outputs, "channels": s.channels, "height": s.height, "width": s.width,
+        "out_y": s.out_y, "out_x": s.out_x, "pad_y": s.pad_y, "pad_x": s.pad_x,
+        "n_b": 0 if noise is None or noise.shape[0] == 1 else noise.stride(0),
+        "n_y": 0 if noise is None else noise.stride(2), "n_x": 0 if noise is None else noise.stride(3),
+        "alpha": found.alpha, "gain": found.gain, "clamp": found.clamp,
+        "TAPS_Y": s.taps_y, "TAPS_X": s.taps_x, "UP": up, "NOISE": noise is not None, "BIAS": bias is not None,
+        "ACT": found.act, "CLAMP": found.clamp != float("inf"), "BLOCK_O": config.outputs,
+        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
-    """Weights laid out, scales, convolution."""
-    x, _, _, noise, bias, _, up = args[:7]
-    (y,) = outs
+    """One launch for few pixels; else what is laid out, norms, convolution."""
+    x, up, (y,) = args[X], args[6], outs
     if not y.numel():
         return ()
-    s, found = sizes(*args[:8]), finish("modulated_conv2d", *args[8:12])
-    packed = torch.empty((s.taps_y * s.taps_x, s.outputs, s.channels), dtype=x.dtype, device=x.device)
-    make = lambda *shape: torch.empty(shape, dtype=torch.float32, device=x.device)  # noqa: E731
-    squares, scaled, norms = make(s.outputs, s.channels), make(s.batch, s.channels), make(s.batch, s.outputs)
+    s = sizes(*args[:8])
+    values = _values(y, args, config)
+    if config.splits:
+        return (few.stage(values, args, config),)
+    padded = blocks(s.channels, 16) * 16  # rows of channels begin on wide boundaries
+    packed = torch.empty((s.taps_y * s.taps_x, s.outputs, padded), dtype=x.dtype, device=x.device)
+    scaled = torch.empty((s.batch, s.height, s.width, padded), dtype=x.dtype, device=x.device)
+    norms = torch.empty((s.batch, s.outputs), dtype=torch.float32, device=x.device)
     rows, cols = blocks(s.out_y, up), blocks(s.out_x, up)
     tile_x = min(config.pixels, power(cols))
     tile_y = config.pixels // tile_x
     tiles_y, tiles_x = blocks(rows, tile_y), blocks(cols, tile_x)
-    values = {f"x_{n}": t for n, t in zip("bcyx", x.stride(), strict=True)}
-    values |= {f"y_{n}": t for n, t in zip("bcyx", y.stride(), strict=True)}
-    values |= {
-        "x": Use(X), "packed": packed, "scaled": scaled, "norms": norms, "out": y, "height": s.height,
-        "noise": Use(X) if noise is None else Use(NOISE), "bias": Use(X) if bias is None else Use(BIAS),
-        "outputs": s.outputs, "channels": s.channels,
-        "width": s.width, "out_y": s.out_y, "out_x": s.out_x, "pad_y": s.pad_y, "pad_x": s.pad_x,
-        "n_b": 0 if noise is None or noise.shape[0] == 1 else noise.stride(0),
-        "n_y": 0 if noise is None else noise.stride(2), "n_x": 0 if noise is None else noise.stride(3),
-        "tiles_y": tiles_y, "tiles_x": tiles_x, "alpha": found.alpha, "gain": found.gain, "clamp": found.clamp,
-        "TAPS_Y": s.taps_y, "TAPS_X": s.taps_x, "UP": up, "NOISE": noise is not None, "BIAS": bias is not None,
-        "ACT": found.act, "CLAMP": found.clamp != float("inf"), "ROWS": tile_y, "COLS": tile_x,
-        "BLOCK_O": config.outputs, "BLOCK_I": config.channels,
-        "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
-    }  # fmt: skip
-    if config.splits:
-        return (few.stage(values | {"weight": Use(WEIGHT), "styles": Use(STYLES)}, args, config),)
+    values |= {"padded": padded, "packed": packed, "scaled": scaled, "norms": norms}
+    values |= {"tiles_y": tiles_y, "tiles_x": tiles_x, "ROWS": tile_y, "COLS": tile_x, "BLOCK_I": config.channels}
+    values["BLOCKS_I"] = blocks(padded, config.channels)
+    values = {name: values[name] for name in modulated_kernel.arg_names}
     grid = (tiles_y * tiles_x * blocks(s.outputs, config.outputs), s.batch * up * up)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    prepared = _prepared(args, packed, squares, scaled, norms)
-    return (*prepared, Stage(modulated_kernel, grid, values, options))
+    return (*prepared(args, packed, scaled, norms), Stage(modulated_kernel, grid, values, options))
 
 
 def decline(x: Tensor, *rest: Any) -> str | None:

@@ -1,10 +1,13 @@
 """The 4-bit linear layer on NVIDIA GPUs: weights are unpacked in registers, on their way into the matrix units.
 
-The weight is the left operand, so that few rows of x still fill a matrix instruction.  K is cut into steps and splits
-by the weight's shape alone (:func:`plan_k`).  Few rows of x have a program for each split and a launch that adds their
-sums in order; many take the splits one after another and add the same sums in the same order.  Where ``inputs`` is
-"int8", a group's sum is an exact integer, so a row's bits depend neither on the configuration nor on other rows; where
-it is "float", they are those of the matrix units' sum over a step, which no choice here reorders.
+The weight is the left operand, so that few rows of x still fill a matrix instruction.  K is cut into segments and, of
+four each, splits by the weight's shape alone (:func:`plan_k`).  Few rows of x have a program for each split and a
+launch that adds their sums in order; many take the splits one after another and add the same sums in the same order.
+
+Where ``inputs`` is "int8", a group's sum is an exact integer, and these are added up in a segment, segments in a split
+and splits in order, each from zero and with one rounding: so a row's bits depend neither on the configuration nor on
+other rows, and the fewest rows have a kernel of their own (:mod:`.few_rows_int4`), which no matrix unit would help.
+Where it is "float", they are those of the matrix units' sum over a step, which no choice here reorders.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusegen.kernels.gpu import few_rows_int4
+from fusegen.kernels.gpu.few_rows_int4 import LANES, UNIT, Config
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
 from fusegen.kernels.gpu.quantized import finished, quantize_stage, scratch, tail, unserved
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
@@ -29,14 +33,15 @@ from fusegen.kernels.op import Kernel
 from fusegen.kernels.rows import rows_of
 
 WEIGHT, SCALES, ZEROS, BIAS, RESIDUAL = 1, 2, 4, 5, 6  # positions of the tensors in the schema
-FILL = 528  # programs that keep a GPU's memory busy: four for each of 132 multiprocessors
-TILE_N = 64  # rows of the weight that a program takes when K's splits are counted
+FILL = 264  # programs that keep a GPU busy without splits of K: two for each of 132 multiprocessors
+TILE_N = 64
+FEW = 16  # the most rows that are multiplied outside of the matrix units
 
 
 @triton.jit
 def product_kernel(
     x, scale_x, weight, scales, zeros, bias, residual, out, sums,
-    rows, n, width, padded, share, splits, inner, x_outer, x_inner, x_d,
+    rows, n, width, padded, share, span, splits, inner, x_outer, x_inner, x_d,
     ZEROS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INT8: tl.constexpr,
     PARTIAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -56,8 +61,9 @@ def product_kernel(
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = tl.program_id(1) if PARTIAL else 0
     for split in range(first, first + 1 if PARTIAL else splits):
+        unit = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for start in range(split * share, tl.minimum(split * share + share, padded), BLOCK_K):
+        for start in range(split * span, tl.minimum(split * span + span, padded), BLOCK_K):
             g = start // GROUP
             words = tl.load(w_at[:, None] + (start // 8 + word)[None, :] * 16, mask=(c < n)[:, None], other=0)
             code = tl.reshape((tl.expand_dims(words, 2) >> shifts) & 15, (BLOCK_N, BLOCK_K))
@@ -71,11 +77,14 @@ def product_kernel(
             if INT8:
                 exact = tl.dot(code.to(tl.int8), tl.trans(tile), out_dtype=tl.int32)
                 by = tl.load(scale_x + wide * groups + g, mask=m < rows, other=0.0)
-                part += exact.to(tl.float32) * (scale[:, None] * by[None, :])
+                part = tl.fma(exact.to(tl.float32), scale[:, None] * by[None, :], part)
+                if (g + 1) % share == 0:
+                    unit += part
+                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             else:
                 left = (code.to(tl.float32) * scale[:, None]).to(tile.dtype)
                 part = tl.dot(left, tl.trans(tile), part, input_precision="ieee")
-        total += part
+        total += unit + part
     keep, at = (c < n)[:, None] & (m < rows)[None, :], wide[None, :] * n + c[:, None]
     if PARTIAL:
         tl.store(sums + tl.cast(first, tl.int64) * rows * n + at, total, mask=keep)
@@ -100,23 +109,12 @@ def finish_kernel(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
 
 
-@dataclass(frozen=True)
-class Config:
-    """``block_n`` rows of the weight by ``block_m`` of x."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
 def plan_k(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, *rest: Any) -> tuple[int, int, int]:
-    """(columns a step, columns a split, splits): by the weight's shape and dtypes, never by the rows of x."""
-    padded, group = weight.shape[1] * WORD, group_of(weight, scales)
+    """(columns a step, groups a segment, splits): by the weight's shape and dtypes, never by the rows of x."""
+    group = group_of(weight, scales)
     step = 32 if x.dtype == torch.float32 and rest[-1] == "float" else group
-    most = max(1, min(FILL // max(1, blocks(out_features, TILE_N)), padded // (2 * group)))
-    share = blocks(blocks(padded, group), most) * group
-    return step, max(share, group), blocks(padded, max(share, group))
+    share = max(1, blocks(scales.shape[1], LANES))
+    return step, share, blocks(scales.shape[1], share * UNIT)
 
 
 def key(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, *rest: Any) -> str:
@@ -125,17 +123,21 @@ def key(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, *rest: Any
     return f"{power(math.prod(x.shape[:-1]))} {out_features}x{weight.shape[1] * WORD} {group_of(weight, scales)} {kind}"
 
 
-def default(x: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
+def default(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
     """As many rows of x as there are, up to 64."""
     rows = math.prod(x.shape[:-1])
+    if rows <= FEW and rest[-1] == "int8":
+        return few_rows_int4.default(rows, weight, scales)
     if x.dtype == torch.float32 and rest[-1] == "float":  # without matrix units, operands lie in registers
         return Config(16, TILE_N, 8, 2)
     return Config(max(16, min(64, power(rows))), TILE_N, 4, 4 if limit >= SHARED_BYTES else 3)
 
 
-def space(x: Tensor, *rest: Any) -> Iterator[Config]:
-    """16 to 128 rows of x by 64 or 128 of the weight."""
+def space(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Iterator[Config]:
+    """16 to 128 rows of x by 64 or 128 of the weight; few rows of x without matrix units."""
     rows, exact = math.prod(x.shape[:-1]), x.dtype == torch.float32 and rest[-1] == "float"
+    if rows <= FEW and rest[-1] == "int8":
+        yield from few_rows_int4.space(rows, weight, scales)
     heights = [h for h in (16, 32, 64, 128) if h <= 2 * power(rows) or h == 16]
     for block_m, block_n, warps, depth in itertools.product(heights, (64, 128), (4, 8), (2, 3, 4, 5)):
         if exact and (block_m > 32 or depth > 3):
@@ -151,28 +153,31 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     if not outs[0].numel():
         return ()
     step, share, splits = plan_k(*args)
+    common = tail(bias, residual, activation, (BIAS, RESIDUAL)) | {"out": outs[0], "rows": rows, "n": n}
+    values = common | {"weight": Use(WEIGHT), "scales": Use(SCALES), "zeros": Use(SCALES if zeros is None else ZEROS)}
+    values |= {"share": share, "ZEROS": zeros is not None, "GROUP": group}
+    before, given = _inputs(x, padded, group, inputs == "int8" and not config.fused)
+    values |= given | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    if config.words:
+        return (*before, few_rows_int4.stage(values, scales, config))
     tiles = blocks(rows, config.block_m) * blocks(n, config.block_n)
     apart = splits > 1 and tiles < FILL
-    sums = scratch(x, splits, rows, n, dtype=torch.float32) if apart else outs[0]
-    common = tail(bias, residual, activation, (BIAS, RESIDUAL)) | {"out": outs[0], "sums": sums, "rows": rows, "n": n}
-    values = common | {"weight": Use(WEIGHT), "scales": Use(SCALES), "zeros": Use(SCALES if zeros is None else ZEROS)}
-    values |= {"padded": padded, "share": share, "splits": splits, "ZEROS": zeros is not None, "INT8": inputs == "int8"}
-    values |= {"PARTIAL": apart, "GROUP": group, "BLOCK_K": step}
-    values |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    before, given = _inputs(x, padded, group, inputs)
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    made = [*before, Stage(product_kernel, (tiles, splits if apart else 1), values | given, options)]
+    common["sums"] = scratch(x, splits, rows, n, dtype=torch.float32) if apart else outs[0]
+    values |= {"sums": common["sums"], "padded": padded, "span": share * UNIT * group, "splits": splits}
+    values |= {"INT8": inputs == "int8", "PARTIAL": apart, "BLOCK_K": step}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
+    made = [*before, Stage(product_kernel, (tiles, splits if apart else 1), values, options)]
     if apart:
         block = min(1024, power(n))
         last = common | {"splits": splits, "BLOCK": block}
-        made.append(Stage(finish_kernel, (rows, blocks(n, block)), last, {"num_warps": 4}))
+        made.append(Stage(finish_kernel, (rows, blocks(n, block)), last, {"num_warps": 4, "enable_fp_fusion": False}))
     return tuple(made)
 
 
-def _inputs(x: Tensor, padded: int, group: int, inputs: str) -> tuple[list[Stage], dict[str, Any]]:
-    """What comes before the product, and the product's parameters that say where its x lies."""
+def _inputs(x: Tensor, padded: int, group: int, coded: bool) -> tuple[list[Stage], dict[str, Any]]:
+    """What comes before the product, which makes codes of x, and the product's parameters that say where its x lies."""
     rows = math.prod(x.shape[:-1])
-    if inputs == "int8":
+    if coded:
         codes = scratch(x, rows, padded, dtype=torch.int8)
         scale = scratch(x, rows, padded // group, dtype=torch.float32)
         before = [quantize_stage(x, codes, scale, group)] if padded else []
@@ -195,8 +200,10 @@ def decline(
     return unserved(x, 0, bias, residual, weight=weight, scales=scales, zeros=zeros)
 
 
-def small(*args: Any) -> Iterator[Config]:
+def small(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Iterator[Config]:
     yield Config(16, 32, 4, 2)
+    if rest[-1] == "int8":
+        yield Config(2, 32, 8, 2, 2 * group_of(weight, scales) // WORD)
 
 
 def specimens() -> Iterator[Named]:

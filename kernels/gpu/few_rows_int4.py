@@ -19,13 +19,41 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from fusegen.kernels.gpu.launch import Stage, blocks, power
-from fusegen.kernels.gpu.quantized import coded, columns, dot4, finished, packed
+from fusegen.kernels.gpu.quantized import coded, factors, finished, largest, packed
 
 LANES = 32  # segments of K whose groups are summed apart
 UNIT = 4  # segments whose sums are summed apart
 _LANES, _UNIT = tl.constexpr(LANES), tl.constexpr(UNIT)
 _BITS = tl.constexpr(0x4B400000)  # those of 1.5 * 2^23: adding an integer below 2^22 to them gives the float's
 _MAGIC = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _dot8(word, low, high, c, NATIVE: tl.constexpr):
+    """c + the dot product of a word's nibbles, the low ones of its bytes with low's signed bytes, the high ones with
+    high's.  NATIVE: by instructions of four products, which Triton's interpreter does not know."""
+    if NATIVE:
+        even, odd = word & 0x0F0F0F0F, (word >> 4) & 0x0F0F0F0F
+        c = tl.inline_asm_elementwise("dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [even, low, c], tl.int32, True, 1)
+        return tl.inline_asm_elementwise("dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [odd, high, c], tl.int32, True, 1)
+    else:  # noqa: RET505  (what follows a return is compiled all the same)
+        shift = 8 * tl.arange(0, 4)
+        word, low, high = tl.expand_dims(word, -1) >> shift, tl.expand_dims(low, -1), tl.expand_dims(high, -1)
+        each = (word & 15) * ((low << (24 - shift)) >> 24) + ((word >> 4) & 15) * ((high << (24 - shift)) >> 24)
+        return c + tl.sum(each, axis=len(each.shape) - 1)
+
+
+@triton.jit
+def _columns(p, N: tl.constexpr):
+    """The N columns of p (R, N), each (R,).  They are cut in registers: one exchange gives a thread all of a row."""
+    R: tl.constexpr = p.shape[0]
+    if N == 1:
+        return (tl.reshape(p, (R,)),)
+    elif N == 2:  # noqa: RET505  (what follows a return is compiled all the same)
+        return tl.split(p)
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(p, (R, 2, N // 2)), (0, 2, 1)))
+        return _columns(low, N // 2) + _columns(high, N // 2)
 
 
 @triton.jit
@@ -58,9 +86,10 @@ def _codes(
         column = (g * GROUP)[:, None] + tl.arange(0, STEP * GROUP)
         inside = column < tl.minimum(end * GROUP, width)[:, None]
         tile = tl.load(x + x_at + column.to(tl.int64) * x_d, mask=inside, other=0.0).to(tl.float32)
-        bits, _, by = coded(tl.reshape(tile, (_LANES, STEP, GROUP)))
-        four = packed(tl.reshape(bits, (_LANES, STEP * GROUP // 4, 4)))
-    return columns(four, STEP * GROUP // 4), columns(by, STEP)
+        tile = tl.reshape(tile, (_LANES, STEP, GROUP))
+        inverse, _, by = factors(largest(tile))
+        four = packed(tl.reshape(coded(tile, inverse[:, :, None]), (_LANES, STEP * GROUP // 4, 4)))
+    return _columns(four, STEP * GROUP // 4), _columns(by, STEP)
 
 
 @triton.jit
@@ -102,16 +131,15 @@ def few_kernel(
             acc = ()
             for m in tl.static_range(BLOCK_M):
                 total = tl.zeros((_LANES,), tl.int32)
-                for i in tl.static_range(2 * WORDS):
-                    total = dot4(0x01010101, code[(m * STEP + s) * 2 * WORDS + i], total, False, NATIVE)
+                for i in tl.static_range((m * STEP + s) * WORDS, (m * STEP + s + 1) * WORDS):
+                    total = _dot8(tl.full((_LANES,), 0x11111111, tl.int32), code[2 * i], code[2 * i + 1], total, NATIVE)
                 acc += (tl.full((_LANES, BLOCK_N), _BITS, tl.int32) - zero * total[:, None],)
             for i in tl.static_range(WORDS):
-                low, high = words[s * WORDS + i] & 0x0F0F0F0F, (words[s * WORDS + i] >> 4) & 0x0F0F0F0F
                 more = ()
                 for m in tl.static_range(BLOCK_M):
-                    half = dot4(low, code[((m * STEP + s) * WORDS + i) * 2][:, None], acc[m], False, NATIVE)
-                    last = code[((m * STEP + s) * WORDS + i) * 2 + 1][:, None]
-                    more += (dot4(high, last, half, False, NATIVE),)
+                    low = code[((m * STEP + s) * WORDS + i) * 2][:, None]
+                    high = code[((m * STEP + s) * WORDS + i) * 2 + 1][:, None]
+                    more += (_dot8(words[s * WORDS + i], low, high, acc[m], NATIVE),)
                 acc = more
             new = ()
             for m in tl.static_range(BLOCK_M):
@@ -121,7 +149,7 @@ def few_kernel(
         if AHEAD:
             words = later
     for m in tl.static_range(BLOCK_M):
-        total, each = tl.zeros((BLOCK_N,), tl.float32), columns(tl.trans(parts[m]), _LANES)
+        total, each = tl.zeros((BLOCK_N,), tl.float32), _columns(tl.trans(parts[m]), _LANES)
         for u in tl.static_range(_LANES // _UNIT):
             unit = tl.zeros((BLOCK_N,), tl.float32)
             for v in tl.static_range(_UNIT):

@@ -33,21 +33,48 @@ from fusegen.kernels.op import Kernel
 from fusegen.kernels.rows import rows_of
 
 WEIGHT, SCALES, ZEROS, BIAS, RESIDUAL = 1, 2, 4, 5, 6  # positions of the tensors in the schema
-FILL = 264  # programs that keep a GPU busy without splits of K: two for each of 132 multiprocessors
+FILL = 132  # programs that keep a GPU busy without splits of K: one for each multiprocessor of an H100
 TILE_N = 64
 FEW = 16  # the most rows that are multiplied outside of the matrix units
 
 
 @triton.jit
+def _nibble(words, zero, PLACE: tl.constexpr):
+    """Four bits of words less ``zero``.  They become bits of a float of 2^23, which takes no conversion, and lie where
+    they did, which takes no shift."""
+    code = ((words & (15 << PLACE)) | 0x4B000000).to(tl.float32, bitcast=True)
+    return tl.fma(
+        code, tl.full(code.shape, 2.0**-PLACE, tl.float32), -(2.0 ** (23 - PLACE)) - zero + tl.zeros_like(code)
+    )
+
+
+@triton.jit
+def _nibbles(words, zero):
+    """All eight of each word in the order of their columns: (..., 2, 2, 2), a word's in one thread."""
+    upper = words >> 16
+    even = tl.join(
+        tl.join(_nibble(words, zero, 0), _nibble(words, zero, 4)),
+        tl.join(_nibble(upper, zero, 0), _nibble(upper, zero, 4)),
+    )
+    odd = tl.join(
+        tl.join(_nibble(words, zero, 8), _nibble(words, zero, 12)),
+        tl.join(_nibble(upper, zero, 8), _nibble(upper, zero, 12)),
+    )
+    return tl.join(even, odd)
+
+
+@triton.jit
 def product_kernel(
     x, scale_x, weight, scales, zeros, bias, residual, out, sums,
-    rows, n, width, padded, share, span, splits, inner, x_outer, x_inner, x_d,
+    rows, n, width, padded, span, splits, inner, x_outer, x_inner, x_d,
     ZEROS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, INT8: tl.constexpr,
-    PARTIAL: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTIAL: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A (BLOCK_N, BLOCK_M) tile of the output transposed or, where PARTIAL, of the sums (splits, rows, n) of one split.
-    x is codes (rows, padded) with scale_x (rows, groups) where INT8; else its rows have two strides.  16 and 8 are the
-    rows of a panel and the columns of a word."""
+    x is codes (rows, padded) with scale_x (rows, groups) where INT8; else its rows have two strides.  A nibble is made
+    the last bits of a float, which takes no conversion, and what it is multiplied by is exact: scales come behind.  16
+    and 8 are the rows of a panel and the columns of a word."""
     tiles_m, groups = tl.cdiv(rows, BLOCK_M), padded // GROUP
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -56,8 +83,7 @@ def product_kernel(
     panel, near = (c // 16).to(tl.int64), c % 16
     w_at = weight + panel * (padded // 8) * 16 + near
     g_at = panel * groups * 16 + near
-    word, d, nibble = tl.arange(0, BLOCK_K // 8), tl.arange(0, BLOCK_K), tl.arange(0, 8)
-    shifts = tl.reshape((nibble % 4) * 8 + (nibble // 4) * 4, (1, 1, 8))
+    word, d = tl.arange(0, BLOCK_K // 8), tl.arange(0, BLOCK_K)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     first = tl.program_id(1) if PARTIAL else 0
     for split in range(first, first + 1 if PARTIAL else splits):
@@ -66,24 +92,18 @@ def product_kernel(
         for start in range(split * span, tl.minimum(split * span + span, padded), BLOCK_K):
             g = start // GROUP
             words = tl.load(w_at[:, None] + (start // 8 + word)[None, :] * 16, mask=(c < n)[:, None], other=0)
-            code = tl.reshape((tl.expand_dims(words, 2) >> shifts) & 15, (BLOCK_N, BLOCK_K))
-            if ZEROS:
-                code -= tl.load(zeros + g_at + g * 16, mask=c < n, other=0).to(tl.int32)[:, None]
-            else:
-                code -= 8
-            scale = tl.load(scales + g_at + g * 16, mask=c < n, other=0.0).to(tl.float32)
+            zero = tl.load(zeros + g_at + g * 16, mask=c < n, other=0).to(tl.float32)[:, None] if ZEROS else 8.0
+            scale = tl.load(scales + g_at + g * 16, mask=c < n, other=0.0).to(tl.float32)[:, None]
             inside = (m < rows)[:, None] & (start + d < width)[None, :]
             tile = tl.load(x_at[:, None] + (start + d).to(tl.int64)[None, :] * x_d, mask=inside, other=0)
+            left = tl.reshape(_nibbles(words, zero), (BLOCK_N, BLOCK_K)).to(tile.dtype)
+            dots = tl.dot(left, tl.trans(tile), input_precision="ieee")
             if INT8:
-                exact = tl.dot(code.to(tl.int8), tl.trans(tile), out_dtype=tl.int32)
-                by = tl.load(scale_x + wide * groups + g, mask=m < rows, other=0.0)
-                part = tl.fma(exact.to(tl.float32), scale[:, None] * by[None, :], part)
-                if (g + 1) % share == 0:
-                    unit += part
-                    part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            else:
-                left = (code.to(tl.float32) * scale[:, None]).to(tile.dtype)
-                part = tl.dot(left, tl.trans(tile), part, input_precision="ieee")
+                scale = scale * tl.load(scale_x + wide * groups + g, mask=m < rows, other=0.0)[None, :]
+            part = tl.fma(dots, tl.broadcast_to(scale, (BLOCK_N, BLOCK_M)), part)
+            if INT8 and (start // BLOCK_K + 1) % SHARE == 0:
+                unit += part
+                part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         total += unit + part
     keep, at = (c < n)[:, None] & (m < rows)[None, :], wide[None, :] * n + c[:, None]
     if PARTIAL:
@@ -124,13 +144,15 @@ def key(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, *rest: Any
 
 
 def default(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
-    """As many rows of x as there are, up to 64."""
+    """As many rows of x as there are, up to 128."""
     rows = math.prod(x.shape[:-1])
     if rows <= FEW and rest[-1] == "int8":
         return few_rows_int4.default(rows, weight, scales)
     if x.dtype == torch.float32 and rest[-1] == "float":  # without matrix units, operands lie in registers
         return Config(16, TILE_N, 8, 2)
-    return Config(max(16, min(64, power(rows))), TILE_N, 4, 4 if limit >= SHARED_BYTES else 3)
+    if rows > 64:
+        return Config(128, TILE_N, 8, 3)
+    return Config(max(16, power(rows)), TILE_N, 4, 4 if limit >= SHARED_BYTES else 3)
 
 
 def space(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Iterator[Config]:
@@ -155,16 +177,17 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     step, share, splits = plan_k(*args)
     common = tail(bias, residual, activation, (BIAS, RESIDUAL)) | {"out": outs[0], "rows": rows, "n": n}
     values = common | {"weight": Use(WEIGHT), "scales": Use(SCALES), "zeros": Use(SCALES if zeros is None else ZEROS)}
-    values |= {"share": share, "ZEROS": zeros is not None, "GROUP": group}
-    before, given = _inputs(x, padded, group, inputs == "int8" and not config.fused)
-    values |= given | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    values |= {"ZEROS": zeros is not None, "GROUP": group, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    # The matrix units take codes in bfloat16, which holds them: their sums are as exact, and nibbles become so sooner.
+    kind = None if inputs == "float" or config.fused else torch.int8 if config.words else torch.bfloat16
+    before, given = _inputs(x, padded, group, kind)
     if config.words:
-        return (*before, few_rows_int4.stage(values, scales, config))
+        return (*before, few_rows_int4.stage(values | given | {"share": share}, scales, config))
     tiles = blocks(rows, config.block_m) * blocks(n, config.block_n)
     apart = splits > 1 and tiles < FILL
     common["sums"] = scratch(x, splits, rows, n, dtype=torch.float32) if apart else outs[0]
-    values |= {"sums": common["sums"], "padded": padded, "span": share * UNIT * group, "splits": splits}
-    values |= {"INT8": inputs == "int8", "PARTIAL": apart, "BLOCK_K": step}
+    values |= given | {"sums": common["sums"], "padded": padded, "SHARE": share, "splits": splits}
+    values |= {"span": share * UNIT * group, "INT8": inputs == "int8", "PARTIAL": apart, "BLOCK_K": step}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
     made = [*before, Stage(product_kernel, (tiles, splits if apart else 1), values, options)]
     if apart:
@@ -174,11 +197,11 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     return tuple(made)
 
 
-def _inputs(x: Tensor, padded: int, group: int, coded: bool) -> tuple[list[Stage], dict[str, Any]]:
-    """What comes before the product, which makes codes of x, and the product's parameters that say where its x lies."""
+def _inputs(x: Tensor, padded: int, group: int, kind: torch.dtype | None) -> tuple[list[Stage], dict[str, Any]]:
+    """What comes before the product, to make codes of x of that dtype, and the parameters that say where its x lies."""
     rows = math.prod(x.shape[:-1])
-    if coded:
-        codes = scratch(x, rows, padded, dtype=torch.int8)
+    if kind is not None:
+        codes = scratch(x, rows, padded, dtype=kind)
         scale = scratch(x, rows, padded // group, dtype=torch.float32)
         before = [quantize_stage(x, codes, scale, group)] if padded else []
         where = (rows, 0, padded, 1)
@@ -215,11 +238,18 @@ def specimens() -> Iterator[Named]:
     yield _specimen("bf16 16x4096x4096 float zeros groups of 32", bf16, 16, 32, zeros=True, inputs="float")
     yield _specimen("bf16 1x4096x4096 int8 groups of 32", bf16, 1, 32)
     yield _specimen("bf16 16x4096x4096 int8 zeros", bf16, 16, 128, zeros=True)
+    yield _specimen("bf16 4x4096x4096 int8 zeros groups of 32", bf16, 4, 32, zeros=True)
+    yield _specimen("bf16 16x4096x4096 int8 groups of 32", bf16, 16, 32)
+    yield _specimen("bf16 1x4096x11008 int8 groups of 32", bf16, 1, 32, k=11008)
+    yield _specimen("bf16 1x4096x14336 int8", bf16, 1, 128, k=14336)
+    yield _specimen("bf16 64x4096x4096 int8", bf16, 64, 128)
     yield _specimen("bf16 512x4096x4096 int8", bf16, 512, 128)
 
 
-def _specimen(name: str, dtype: torch.dtype, m: int, group: int, zeros: bool = False, inputs: str = "int8") -> Named:
-    n = k = 4096
+def _specimen(
+    name: str, dtype: torch.dtype, m: int, group: int, zeros: bool = False, inputs: str = "int8", k: int = 4096
+) -> Named:
+    n = 4096
     weight, scales = (
         meta(n // ROWS, k // WORD, ROWS, dtype=torch.int32),
         meta(n // ROWS, k // group, ROWS, dtype=torch.float16),

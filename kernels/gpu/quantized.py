@@ -22,51 +22,32 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "quic
 
 
 @triton.jit
-def coded(tile):
-    """Groups (..., group) of float32 as codes in the low bytes of integers, whether each group is finite, which its
-    codes are worth nothing without, and scales.  Compile without fused multiply-add: codes must not be rounded
-    otherwise."""
-    AXIS: tl.constexpr = len(tile.shape) - 1
-    # Of magnitudes' bits NaN is the largest, then infinity.
-    top = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=AXIS)
+def largest(tile):
+    """The bits of the largest magnitudes of float32 groups (..., group): NaN is above infinity, which is the next."""
+    return tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=len(tile.shape) - 1)
+
+
+@triton.jit
+def factors(top):
+    """Of groups by their :func:`largest`: what makes codes of them, whether they are finite, and their scales."""
     absmax = top.to(tl.float32, bitcast=True)
-    finite, counts = top < 0x7F800000, absmax >= _TINY
-    live = finite & counts
+    finite = top < 0x7F800000
+    live = finite & (absmax >= _TINY)
     inverse = tl.where(live, tl.div_rn(127.0, tl.where(live, absmax, 1.0)), 0.0)
-    bits = (tile * tl.expand_dims(inverse, AXIS) + _MAGIC).to(tl.int32, bitcast=True)
-    return bits, finite, tl.where(live, absmax * _STEP, tl.where(finite, 0.0, float("nan")))
+    return inverse, finite, tl.where(live, absmax * _STEP, tl.where(finite, 0.0, float("nan")))
+
+
+@triton.jit
+def coded(tile, inverse):
+    """Codes, in the low bytes of integers.  Those of a group that is not finite are worth nothing.  Compile without
+    fused multiply-add: they must not be rounded otherwise."""
+    return (tile * inverse + _MAGIC).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def packed(bits):
-    """The low bytes of (R, n, 4) integers, four to one: (R, n), the first in the lowest bits."""
-    return tl.sum((bits & 255) << (8 * tl.arange(0, 4)), axis=2)
-
-
-@triton.jit
-def columns(p, N: tl.constexpr):
-    """The N columns of p (R, N), each (R,).  They are cut in registers: one exchange gives a thread all of a row."""
-    R: tl.constexpr = p.shape[0]
-    if N == 1:
-        return (tl.reshape(p, (R,)),)
-    else:  # noqa: RET505  (what follows a return is compiled all the same)
-        low, high = tl.split(tl.permute(tl.reshape(p, (R, 2, N // 2)), (0, 2, 1)))
-        return columns(low, N // 2) + columns(high, N // 2)
-
-
-@triton.jit
-def dot4(a, b, c, SIGNED: tl.constexpr, NATIVE: tl.constexpr):
-    """c + the dot product of a's four bytes, signed or not, and b's four signed ones.  NATIVE: by the instruction for
-    it, which Triton's interpreter does not know."""
-    if NATIVE and SIGNED:
-        c = tl.inline_asm_elementwise("dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1)
-    elif NATIVE:
-        c = tl.inline_asm_elementwise("dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.int32, True, 1)
-    else:
-        for j in tl.static_range(4):
-            byte = (a << (24 - 8 * j)) >> 24 if SIGNED else (a >> (8 * j)) & 255
-            c = c + byte * ((b << (24 - 8 * j)) >> 24)
-    return c
+    """The low bytes of integers (..., 4) as one integer, the first in its lowest bits."""
+    return tl.sum((bits & 255) << (8 * tl.arange(0, 4)), axis=len(bits.shape) - 1)
 
 
 @triton.jit
@@ -74,7 +55,7 @@ def quantize_kernel(
     x, codes, scale, inner, width, group, groups, chunks, x_outer, x_inner, x_d, stored, padded,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """COUNT groups of one row of x to codes (rows, padded) int8 and scale (rows, groups).  A group's ``stored`` codes
+    """COUNT groups of one row of x to codes (rows, padded) and scale (rows, groups).  A group's ``stored`` codes
     are zero past ``width``.  Compile without fused multiply-add: codes must not be rounded otherwise."""
     row = (tl.program_id(0) // chunks).to(tl.int64)
     g = (tl.program_id(0) % chunks) * COUNT + tl.arange(0, COUNT)[:, None]
@@ -83,10 +64,10 @@ def quantize_kernel(
     keep = (g < groups) & (d < group) & (column < width)
     start = (row // inner) * x_outer + (row % inner) * x_inner
     tile = tl.load(x + start + column.to(tl.int64) * x_d, mask=keep, other=0.0).to(tl.float32)
-    bits, finite, value = coded(tile)
-    code = tl.where(tl.expand_dims(finite, 1), bits, 0).to(tl.int8)
-    tl.store(codes + row * padded + column, code, mask=(g < groups) & (d < stored))
-    tl.store(scale + row * groups + g, tl.expand_dims(value, 1), mask=g < groups)
+    inverse, finite, value = factors(largest(tile))
+    code = tl.where(finite[:, None], coded(tile, inverse[:, None]), 0).to(tl.int8)
+    tl.store(codes + row * padded + column, code.to(codes.dtype.element_ty), mask=(g < groups) & (d < stored))
+    tl.store(scale + row * groups + g, value[:, None], mask=g < groups)
 
 
 @triton.jit

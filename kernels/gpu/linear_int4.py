@@ -35,7 +35,7 @@ from fusegen.kernels.rows import rows_of
 WEIGHT, SCALES, ZEROS, BIAS, RESIDUAL = 1, 2, 4, 5, 6  # positions of the tensors in the schema
 FILL = 132  # programs that keep a GPU busy without splits of K: one for each multiprocessor of an H100
 TILE_N = 64
-FEW = 16  # the most rows that are multiplied outside of the matrix units
+FEW = 16  # the most rows that may be multiplied outside of the matrix units
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def key(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, *rest: Any
 def default(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
     """As many rows of x as there are, up to 128."""
     rows = math.prod(x.shape[:-1])
-    if rows <= FEW and rest[-1] == "int8":
+    if rest[-1] == "int8" and rows <= (FEW if group_of(weight, scales) == 32 else FEW // 2):
         return few_rows_int4.default(rows, weight, scales)
     if x.dtype == torch.float32 and rest[-1] == "float":  # without matrix units, operands lie in registers
         return Config(16, TILE_N, 8, 2)
@@ -226,7 +226,7 @@ def decline(
 def small(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Iterator[Config]:
     yield Config(16, 32, 4, 2)
     if rest[-1] == "int8":
-        yield Config(2, 32, 8, 2, 2 * group_of(weight, scales) // WORD)
+        yield Config(8, 32, 8, 2, group_of(weight, scales) // WORD)
 
 
 def specimens() -> Iterator[Named]:

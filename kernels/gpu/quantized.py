@@ -55,8 +55,9 @@ def quantize_kernel(
     x, codes, scale, inner, width, group, groups, chunks, x_outer, x_inner, x_d, stored, padded,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """COUNT groups of one row of x to codes (rows, padded) and scale (rows, groups).  A group's ``stored`` codes
-    are zero past ``width``.  Compile without fused multiply-add: codes must not be rounded otherwise."""
+    """COUNT groups of one row of x to codes (rows, padded), int8 or floats, and scale (rows, groups).  A group's
+    ``stored`` codes are zero past ``width``.  Compile without fused multiply-add: codes must not be rounded otherwise.
+    """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     g = (tl.program_id(0) % chunks) * COUNT + tl.arange(0, COUNT)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
@@ -65,8 +66,12 @@ def quantize_kernel(
     start = (row // inner) * x_outer + (row % inner) * x_inner
     tile = tl.load(x + start + column.to(tl.int64) * x_d, mask=keep, other=0.0).to(tl.float32)
     inverse, finite, value = factors(largest(tile))
-    code = tl.where(finite[:, None], coded(tile, inverse[:, None]), 0).to(tl.int8)
-    tl.store(codes + row * padded + column, code.to(codes.dtype.element_ty), mask=(g < groups) & (d < stored))
+    bits = coded(tile, inverse[:, None])
+    if codes.dtype.element_ty == tl.int8:
+        code = tl.where(finite[:, None], bits, 0).to(tl.int8)
+    else:
+        code = tl.where(finite[:, None], bits.to(tl.float32, bitcast=True) - _MAGIC, 0.0).to(codes.dtype.element_ty)
+    tl.store(codes + row * padded + column, code, mask=(g < groups) & (d < stored))
     tl.store(scale + row * groups + g, value[:, None], mask=g < groups)
 
 

@@ -155,7 +155,7 @@ def few_kernel(
             for v in tl.static_range(_UNIT):
                 unit += each[u * _UNIT + v]
             total += unit
-        keep, at = (c < n) & (first + m < rows), (first + m).to(tl.int64) * n + c
+        keep, at = (c < n) & (first + m + tl.zeros_like(c) < rows), (first + m).to(tl.int64) * n + c
         y = finished(total, bias, residual, at, c, keep, BIAS, RESIDUAL, ACTIVATION)
         tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
 

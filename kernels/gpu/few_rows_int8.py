@@ -76,7 +76,7 @@ def few_kernel(
             words = ahead
     for m in tl.static_range(BLOCK_M):
         row = tl.program_id(1) * BLOCK_M + m
-        keep, to = (c < n) & (row < rows), row.to(tl.int64) * n + c
+        keep, to = (c < n) & (row + tl.zeros_like(c) < rows), row.to(tl.int64) * n + c
         y = finished(sums[m].to(tl.float32) * (by[m] * factor), bias, residual, to, c, keep, BIAS, RESIDUAL, ACTIVATION)
         tl.store(out + to, y.to(out.dtype.element_ty), mask=keep)
 

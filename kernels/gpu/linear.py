@@ -71,13 +71,13 @@ def exact_kernel(
         column, new = start + d, ()
         w = tl.load(w_at + column[None, :], mask=(column < k)[None, :], other=0.0)
         for m in tl.static_range(BLOCK_M):
-            inside = (column < k) & (tl.program_id(1) * BLOCK_M + m < rows)
+            inside = (column < k) & (tl.program_id(1) * BLOCK_M + m + tl.zeros_like(d) < rows)
             a = tl.load(x_at[m] + column.to(tl.int64) * x_d, mask=inside, other=0.0)
             new += (tl.fma(w, tl.broadcast_to(a[None, :], (BLOCK_N, BLOCK_K)), acc[m]),)
         acc = new
     for m in tl.static_range(BLOCK_M):
         row = tl.program_id(1).to(tl.int64) * BLOCK_M + m
-        total, at, keep = tl.sum(acc[m], axis=1), row * n + c, (c < n) & (row < rows)
+        total, at, keep = tl.sum(acc[m], axis=1), row * n + c, (c < n) & (row + tl.zeros_like(c) < rows)
         _store(total, bias, residual, multiplier, out, at, c, keep, BIAS, RESIDUAL, ACTIVATION, MULTIPLIER)
 
 

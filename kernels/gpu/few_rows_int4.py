@@ -179,7 +179,7 @@ def default(rows: int, weight: Tensor, scales: Tensor) -> Config:
     group, panels = weight.shape[1] * 8 // max(1, scales.shape[1]), 2 if weight.shape[0] > 528 else 1
     words = max(group // 8, 8)
     if rows > 4:
-        return Config(8 if group < 128 else 4, 16, 4, 1, group // 8)
+        return Config(8, 16, 4, 1, group // 8)
     if rows > 1:
         return Config(2 if group == 128 or rows == 2 else 4, 16 * panels, 4 * panels, 1, words, True)
     steps = blocks(blocks(scales.shape[1], LANES) * group // 8, 16)
@@ -189,11 +189,13 @@ def default(rows: int, weight: Tensor, scales: Tensor) -> Config:
 
 def space(rows: int, weight: Tensor, scales: Tensor) -> Iterator[Config]:
     """One panel or two a program, one row of x to eight, codes made here or before."""
-    word = weight.shape[1] // max(1, scales.shape[1])
+    word, share = weight.shape[1] // max(1, scales.shape[1]), blocks(scales.shape[1], LANES)
     for height, panels, words, depth, fused in itertools.product(
         (1, 2, 4, 8), (1, 2), (4, 8, 16, 32), (1, 2), (True, False)
     ):
-        if height <= power(rows) and words >= word and words * height * depth <= max(word * height, 32):
+        fits = height <= power(rows) <= 4 * height and word <= words <= max(word, 32 // height)
+        steps = depth == 1 or (words * depth <= 32 and words < word * share)  # a step ahead takes registers
+        if fits and steps and not (fused and rows > 8):
             yield Config(height, 16 * panels, 4 * panels, depth, words, fused)
 
 

@@ -72,9 +72,9 @@ def product_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A (BLOCK_N, BLOCK_M) tile of the output transposed or, where PARTIAL, of the sums (splits, rows, n) of one split.
-    x is codes (rows, padded) with scale_x (rows, groups) where INT8; else its rows have two strides.  A nibble is made
-    the last bits of a float, which takes no conversion, and what it is multiplied by is exact: scales come behind.  16
-    and 8 are the rows of a panel and the columns of a word."""
+    x is codes (rows, padded) with scale_x (rows, groups) where INT8, SHARE groups a segment; else its rows have two
+    strides.  The weight's codes less their zero points are exact in x's dtype: scales come behind the products.  16 and
+    8 are the rows of a panel and the columns of a word."""
     tiles_m, groups = tl.cdiv(rows, BLOCK_M), padded // GROUP
     m = (tl.program_id(0) % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = (tl.program_id(0) // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -146,13 +146,13 @@ def key(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, *rest: Any
 def default(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
     """As many rows of x as there are, up to 128."""
     rows = math.prod(x.shape[:-1])
-    if rest[-1] == "int8" and rows <= (FEW if group_of(weight, scales) == 32 else FEW // 2):
+    if rest[-1] == "int8" and rows * group_of(weight, scales) <= 32 * FEW:  # scales are what matrix units wait for
         return few_rows_int4.default(rows, weight, scales)
     if x.dtype == torch.float32 and rest[-1] == "float":  # without matrix units, operands lie in registers
         return Config(16, TILE_N, 8, 2)
-    if rows > 64:
+    if rows > 64 and limit >= SHARED_BYTES:
         return Config(128, TILE_N, 8, 3)
-    return Config(max(16, power(rows)), TILE_N, 4, 4 if limit >= SHARED_BYTES else 3)
+    return Config(max(16, min(64, power(rows))), TILE_N, 4, 4 if limit >= SHARED_BYTES else 3)
 
 
 def space(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any) -> Iterator[Config]:

@@ -5,6 +5,8 @@ operands as they lie: nothing is exchanged but x's codes and, once, the sums.  A
 asked for before x is looked at.
 """
 
+# mypy: disable-error-code="assignment, var-annotated"
+# Triton's tuples grow in unrolled loops, which a type of Python's does not.
 from __future__ import annotations
 
 import itertools

@@ -2,6 +2,8 @@
 four at a time outside of the matrix units.  What it reads of the weight at first is asked for before x is looked at.
 """
 
+# mypy: disable-error-code="assignment, var-annotated"
+# Triton's tuples grow in unrolled loops, which a type of Python's does not.
 from __future__ import annotations
 
 from collections.abc import Mapping

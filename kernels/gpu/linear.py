@@ -4,6 +4,8 @@ Tiles are chosen by the weight's shape alone and sums are added up in the same o
 are its own.
 """
 
+# mypy: disable-error-code="assignment, var-annotated"
+# Triton's tuples grow in unrolled loops, which a type of Python's does not.
 from __future__ import annotations
 
 import itertools

@@ -1,8 +1,11 @@
-"""The linear layer of few rows on NVIDIA GPUs: sixteen rows of x at a time, in the matrix units.
+"""The linear layer of few rows on NVIDIA GPUs: sixteen rows of x at a time in the matrix units, or four in float32.
 
-Tiles are chosen by the weight's shape alone and sums run along K in order, so that a row's bits are its own.
+Tiles are chosen by the weight's shape alone and sums are added up in the same order for every row, so that a row's bits
+are its own.
 """
 
+# mypy: disable-error-code="assignment, var-annotated"
+# Triton's tuples grow in unrolled loops, which a type of Python's does not.
 from __future__ import annotations
 
 import itertools
@@ -25,6 +28,7 @@ from fusegen.kernels.rows import rows_of
 
 WEIGHT, BIAS, RESIDUAL, MULTIPLIER = 1, 2, 3, 5  # positions of the tensors in the schema
 ROWS = 16  # the fewest that a product in the matrix units takes
+EXACT = 4  # rows of float32, which has no matrix units here, by what a thread's registers hold
 
 
 @triton.jit
@@ -46,11 +50,48 @@ def linear_kernel(
         a = tl.load(x_at + column.to(tl.int64)[None, :] * x_d, mask=inside, other=0.0)
         b = tl.load(w_at + column[:, None], mask=(c < n)[None, :] & (column < k)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
-    keep = (m < rows)[:, None] & (c < n)[None, :]
-    at = m[:, None] * n + c[None, :]
+    keep, at = (m < rows)[:, None] & (c < n)[None, :], m[:, None] * n + c[None, :]
+    _store(acc, bias, residual, multiplier, out, at, c[None, :], keep, BIAS, RESIDUAL, ACTIVATION, MULTIPLIER)
+
+
+@triton.jit
+def exact_kernel(
+    x, weight, bias, residual, multiplier, out, rows, n, k, inner, x_outer, x_inner, x_d,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, MULTIPLIER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same in float32: the weight goes from memory to registers once, and each keeps the sums of its columns until
+    the end.  BLOCK_M is a row count of any x, so that the same code serves them all."""
+    c, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    w_at = weight + tl.minimum(c, n - 1).to(tl.int64)[:, None] * k
+    acc, x_at = (), ()
+    for m in tl.static_range(BLOCK_M):
+        row = tl.program_id(1).to(tl.int64) * BLOCK_M + m
+        x_at += (x + (row // inner) * x_outer + (row % inner) * x_inner,)
+        acc += (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),)
+    for start in range(0, k, BLOCK_K):
+        column, new = start + d, ()
+        w = tl.load(w_at + column[None, :], mask=(column < k)[None, :], other=0.0)
+        for m in tl.static_range(BLOCK_M):
+            inside = (column < k) & (tl.program_id(1) * BLOCK_M + m + tl.zeros_like(d) < rows)
+            a = tl.load(x_at[m] + column.to(tl.int64) * x_d, mask=inside, other=0.0)
+            new += (tl.fma(w, tl.broadcast_to(a[None, :], (BLOCK_N, BLOCK_K)), acc[m]),)
+        acc = new
+    for m in tl.static_range(BLOCK_M):
+        row = tl.program_id(1).to(tl.int64) * BLOCK_M + m
+        total, at, keep = tl.sum(acc[m], axis=1), row * n + c, (c < n) & (row + tl.zeros_like(c) < rows)
+        _store(total, bias, residual, multiplier, out, at, c, keep, BIAS, RESIDUAL, ACTIVATION, MULTIPLIER)
+
+
+@triton.jit
+def _store(
+    y, bias, residual, multiplier, out, at, column, keep,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, MULTIPLIER: tl.constexpr,
+):  # fmt: skip
+    """act(y + bias + residual) * multiplier to where y's elements lie in the output."""
     if RESIDUAL:
-        acc += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
-    y = finished(acc, bias, residual, at, c[None, :], keep, BIAS, False, ACTIVATION)
+        y += tl.load(residual + at, mask=keep, other=0.0).to(tl.float32)
+    y = finished(y, bias, residual, at, column, keep, BIAS, False, ACTIVATION)
     if MULTIPLIER:
         y *= tl.load(multiplier + at, mask=keep, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=keep)
@@ -67,19 +108,27 @@ class Config:
 
 
 def key(x: Tensor, weight: Tensor, *rest: Any) -> str:
-    """The weight's shape: what is chosen must not depend on the rows."""
-    return f"{weight.shape[0]}x{weight.shape[1]}"
+    """The weight's shape, and whether it is float32: what is chosen must not depend on the rows."""
+    return f"{weight.shape[0]}x{weight.shape[1]}{' fp32' if x.dtype == torch.float32 else ''}"
 
 
 def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
-    """Narrow tiles, so that there are many, and long steps."""
-    deep = 256 if x.element_size() == 2 and limit >= SHARED_BYTES else 128
-    return Config(16 if weight.shape[0] <= 8192 else 32, max(16, min(deep, power(weight.shape[1]))), 4, 3)
+    """Narrow tiles, so that there are many, and enough steps ahead that a multiprocessor waits for 64 KiB or more."""
+    n, k = weight.shape
+    if x.dtype == torch.float32:
+        return Config(8, max(16, min(512, power(k))), 4, 1)
+    deep = max(16, min(256, power(k)))
+    if n < 128 * 32:  # too few rows to go round in tiles of 32
+        return Config(16, deep, 2, 4)
+    return Config(32, deep, 4, 5 if n <= 132 * 32 and limit >= SHARED_BYTES else 4)
 
 
 def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
     """Narrow tiles of all depths."""
-    for block_n, block_k, warps, depth in itertools.product((16, 32, 64), (128, 256, 512), (2, 4, 8), (2, 3, 4)):
+    if x.dtype == torch.float32:
+        yield from (Config(n, 128 * warps, warps, 1) for n in (4, 8, 16) for warps in (2, 4, 8))
+        return
+    for block_n, block_k, warps, depth in itertools.product((16, 32, 64), (128, 256, 512), (2, 4, 8), (3, 4, 5, 6)):
         if (ROWS + block_n) * block_k * depth * x.element_size() <= SHARED_BYTES:
             yield Config(block_n, block_k, warps, depth)
 
@@ -93,14 +142,15 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     found = rows_of([x])
     assert found is not None
     ((outer, inner),) = found.strides
+    kernel, height = (exact_kernel, EXACT) if x.dtype == torch.float32 else (linear_kernel, ROWS)
     values = tail(bias, residual, activation, (BIAS, RESIDUAL)) | {
         "x": Use(0), "weight": Use(WEIGHT), "out": outs[0], "rows": rows, "n": n, "k": k, "inner": found.inner,
         "multiplier": Use(0) if multiplier is None else Use(MULTIPLIER), "MULTIPLIER": multiplier is not None,
         "x_outer": outer, "x_inner": inner, "x_d": x.stride(-1),
-        "BLOCK_M": ROWS, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "BLOCK_M": height, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
     }  # fmt: skip
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    return (Stage(linear_kernel, (blocks(n, config.block_n), blocks(rows, ROWS)), values, options),)
+    return (Stage(kernel, (blocks(n, config.block_n), blocks(rows, height)), values, options),)
 
 
 def decline(x: Tensor, weight: Tensor, bias: Any, residual: Any, activation: str, multiplier: Any) -> str | None:

@@ -1,6 +1,7 @@
 """The int8 linear layer on NVIDIA GPUs: rows of x to codes, products of int8 in the matrix units, sums in int32.
 
-Few rows of x split K over programs, whose exact sums a third launch adds: integers make the order irrelevant, so a
+One row or two take one launch, without matrix units (:mod:`.few_rows_int8`).  Where the rows of the weight are too few
+to fill a GPU, K is split over programs, whose exact sums a third launch adds: integers make the order irrelevant, so a
 row's result depends neither on the configuration nor on the other rows.
 """
 
@@ -18,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusegen.kernels.gpu import few_rows_int8
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power
 from fusegen.kernels.gpu.quantized import finished, quantize_stage, scratch, tail, unserved
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
@@ -25,6 +27,7 @@ from fusegen.kernels.op import Kernel
 
 WEIGHT, SCALE, BIAS, RESIDUAL = 1, 2, 3, 4  # positions of the tensors in the schema
 FILL = 528  # programs that keep a GPU's memory busy: four for each of 132 multiprocessors
+FEW = 2  # the most rows whose codes every program makes again
 
 
 @triton.jit
@@ -83,7 +86,8 @@ def finish_kernel(
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of ``block_m`` rows of x by ``block_n`` of the weight, ``block_k`` columns a step; K in ``splits``."""
+    """A tile of ``block_m`` rows of x by ``block_n`` of the weight, ``block_k`` columns a step; K in ``splits``, or 0:
+    the kernel of few rows."""
 
     block_m: int
     block_n: int
@@ -108,9 +112,18 @@ def _split(n: int, k: int, block_n: int, block_k: int) -> int:
     return max(1, min(FILL // max(1, blocks(n, block_n)), k // (2 * block_k)))
 
 
+def _by_words(weight: Tensor) -> bool:
+    """Whether its rows are whole words of four columns and start at such."""
+    return weight.shape[1] % 4 == 0 and weight.data_ptr() % 4 == 0
+
+
 def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
     """Few rows: tall steps along K, split to fill the GPU; many: square tiles."""
     rows, (n, k) = rows_of(x), weight.shape
+    if rows <= FEW and _by_words(weight):
+        return Config(power(rows), 16 if k <= 4096 else 8, 4096, 0, 8, 1)
+    if rows <= 16 and n >= 128 * 32:  # enough tiles without splits
+        return Config(16, 32, 512, 1, 4, 5)
     if rows <= 32:
         return Config(16 if rows <= 16 else 32, 64, 256, _split(n, k, 64, 256), 4, 4 if limit >= SHARED_BYTES else 3)
     if rows <= 128:
@@ -121,6 +134,11 @@ def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = SHARED_BYTES) ->
 def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
     """Tiles by the number of rows, one to eight splits where these are few."""
     rows, (n, k) = rows_of(x), weight.shape
+    if rows <= 4 and _by_words(weight):
+        for block_n, block_k, warps in ((8, 4096, 8), (16, 4096, 8), (8, 2048, 4), (16, 2048, 4), (4, 2048, 4)):
+            yield from (
+                Config(block_m, block_n, block_k, 0, warps, 1) for block_m in (1, 2, 4) if block_m <= power(rows)
+            )
     heights = (16,) if rows <= 16 else (32, 64) if rows <= 64 else (64, 128)
     widths, depths = ((32, 64, 128), (128, 256, 512)) if rows <= 64 else ((64, 128, 256), (64, 128))
     for block_m, block_n, block_k, warps, depth in itertools.product(heights, widths, depths, (4, 8), (3, 4, 5)):
@@ -137,23 +155,26 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     rows, (n, k) = rows_of(x), weight.shape
     if not outs[0].numel():
         return ()
+    common = tail(bias, residual, activation, (BIAS, RESIDUAL)) | {"scale": Use(SCALE), "weight": Use(WEIGHT), "k": k}
+    common |= {"out": outs[0], "rows": rows, "n": n, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": False}
+    if not config.splits:
+        return (few_rows_int8.stage(x, common, config.block_k // 4, options),)
     padded = blocks(max(k, 1), 16) * 16  # rows of codes start on 16 bytes
     codes, scale_x = scratch(x, rows, padded, dtype=torch.int8), scratch(x, rows, 1, dtype=torch.float32)
     share = blocks(blocks(max(k, 1), config.block_k), config.splits) * config.block_k
     splits = blocks(max(k, 1), share)
     sums = scratch(x, splits, rows, n, dtype=torch.int32) if splits > 1 else codes
-    common = tail(bias, residual, activation, (BIAS, RESIDUAL)) | {"scale_x": scale_x, "scale": Use(SCALE)}
-    common |= {"out": outs[0], "sums": sums, "rows": rows, "n": n}
-    values = common | {"codes": codes, "weight": Use(WEIGHT), "k": k, "padded": padded, "share": share}
-    values |= {"SPLIT": splits > 1, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
-    values |= {"GROUP": 8}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    values = common | {"codes": codes, "scale_x": scale_x, "sums": sums, "padded": padded, "share": share}
+    values |= {"SPLIT": splits > 1, "BLOCK_K": config.block_k, "GROUP": 8}
     tiles = blocks(rows, config.block_m) * blocks(n, config.block_n)
     made = [quantize_stage(x, codes, scale_x, k), Stage(product_kernel, (tiles, splits), values, options)]
     if splits > 1:
         block = min(1024, power(n))
-        last = common | {"SPLITS": splits, "BLOCK": block}
-        made.append(Stage(finish_kernel, (rows, blocks(n, block)), last, {"num_warps": 4}))
+        last = {name: values[name] for name in finish_kernel.arg_names if name in values}
+        last |= {"SPLITS": splits, "BLOCK": block}
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        made.append(Stage(finish_kernel, (rows, blocks(n, block)), last, options))
     return tuple(made)
 
 
@@ -162,14 +183,20 @@ def decline(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, residual: Any, 
     return unserved(x, x.shape[-1], bias, residual, weight=weight, scale=scale)
 
 
-def small(x: Tensor, *rest: Any) -> Iterator[Config]:
+def small(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
     yield Config(16, 16, 32, 3, 4, 2)
+    if _by_words(weight):
+        yield Config(2, 4, 64, 0, 4, 1)
 
 
 def specimens() -> Iterator[Named]:
     """One row, few and many in bfloat16; one shape in the other dtypes."""
     for dtype, kind in SHORT.items():
-        for m, n, k in ((1, 4096, 4096), (16, 4096, 4096), (512, 5120, 1280)) if kind == "bf16" else ((1, 4096, 4096),):
+        for m, n, k in (
+            ((1, 4096, 4096), (2, 4096, 11008), (16, 4096, 4096), (512, 5120, 1280))
+            if kind == "bf16"
+            else ((1, 4096, 4096),)
+        ):
             weight = meta(n, k, dtype=torch.int8)
             args = (meta(1, m, k, dtype=dtype), weight, meta(n), meta(n, dtype=dtype), None, "none")
             yield f"{kind} {m}x{n}x{k}", lambda args=args: args  # type: ignore[misc]

@@ -22,12 +22,42 @@ ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4, "quic
 
 
 @triton.jit
+def largest(tile):
+    """The bits of the largest magnitudes of float32 groups (..., group): NaN is above infinity, which is the next."""
+    return tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=len(tile.shape) - 1)
+
+
+@triton.jit
+def factors(top):
+    """Of groups by their :func:`largest`: what makes codes of them, whether they are finite, and their scales."""
+    absmax = top.to(tl.float32, bitcast=True)
+    finite = top < 0x7F800000
+    live = finite & (absmax >= _TINY)
+    inverse = tl.where(live, tl.div_rn(127.0, tl.where(live, absmax, 1.0)), 0.0)
+    return inverse, finite, tl.where(live, absmax * _STEP, tl.where(finite, 0.0, float("nan")))
+
+
+@triton.jit
+def coded(tile, inverse):
+    """Codes, in the low bytes of integers.  Those of a group that is not finite are worth nothing.  Compile without
+    fused multiply-add: they must not be rounded otherwise."""
+    return (tile * inverse + _MAGIC).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def packed(bits):
+    """The low bytes of integers (..., 4) as one integer, the first in its lowest bits."""
+    return tl.sum((bits & 255) << (8 * tl.arange(0, 4)), axis=len(bits.shape) - 1)
+
+
+@triton.jit
 def quantize_kernel(
     x, codes, scale, inner, width, group, groups, chunks, x_outer, x_inner, x_d, stored, padded,
     COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """COUNT groups of one row of x to codes (rows, padded) int8 and scale (rows, groups).  A group's ``stored`` codes
-    are zero past ``width``.  Compile without fused multiply-add: codes must not be rounded otherwise."""
+    """COUNT groups of one row of x to codes (rows, padded), int8 or floats, and scale (rows, groups).  A group's
+    ``stored`` codes are zero past ``width``.  Compile without fused multiply-add: codes must not be rounded otherwise.
+    """
     row = (tl.program_id(0) // chunks).to(tl.int64)
     g = (tl.program_id(0) % chunks) * COUNT + tl.arange(0, COUNT)[:, None]
     d = tl.arange(0, BLOCK)[None, :]
@@ -35,16 +65,14 @@ def quantize_kernel(
     keep = (g < groups) & (d < group) & (column < width)
     start = (row // inner) * x_outer + (row % inner) * x_inner
     tile = tl.load(x + start + column.to(tl.int64) * x_d, mask=keep, other=0.0).to(tl.float32)
-    # Of magnitudes' bits NaN is the largest, then infinity.
-    top = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)[:, None]
-    absmax = top.to(tl.float32, bitcast=True)
-    finite, counts = top < 0x7F800000, absmax >= _TINY
-    live = finite & counts
-    inverse = tl.where(live, tl.div_rn(127.0, tl.where(live, absmax, 1.0)), 0.0)
-    code = tl.where(live, (tile * inverse + _MAGIC) - _MAGIC, 0.0).to(tl.int8)
+    inverse, finite, value = factors(largest(tile))
+    bits = coded(tile, inverse[:, None])
+    if codes.dtype.element_ty == tl.int8:
+        code = tl.where(finite[:, None], bits, 0).to(tl.int8)
+    else:
+        code = tl.where(finite[:, None], bits.to(tl.float32, bitcast=True) - _MAGIC, 0.0).to(codes.dtype.element_ty)
     tl.store(codes + row * padded + column, code, mask=(g < groups) & (d < stored))
-    value = tl.where(counts, absmax * _STEP, tl.where(finite, 0.0, absmax))
-    tl.store(scale + row * groups + g, value, mask=g < groups)
+    tl.store(scale + row * groups + g, value[:, None], mask=g < groups)
 
 
 @triton.jit

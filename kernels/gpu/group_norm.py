@@ -20,7 +20,7 @@ from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
 
 ROLES = {"x": 0, "weight": 2, "bias": 3, "add": 6, "scale": 7, "shift": 8}  # positions in the schema
-SLAB = 49152  # elements of the padded tiles that a one-launch program may hold in registers, 48 a thread
+SLAB = 81920  # bytes of the padded tiles that a one-launch program may hold in registers: 80 elements a thread, or 40
 SOURCE = Path(kernels.__file__)
 _FLAGS = {"WEIGHT": "weight", "BIAS": "bias", "PLUS": "add", "SCALE": "scale", "SHIFT": "shift"}
 
@@ -60,11 +60,11 @@ class Problem:
         return f"{self.channels}x{self.pixels} {self.groups} {layout} {dtype} {what}"
 
     def default(self) -> Config:
-        """One launch where the padded slab fits, with 8 elements of each tile a thread; else tiles of 4096 elements,
-        64 channels wide where those are innermost."""
+        """One launch where the padded slab fits, with 8 or 16 elements of each tile a thread; else tiles of 4096
+        elements, 64 channels wide where those are innermost."""
         channels, pixels, tiles = self.slab
-        if channels * pixels * tiles <= (SLAB // 3 if self.last else SLAB):
-            return Config(True, channels * pixels, channels, max(1, min(32, channels * pixels // 256)))
+        if channels * pixels * tiles <= (16384 if self.last else SLAB // self.dtype.itemsize):
+            return Config(True, channels * pixels, channels, max(1, min(16, channels * pixels // 256)))
         block, most = 4096, power(self.channels)
         return Config(False, block, min(64, most) if self.last else max(1, min(most, block // pixels)), 4)
 
@@ -73,7 +73,8 @@ class Problem:
         channels, pixels, tiles = self.slab
         tile = channels * pixels
         for warps in (1, 2, 4, 8, 16, 32):
-            if tile * tiles <= SLAB and tile // (32 * warps) >= 4 and tile * tiles // (32 * warps) <= 64:
+            held = tile * tiles * self.dtype.itemsize
+            if held <= SLAB and tile // (32 * warps) >= 4 and tile * tiles // (32 * warps) <= 80:
                 yield Config(True, tile, channels, warps)
         for block in (1024, 2048, 4096, 8192, 16384):
             for warps in (4, 8, 16):

@@ -117,9 +117,10 @@ def _quarter(x: Tensor, *rest: Any) -> tuple[int, int]:
 
 def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = 0) -> Config:
     """128 pixels by 128 channels where there are so many; less where that leaves most of the chip idle."""
-    if few.serves(x, weight, *rest):
-        return _few(x, weight, *rest, outputs=32, channels=64 if x.dtype == torch.float32 else 128)
     rows, cols = _quarter(x, weight, *rest)
+    if few.serves(x, weight, *rest):
+        outputs = 32 if rows * cols <= 64 else 64  # each block of outputs gathers all that the pixels meet
+        return _few(x, weight, *rest, outputs=outputs, channels=64 if x.dtype == torch.float32 else 128)
     wide = x.dtype == torch.float32
     most = 64 if wide and sizes(x, weight, *rest).up > 1 else 128  # or an sm_80 spills thousands of registers
     pixels = max(SMALLEST, min(128, power(rows) * power(cols)))

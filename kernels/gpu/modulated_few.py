@@ -19,7 +19,7 @@ from fusegen.kernels.gpu.arrival import arrive
 from fusegen.kernels.gpu.launch import Stage, blocks, power
 from fusegen.kernels.modulated_conv2d import sizes
 
-MOST = 128  # output pixels of a sample
+MOST = 256  # output pixels of a sample
 REACH = 2**31  # elements; offsets within a sample are int32
 
 

@@ -157,7 +157,7 @@ def _row(a: spec.Arguments, outs: tuple[Tensor, ...]) -> Iterator[tuple[Any, dic
     if typical:
         yield moments_kernel, {"entries": entries}
         yield away_kernel, bins
-    pick = {"lanes": make(LANES, torch.int64), "entries": entries, "token": outs[0], "logprob": outs[1]}
+    pick: dict[str, Any] = {"lanes": make(LANES, torch.int64), "entries": entries, "token": outs[0], "logprob": outs[1]}
     pick |= {"raw": Use(0), "raw_row": a.logits.stride(0), "TYPICAL": typical, "REQUESTS": a.requests is not None}
     yield pick_kernel, pick | {"PROBABILITIES": (2 if _changed(a) else 1) if a.model else 0}
     if a.top:

@@ -120,21 +120,13 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
         "x": Use(X),
         "bias": Use(X) if bias is None else Use(BIAS),
         "y": outs[0],
-        "rows": rows,
-        "width": width,
-        "across": across,
-        "by": by,
-        "shift": shift,
-        "channels": view.sizes[1],
-        "by_c": by_c,
-        "shift_c": shift_c,
+        "rows": rows, "width": width, "across": across, "by": by, "shift": shift,
+        "channels": view.sizes[1], "by_c": by_c, "shift_c": shift_c,
         "x_outer": outer // size,
         "x_channel": 0 if columns else channel // size,
         "x_d": x_d,
         "y_row": y_row // size,
-        "alpha": found.alpha,
-        "gain": found.gain,
-        "clamp": found.clamp,
+        "alpha": found.alpha, "gain": found.gain, "clamp": found.clamp,
         "BIAS": bias is not None,
         "ACT": found.act,
         "CLAMP": found.clamp != float("inf"),
@@ -143,7 +135,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
         "UNIT": size,
         "ROWS": config.rows,
         "BLOCK": config.columns,
-    }
+    }  # fmt: skip
     grid = (blocks(rows, config.rows) * across,)
     return (Stage(bias_act_kernel, grid, values, {"num_warps": config.num_warps}),)
 

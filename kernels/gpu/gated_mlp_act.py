@@ -129,11 +129,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
         "x": Use(X),
         "up": Use(X) if up is None else Use(UP),
         "y": out,
-        "rows": rows,
-        "width": width,
-        "across": across,
-        "by": by,
-        "shift": shift,
+        "rows": rows, "width": width, "across": across, "by": by, "shift": shift,
         **three(*sizes),
         **{f"x{i}": step // size for i, step in enumerate(xs[:3])},
         **{f"u{i}": step // size for i, step in enumerate(us[:3])},
@@ -147,7 +143,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
         "UNIT": size,
         "ROWS": config.rows,
         "BLOCK": config.columns,
-    }
+    }  # fmt: skip
     grid = (blocks(rows, config.rows) * across,)
     return (Stage(gated_mlp_act_kernel, grid, values, {"num_warps": config.num_warps}),)
 

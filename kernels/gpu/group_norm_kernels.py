@@ -84,9 +84,9 @@ def slab_kernel(
             weight, bias, scale, shift, b, channel, keep_c, scale_b, scale_c, shift_b, shift_c,
             WEIGHT, BIAS, SCALE, SHIFT,
         )  # fmt: skip
-        tiles += (tile,)
-        gains += (gain,)
-        offsets += (offset,)
+        tiles += (tile,)  # type: ignore[assignment]
+        gains += (gain,)  # type: ignore[assignment]
+        offsets += (offset,)  # type: ignore[assignment]
         sums += tile
     count = tl.cast(per_group * pixels, tl.float32)
     mean = tl.sum(tl.sum(sums, axis=1), axis=0) / count

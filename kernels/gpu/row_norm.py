@@ -41,7 +41,7 @@ def _tiles(p, row, rows, p_d, EARLY: tl.constexpr, WIDTH: tl.constexpr, CHUNK: t
     if EARLY:
         tiles = ()
         for k in tl.static_range(CHUNKS):
-            tiles += (_tile(p, k, row, rows, p_d, WIDTH, CHUNK),)
+            tiles += (_tile(p, k, row, rows, p_d, WIDTH, CHUNK),)  # type: ignore[assignment]
     else:
         tiles = p
     return tiles
@@ -103,7 +103,7 @@ def row_norm_kernel(
             keep = (row < rows) & (k * CHUNK + e < WIDTH) if (k + 1) * CHUNK > WIDTH else row < rows
             tl.store(total + (start + k * CHUNK + e), stored, mask=keep)
             tile = stored.to(tl.float32)  # the norm is that of the sum as stored
-        held += (tile,)
+        held += (tile,)  # type: ignore[assignment]
         sums += tile
     mean = tl.zeros((ROWS, 1), tl.float32) if RMS else tl.sum(sums, axis=1)[:, None] * (1.0 / WIDTH)
     squares = tl.zeros((ROWS, CHUNK), tl.float32)

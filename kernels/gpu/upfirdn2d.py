@@ -1,8 +1,7 @@
 """Resampling on NVIDIA GPUs: one kernel in polyphase form, once for a filter (x, y), twice for a separable one.
 
-A program holds one tile of one or more planes.  The phases along x are its accumulators, which share what they read and
-are interleaved before one wide store; the phase along y is the program's own.  Channels-last tensors are the same with
-channels in the place of columns, whose phase is then the program's own too.
+A thread has one column (or, channels-last, some channels of it) and walks down: it reads each element that its rows of
+outputs meet once for all of them and all their phases, which are known when it is compiled.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fusegen.kernels.gpu.launch import SHORT, Named, Stage, TritonLaunch, Use, blocks, power
+from fusegen.kernels.gpu.launch import ALIGNMENT, SHORT, Named, Stage, TritonLaunch, Use, blocks, power
 from fusegen.kernels.op import Kernel, is_channels_last
 from fusegen.kernels.upfirdn2d import Axis, axes
 
@@ -23,137 +22,175 @@ X, FILTER = 0, 1  # positions of the tensors in the schema
 
 
 @triton.jit
-def _phase(
-    x, f, acc, rows, cols, keep, height, width, x_y, x_x, f_y, f_x, phase_y, phase_x, before_y, before_x,
-    UP_Y: tl.constexpr, UP_X: tl.constexpr, DOWN_Y: tl.constexpr, DOWN_X: tl.constexpr, TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr, FLIP: tl.constexpr, FILTER: tl.constexpr,
+def _element(x, columns, row, i: tl.constexpr, height, width, x_y, x_x, LOW_X: tl.constexpr):
+    """Column ``columns`` + LOW_X + i of a row of x, 0 outside: an offset known when compiled, where x_x is 1, and one
+    comparison an axis, as negative numbers are large."""
+    met = (columns + (LOW_X + i)).to(tl.uint32) < tl.cast(width, tl.uint32)
+    met = met & (row.to(tl.uint32) < tl.cast(height, tl.uint32))
+    at = x + columns.to(tl.int64) * x_x + row.to(tl.int64) * x_y
+    return tl.load(at + tl.cast(x_x, tl.int64) * (LOW_X + i), mask=met, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tap(f, k_y: tl.constexpr, k_x: tl.constexpr, f_y, f_x, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr,
+         FLIP: tl.constexpr, FILTER: tl.constexpr):  # fmt: skip
+    if not FILTER:
+        tap = 1.0
+    elif FLIP:
+        tap = tl.load(f + k_y * f_y + k_x * f_x).to(tl.float32)
+    else:
+        tap = tl.load(f + (TAPS_Y - 1 - k_y) * f_y + (TAPS_X - 1 - k_x) * f_x).to(tl.float32)
+    return tap
+
+
+@triton.jit
+def _output(
+    elements, taps, x, f, columns, top, height, width, x_y, x_x, f_y, f_x,
+    r: tl.constexpr, phase_y: tl.constexpr, phase_x: tl.constexpr, UP_Y: tl.constexpr, UP_X: tl.constexpr,
+    DOWN_Y: tl.constexpr, DOWN_X: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BEFORE_Y: tl.constexpr,
+    BEFORE_X: tl.constexpr, LOW_Y: tl.constexpr, LOW_X: tl.constexpr, SPAN: tl.constexpr, HELD: tl.constexpr,
+    FLIP: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
-    """Outputs UP q + phase of both axes for the tile of q's ``rows`` and ``cols``.
+    """Output UP q + phase of both axes, q the ``r``-th row of the program's and the thread's column.
 
     Output o meets tap k where o DOWN + k - before is a multiple of UP; with o = UP q + phase that leaves one tap in
     every UP, from the same first one for all q, and element DOWN q + j + a constant for the j-th of them.
     """
-    base_y, base_x = phase_y * DOWN_Y - before_y + UP_Y * 65536, phase_x * DOWN_X - before_x + UP_X * 65536
-    first_y, first_x = (UP_Y - base_y % UP_Y) % UP_Y, (UP_X - base_x % UP_X) % UP_X
-    at_y = rows * DOWN_Y + ((base_y + first_y) // UP_Y - 65536)
-    at_x = cols * DOWN_X + ((base_x + first_x) // UP_X - 65536)
-    for j in tl.static_range((TAPS_Y + UP_Y - 1) // UP_Y):
-        k_y = first_y + j * UP_Y
-        y = at_y + j
-        inside = keep & (y >= 0) & (y < height)
-        row = x + y.to(tl.int64) * x_y
-        for i in tl.static_range((TAPS_X + UP_X - 1) // UP_X):
-            k_x = first_x + i * UP_X
-            col = at_x + i
-            met = inside & (col >= 0) & (col < width)
-            value = tl.load(row + col * x_x, mask=met, other=0.0).to(tl.float32)
-            if FILTER:
-                kept = (k_y < TAPS_Y) & (k_x < TAPS_X)
-                where = k_y * f_y + k_x * f_x if FLIP else (TAPS_Y - 1 - k_y) * f_y + (TAPS_X - 1 - k_x) * f_x
-                acc += value * tl.where(kept, tl.load(f + tl.where(kept, where, 0)).to(tl.float32), 0.0)
+    first_y: tl.constexpr = (BEFORE_Y - phase_y * DOWN_Y) % UP_Y
+    first_x: tl.constexpr = (BEFORE_X - phase_x * DOWN_X) % UP_X
+    at_y: tl.constexpr = r * DOWN_Y + (phase_y * DOWN_Y - BEFORE_Y + first_y) // UP_Y - LOW_Y
+    at_x: tl.constexpr = (phase_x * DOWN_X - BEFORE_X + first_x) // UP_X - LOW_X
+    acc = tl.zeros(columns.shape, tl.float32)
+    for j in tl.static_range((TAPS_Y - first_y + UP_Y - 1) // UP_Y):
+        for i in tl.static_range((TAPS_X - first_x + UP_X - 1) // UP_X):
+            if HELD:
+                tap = taps[(first_y + j * UP_Y) * TAPS_X + first_x + i * UP_X]
+                acc += elements[(at_y + j) * SPAN + at_x + i] * tap
             else:
-                acc += tl.where((k_y < TAPS_Y) & (k_x < TAPS_X), value, 0.0)
+                row = top * DOWN_Y + (LOW_Y + at_y + j)
+                one = _element(x, columns, row, at_x + i, height, width, x_y, x_x, LOW_X)
+                acc += one * _tap(
+                    f, first_y + j * UP_Y, first_x + i * UP_X, f_y, f_x, TAPS_Y, TAPS_X, FLIP, FILTER
+                )  # fmt: skip
     return acc
 
 
 @triton.jit
-def planes_kernel(
-    x, f, y, height, width, out_y, out_x, channels, x_b, x_c, x_y, x_x, y_b, y_c, y_y, y_x, f_y, f_x,
-    before_y, before_x, tiles_y, tiles_x, gain,
+def resample_kernel(
+    x, f, y, height, width, out_y, out_x, batch, channels, x_b, x_c, x_y, x_x, y_b, y_c, y_y, y_x, f_y, f_x, tiles_x,
+    blocks_c, gain,
     UP_Y: tl.constexpr, UP_X: tl.constexpr, DOWN_Y: tl.constexpr, DOWN_X: tl.constexpr, TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr, FLIP: tl.constexpr, FILTER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TAPS_X: tl.constexpr, BEFORE_Y: tl.constexpr, BEFORE_X: tl.constexpr, LOW_Y: tl.constexpr, LOW_X: tl.constexpr,
+    SPAN_Y: tl.constexpr, SPAN: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr, FILTER: tl.constexpr,
+    LAST: tl.constexpr, DEEP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """ROWS x (UP_X COLS) outputs of one plane, of one phase along y."""
-    pid, plane = tl.program_id(0), tl.program_id(1)
-    tile_x, rest = pid % tiles_x, pid // tiles_x
-    tile_y, phase_y = rest % tiles_y, rest // tiles_y
-    b, c = (plane // channels).to(tl.int64), (plane % channels).to(tl.int64)
-    x += b * x_b + c * x_c
-    y += b * y_b + c * y_c
-    q_y = tile_y * ROWS + tl.arange(0, ROWS)[:, None]
-    q_x = tile_x * COLS + tl.arange(0, COLS)[None, :]
-    keep = q_y * UP_Y + phase_y < out_y
-    line = y + (q_y * UP_Y + phase_y).to(tl.int64) * y_y
-    zero = tl.zeros((ROWS, COLS), tl.float32)
-    if UP_X == 2:
-        a0 = _phase(
-            x, f, zero, q_y, q_x, keep, height, width, x_y, x_x, f_y, f_x, phase_y, 0, before_y, before_x,
-            UP_Y, UP_X, DOWN_Y, DOWN_X, TAPS_Y, TAPS_X, FLIP, FILTER,
-        )  # fmt: skip
-        a1 = _phase(
-            x, f, zero, q_y, q_x, keep, height, width, x_y, x_x, f_y, f_x, phase_y, 1, before_y, before_x,
-            UP_Y, UP_X, DOWN_Y, DOWN_X, TAPS_Y, TAPS_X, FLIP, FILTER,
-        )  # fmt: skip
-        o_x = tile_x * (2 * COLS) + tl.arange(0, 2 * COLS)[None, :]
-        out = (tl.interleave(a0, a1) * gain).to(y.dtype.element_ty)
-        tl.store(line + o_x * y_x, out, mask=keep & (o_x < out_x))
+    """All phases of DEEP rows q: of COLS columns of ROWS planes, or where LAST of ROWS columns of COLS channels.
+
+    LOW and SPAN: the first element that q = 0 meets, and how many from there on; HELD, they are kept in registers.
+    """
+    tile_x, tile_y = tl.program_id(0) % tiles_x, tl.program_id(0) // tiles_x
+    a, e = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    if LAST:
+        q_x, c = tile_x * ROWS + a, tl.program_id(1) % blocks_c * COLS + e
+        b = tl.program_id(1) // blocks_c + c * 0
     else:
-        for phase_x in range(UP_X):
-            acc = _phase(
-                x, f, zero, q_y, q_x, keep, height, width, x_y, x_x, f_y, f_x, phase_y, phase_x, before_y, before_x,
-                UP_Y, UP_X, DOWN_Y, DOWN_X, TAPS_Y, TAPS_X, FLIP, FILTER,
-            )  # fmt: skip
-            o_x = q_x * UP_X + phase_x
-            tl.store(line + o_x * y_x, (acc * gain).to(y.dtype.element_ty), mask=keep & (o_x < out_x))
+        q_x, plane = tile_x * COLS + e, tl.program_id(1) * ROWS + a
+        b, c = plane // channels, plane % channels
+    keep = (q_x * UP_X < out_x) & (b < batch) & (c < channels)
+    x += b.to(tl.int64) * x_b + c.to(tl.int64) * x_c
+    y += b.to(tl.int64) * y_b + c.to(tl.int64) * y_c
+    columns = tl.where(keep, q_x * DOWN_X, -(2**30))  # what has no output reads nothing
+    top = tile_y * DEEP + tl.zeros((1, 1), tl.int32)  # a tile: the interpreter's masks cannot be scalars
+    elements, taps = (), ()
+    if HELD:
+        for k in tl.static_range(TAPS_Y * TAPS_X):
+            taps += (_tap(f, k // TAPS_X, k % TAPS_X, f_y, f_x, TAPS_Y, TAPS_X, FLIP, FILTER),)  # type: ignore[assignment]
+        for j in tl.static_range(SPAN_Y):
+            row = top * DOWN_Y + (LOW_Y + j)
+            for i in tl.static_range(SPAN):
+                elements += (_element(x, columns, row, i, height, width, x_y, x_x, LOW_X),)  # type: ignore[assignment]
+    for r in tl.static_range(DEEP):
+        for phase_y in tl.static_range(UP_Y):
+            o_y = (top + r) * UP_Y + phase_y
+            line, below = y + o_y.to(tl.int64) * y_y, o_y < out_y
+            if UP_X == 2 and not LAST:
+                first = _output(
+                    elements, taps, x, f, columns, top, height, width, x_y, x_x, f_y, f_x, r, phase_y, 0, UP_Y,
+                    UP_X, DOWN_Y, DOWN_X, TAPS_Y, TAPS_X, BEFORE_Y, BEFORE_X, LOW_Y, LOW_X, SPAN, HELD, FLIP, FILTER,
+                )  # fmt: skip
+                second = _output(
+                    elements, taps, x, f, columns, top, height, width, x_y, x_x, f_y, f_x, r, phase_y, 1, UP_Y,
+                    UP_X, DOWN_Y, DOWN_X, TAPS_Y, TAPS_X, BEFORE_Y, BEFORE_X, LOW_Y, LOW_X, SPAN, HELD, FLIP, FILTER,
+                )  # fmt: skip
+                o_x = tile_x * (2 * COLS) + tl.arange(0, 2 * COLS)[None, :]
+                out = (tl.interleave(first, second) * gain).to(y.dtype.element_ty)
+                tl.store(line + o_x.to(tl.int64) * y_x, out, mask=(o_x < out_x) & below & (b < batch))
+            else:
+                for phase_x in tl.static_range(UP_X):
+                    acc = _output(
+                        elements, taps, x, f, columns, top, height, width, x_y, x_x, f_y, f_x, r, phase_y,
+                        phase_x, UP_Y, UP_X, DOWN_Y, DOWN_X, TAPS_Y, TAPS_X, BEFORE_Y, BEFORE_X, LOW_Y, LOW_X, SPAN,
+                        HELD, FLIP, FILTER,
+                    )  # fmt: skip
+                    o_x = q_x * UP_X + phase_x
+                    out = (acc * gain).to(y.dtype.element_ty)
+                    tl.store(line + o_x.to(tl.int64) * y_x, out, mask=keep & below & (o_x < out_x))
 
 
-@triton.jit
-def pixels_kernel(
-    x, f, y, height, width, out_y, out_x, channels, x_b, x_c, x_y, x_x, y_b, y_c, y_y, y_x, f_y, f_x,
-    before_y, before_x, tiles_y, tiles_x, gain,
-    UP_Y: tl.constexpr, UP_X: tl.constexpr, DOWN_Y: tl.constexpr, DOWN_X: tl.constexpr, TAPS_Y: tl.constexpr,
-    TAPS_X: tl.constexpr, FLIP: tl.constexpr, FILTER: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """Channels innermost: ROWS outputs of one row and of one phase along x, by COLS channels; tiles_y is the batch."""
-    pid, o_y = tl.program_id(0), tl.program_id(1)
-    tile_x, rest = pid % tiles_x, pid // tiles_x
-    blocks_c = (channels + COLS - 1) // COLS
-    block_c, rest = rest % blocks_c, rest // blocks_c
-    phase_x, b = rest % UP_X, (rest // UP_X).to(tl.int64)
-    c = block_c * COLS + tl.arange(0, COLS)[None, :]
-    q_x = tile_x * ROWS + tl.arange(0, ROWS)[:, None]
-    o_x = q_x * UP_X + phase_x
-    keep = (c < channels) & (o_x < out_x)
-    q_y = o_y // UP_Y + tl.zeros((1, 1), tl.int32)  # a tile: the interpreter's masks cannot be scalars
-    acc = _phase(
-        x + b * x_b + c * x_c, f, tl.zeros((ROWS, COLS), tl.float32), q_y, q_x, keep, height, width, x_y, x_x,
-        f_y, f_x, o_y % UP_Y, phase_x, before_y, before_x, UP_Y, UP_X, DOWN_Y, DOWN_X, TAPS_Y, TAPS_X, FLIP, FILTER,
-    )  # fmt: skip
-    line = y + b * y_b + o_y.to(tl.int64) * y_y + c * y_c
-    tl.store(line + o_x * y_x, (acc * gain).to(y.dtype.element_ty), mask=keep)
+def _met(axis: Axis, deep: int) -> tuple[int, int]:
+    """The first element that any phase of q = 0 meets, and how many from there on ``deep`` outputs q meet."""
+    starts = []
+    for phase in range(axis.up):
+        base = phase * axis.down - axis.before
+        first = -base % axis.up
+        met = blocks(axis.taps - first, axis.up)
+        starts.append(((base + first) // axis.up, met))
+    low = min(start for start, _ in starts)
+    return low, (deep - 1) * axis.down + max(start + met for start, met in starts) - low
+
+
+def _deep(ax: Axis, ay: Axis, most: int) -> int:
+    """Rows q a thread: as few as keep code and registers small; 0 where even one row's elements are too many."""
+    for deep in (8, 4, 2, 1):
+        held, products = _met(ay, deep)[1] * _met(ax, 1)[1], deep * ay.up * ax.up * ay.taps * ax.taps
+        if held <= most and products // (ay.up * ax.up) <= 512 and ay.taps * ax.taps <= 48:
+            return min(deep, power(blocks(ay.out, ay.up)))
+    return 0
 
 
 def _stage(
     x: Any, source: Tensor, f: Any, y: Tensor, along: Sequence[Axis], steps: Any, flip: bool, gain: float
 ) -> Stage:
     """One pass over ``along`` (x, y), from the tensor ``source`` (bound as ``x``) to ``y``; ``steps``: the filter's."""
-    last = is_channels_last(y)
-    ax, ay = along
+    last, (ax, ay), (batch, channels) = is_channels_last(y), along, y.shape[:2]
     quarter_x, quarter_y = blocks(ax.out, ax.up), blocks(ay.out, ay.up)
-    batch, channels = y.shape[:2]
+    # A thread has 16 bytes of the channels, or one column, whose neighbours are not aligned.
+    each = ALIGNMENT // source.element_size() if last else 1
+    deep = _deep(ax, ay, 24 if last else 96)
     if last:
         cols = min(64, power(channels))
-        rows = min(max(1024 // cols, 1), power(quarter_x))
-        tiles_x, tiles_y = blocks(quarter_x, rows), batch
-        grid = (tiles_x * blocks(channels, cols) * ax.up * batch, ay.out)
+        rows = 128 * each // cols
+        blocks_c = blocks(channels, cols)
+        tiles_x, second = blocks(quarter_x, rows), batch * blocks_c
     else:
         cols = min(128, power(quarter_x))
-        rows = min(1024 // cols, power(quarter_y))
-        tiles_x, tiles_y = blocks(quarter_x, cols), blocks(quarter_y, rows)
-        grid = (tiles_x * tiles_y * ay.up, batch * channels)
+        rows = 128 * each // cols
+        blocks_c = 1
+        tiles_x, second = blocks(quarter_x, cols), blocks(batch * channels, rows)
     names = ("b", "c", "y", "x")
     values: dict[str, Any] = {f"x_{n}": s for n, s in zip(names, source.stride(), strict=True)}
     values |= {f"y_{n}": s for n, s in zip(names, y.stride(), strict=True)}
+    (low_y, span_y), (low_x, span) = _met(ay, max(deep, 1)), _met(ax, 1)
     values |= {
         "x": x, "f": x if f is None else f, "y": y, "height": ay.size, "width": ax.size, "out_y": ay.out,
-        "out_x": ax.out, "channels": channels, "f_y": steps[0], "f_x": steps[1], "before_y": ay.before,
-        "before_x": ax.before, "tiles_y": tiles_y, "tiles_x": tiles_x, "gain": gain, "UP_Y": ay.up, "UP_X": ax.up,
-        "DOWN_Y": ay.down, "DOWN_X": ax.down, "TAPS_Y": ay.taps, "TAPS_X": ax.taps, "FLIP": flip,
-        "FILTER": f is not None, "ROWS": rows, "COLS": cols,
+        "out_x": ax.out, "batch": batch, "channels": channels, "f_y": steps[0], "f_x": steps[1], "tiles_x": tiles_x,
+        "blocks_c": blocks_c, "gain": gain, "UP_Y": ay.up, "UP_X": ax.up, "DOWN_Y": ay.down, "DOWN_X": ax.down,
+        "TAPS_Y": ay.taps, "TAPS_X": ax.taps, "BEFORE_Y": ay.before, "BEFORE_X": ax.before, "LOW_Y": low_y,
+        "LOW_X": low_x, "SPAN_Y": span_y, "SPAN": span, "HELD": deep > 0, "FLIP": flip, "FILTER": f is not None,
+        "LAST": last, "DEEP": max(deep, 1), "ROWS": rows, "COLS": cols,
     }  # fmt: skip
-    # Two phases of many taps at once take more registers than ptxas gives four warps on an sm_100.
-    many = not last and ax.up == 2 and blocks(ax.taps, ax.up) * blocks(ay.taps, ay.up) > 4
-    return Stage(pixels_kernel if last else planes_kernel, grid, values, {"num_warps": 8 if many else 4})
+    grid = (tiles_x * blocks(quarter_y, max(deep, 1)), second)
+    return Stage(resample_kernel, grid, values, {"num_warps": 4})
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]:
@@ -181,11 +218,11 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> tuple[Stage, ...]
 
 
 def decline(x: Tensor, filter: Tensor | None, *rest: Any) -> str | None:
-    """More planes or rows than a grid's second dimension holds; filters whose taps no program should unroll."""
+    """More planes than a grid's second dimension holds; filters whose taps no program should unroll."""
     ax, ay = axes(x, filter, *rest)
-    rows = ay.out if is_channels_last(x) else x.shape[0] * x.shape[1]
-    if rows > 65535:
-        return f"{rows} rows or planes are beyond the grid's second dimension (65535)"
+    planes = x.shape[0] * (blocks(x.shape[1], 64) if is_channels_last(x) else x.shape[1])
+    if planes > 65535:
+        return f"{planes} planes are beyond the grid's second dimension (65535)"
     met = [blocks(a.taps, a.up) for a in (ax, ay)]
     count = max(met) if filter is None or filter.dim() == 1 else met[0] * met[1]
     return f"an output meets {count} taps (limit 256)" if count > 256 else None

@@ -13,8 +13,9 @@ from torch import Tensor
 from fusegen.runtime.backends import plain
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Binding, Call
+from fusegen.runtime.derived import Moved
 from fusegen.runtime.errors import RequestError
-from fusegen.runtime.program import Node, Program
+from fusegen.runtime.program import Node, Program, Ref
 from fusegen.runtime.rewrite import biases
 from fusegen.runtime.rewrite.epilogue import merge_linears
 from fusegen.runtime.specialize import propagate
@@ -27,6 +28,23 @@ def _without_tf32(function: Callable[..., Any], *args: Any) -> Any:
     kept = dict(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic)
     with cudnn.flags(**kept, allow_tf32=False):  # type: ignore[attr-defined]
         return function(*args)
+
+
+def _last(program: Program) -> Program:
+    """The weights of convolutions channels-last; what else reads them reads them as they are."""
+    weights, nodes = dict(program.weights), []
+    for node in program.nodes:
+        given = node.args.get("weight") if node.op == "runtime.conv2d" else None
+        if isinstance(given, Ref) and given.name in program.weights:
+            name = f"{given.name}.last"
+            weights[name] = Moved(_channels_last, program.weights[given.name])
+            node = replace(node, args={**node.args, "weight": Ref(name)})
+        nodes.append(node)
+    return replace(program, nodes=tuple(nodes), weights=weights)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    return weight.contiguous(memory_format=torch.channels_last)
 
 
 class Cuda(Backend):
@@ -42,8 +60,9 @@ class Cuda(Backend):
             raise RequestError("there is no CUDA device here", mend="pass device='cpu'")
 
     def lower(self, program: Program) -> Program:
-        """Biases go where they cost no launch, products of one input are merged, convolutions give channels-last."""
-        return propagate(plain.convolutions(merge_linears(biases.moved(program))))
+        """Biases go where they cost no launch, products of one input are merged, convolutions read and give
+        channels-last, as cuDNN wants them."""
+        return propagate(_last(plain.convolutions(merge_linears(biases.moved(program)))))
 
     def bind(self, node: Node, program: Program, metas: Mapping[str, Any], deterministic: bool) -> Binding:
         """ATen, and our form of convolutions."""
@@ -59,9 +78,8 @@ class Cuda(Backend):
         return replace(found, function=partial(_without_tf32, found.function))
 
     def place(self, weight: Tensor) -> Tensor:
-        """The weight on the GPU; those of convolutions channels-last, as cuDNN wants them."""
-        moved = weight.to(self.device)
-        return moved.contiguous(memory_format=torch.channels_last) if moved.ndim == 4 else moved
+        """The weight on the GPU, its strides those of the plan."""
+        return weight.to(self.device)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph of ``run``, which has run before, so that every kernel is compiled and every library warm."""

@@ -152,6 +152,19 @@ def test_a_winner_is_found_again_for_the_same_driver_and_source_alone(cache: Pat
     assert [p.name for p in path.parent.iterdir() if p.suffix != ".json"] == []
 
 
+def test_what_a_kernel_imports_of_its_folder_makes_measurements_stale_too(tmp_path: Path) -> None:
+    kernel, tile, other = (tmp_path / f"{stem}.py" for stem in ("kernel", "tile", "other"))
+    kernel.write_text("from fusegen.kernels.gpu import tile as t\nfrom fusegen.kernels.gpu.tune import Tunable\n")
+    tile.write_text("from fusegen.kernels.gpu.other import (\n    x,\n)\nimport torch\n")
+    other.write_text("x = 1\n")
+    assert tune.sources(kernel) == (kernel, other, tile)
+    before = tune.filename(tunable(kernel), "GPU X")
+    other.write_text("x = 2\n")
+    assert tune.filename(tunable(kernel), "GPU X") != before
+    named = [p.stem for p in tune.sources(Path(tune.__file__).parent / "attention_varlen.py")]
+    assert named == ["attention", "attention_tile", "attention_varlen", "launch"]
+
+
 def test_tuning_prefers_right_over_fast(cache: Path, tmp_path: Path) -> None:
     import torch
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fusegen.kernels.gpu.launch import Stage, TritonLaunch
 
+_IMPORT = re.compile(r"^from fusegen\.kernels\.gpu(?:\.(\w+))? import (.*)$", re.M)
 SHIPPED = Path(__file__).parent / "tuned"
 SHARED_BYTES = 227 * 1024  # the most shared memory a block can have on sm_90 and sm_100
 
@@ -36,8 +37,8 @@ class Tunable:
     ``config``: its frozen dataclass.  ``key(*args)``: what the best choice depends on, never the batch, so that results
     do not depend on it either.  ``default(*args, limit)``: the rule, for ``limit`` bytes of shared memory a block.
     ``space(*args)``: candidates, already pruned.  ``stages(outs, args, config)``: the launches.  ``source``: the file
-    whose change makes measurements stale.  ``small(*args)``: for tests, tiles that lead small cases down the paths of
-    large ones.
+    whose change, or that of what it imports of this folder, makes measurements stale.  ``small(*args)``: for tests,
+    tiles that lead small cases down the paths of large ones.
     """
 
     op: str
@@ -74,9 +75,22 @@ def directory() -> Path:
     return base / "fusegen" / "tuned"
 
 
+@functools.cache
+def sources(path: Path) -> tuple[Path, ...]:
+    """``path`` and the files beside it that it imports, and these import, but for this one."""
+    found, work = {path}, [path]
+    while work:
+        for module, names in _IMPORT.findall(work.pop().read_text()):
+            stems = [module] if module else [name.split()[0] for name in names.split(",")]
+            new = {path.parent / f"{stem}.py" for stem in stems} - found - {Path(__file__)}
+            found |= {p for p in new if p.exists()}
+            work += sorted(p for p in new if p.exists())
+    return tuple(sorted(found))
+
+
 def filename(tunable: Tunable, gpu: str) -> str:
-    """The file's name: op, GPU, Triton version, and the kernel source's hash."""
-    digest = hashlib.sha256(tunable.source.read_bytes()).hexdigest()[:12]
+    """The file's name: op, GPU, Triton version, and the hash of the kernel's sources."""
+    digest = hashlib.sha256(b"".join(p.read_bytes() for p in sources(tunable.source))).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-")
     return f"{tunable.op}.{name}.triton-{triton.__version__}.{digest}.json"
 

@@ -132,7 +132,8 @@ def _heat(setting: Setting, op: Op, base: Row, args: tuple[Any, ...], dtype: tor
             rows[who] = replace(base, contender=who, ok=excused, note=reason(error))
     if replays and not setting.rehearse:
         for who, found in timing.interleave(replays, next(iter(replays)), seconds=0.06, device="cuda").items():
-            rows[who] = timed(rows[who], found, sets, roofline.measure("cuda").seconds(cost, dtype), cost)
+            made = timed(rows[who], found, sets, roofline.measure("cuda").seconds(cost, dtype), cost)
+            rows[who] = made if "eager" in replays else replace(made, ratio=None)
     return rows.values()
 
 

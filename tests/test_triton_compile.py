@@ -38,6 +38,14 @@ SUBSET += tuple(  # and one of every other op
 )
 
 
+# What no configuration with pipelined loads was found for, by Triton 3.9: the rest of sm_90's products overlap.
+SERIALIZED = {
+    ("attention", "bf16 d64 added mask"),
+    ("attention_varlen", "bf16 d256"),
+    ("attention_varlen", "bf16 d256 window, softcap"),
+}
+
+
 @pytest.fixture(autouse=True)
 def fresh_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile anew: a machine's Triton cache would answer for the compiler."""
@@ -83,7 +91,8 @@ def test_the_committed_table_has_every_specimen_on_every_architecture_and_no_spi
     rows = [compiler.Usage(**row) for row in json.loads(path.read_text())]
     known = {(s.op, s.name, arch) for s in compiler.specimens() for arch in compiler.ARCHITECTURES}
     assert {(r.op, r.specimen, r.arch) for r in rows} == known
-    assert [r for r in rows if r.spills] == []
+    assert [r for r in rows if r.spills or r.unset] == []
+    assert {(r.op, r.specimen) for r in rows if r.serialized} == SERIALIZED
 
 
 # One side of the branch skips the write; so lay the address of a product in code of CUDA 12.8's assembler.
@@ -100,6 +109,8 @@ SKIPPED = """
 def test_a_register_that_one_path_leaves_unset_is_found() -> None:
     assert list(unset(SKIPPED)) == ["UIADD3 UR46, UP1, UR38, 0x20, URZ"]
     assert list(unset(SKIPPED.replace("@!P0 BRA `(.L_x_0)", "NOP"))) == []
+    summed = SKIPPED.replace("@!P0 BRA `(.L_x_0)", "REDUX.SUM UR38, R5").replace("UIADD3 UR38, UR4, 0xc000, URZ", "NOP")
+    assert list(unset(summed)) == []
     assert list(unset(SKIPPED.replace("ULDC UR4", "ULDC UR38"))) == ["UIADD3 UR38, UR4, 0xc000, URZ"]
 
 

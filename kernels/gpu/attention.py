@@ -112,7 +112,7 @@ def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, limit: int =
     wide = sum(widths(dim, split))
     if q.dtype == torch.float32:
         found = Config(64, 32, 8, 1, split) if wide <= 64 else Config(32 if wide <= 160 else 16, 16, 4, 1, split)
-        found = replace(found, num_warps=4 if 64 < wide <= 128 else 8)
+        found = replace(found, num_warps=4 if 80 < wide <= 128 else 8)
     elif limit < SHARED_BYTES and wide > 128:  # before sm_90 products read their operands from registers
         found = Config(128 if wide <= 160 else 64, 32, 8, 2, split)
     elif limit >= SHARED_BYTES and dim == wide <= 128 and not split:  # one group of warps a program, several programs

@@ -150,8 +150,8 @@ def default(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any, limit: int = 
         return few_rows_int4.default(rows, weight, scales)
     if x.dtype == torch.float32 and rest[-1] == "float":  # without matrix units, operands lie in registers
         return Config(16, TILE_N, 8, 2)
-    if rows > 64 and limit >= SHARED_BYTES:
-        return Config(128, TILE_N, 8, 3)
+    if rows > 64:
+        return Config(128 if limit >= SHARED_BYTES else 64, TILE_N, 8, 3)
     return Config(max(16, min(64, power(rows))), TILE_N, 4, 4 if limit >= SHARED_BYTES else 3)
 
 

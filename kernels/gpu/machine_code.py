@@ -17,7 +17,7 @@ _LABEL, _LINE = (
 )
 _UNIFORM, _PREDICATE = re.compile(r"(?<![A-Za-z0-9_.])UR(\d+)"), re.compile(r"^!?U?P(\d|T)")
 # Instructions whose first register is read, not written.
-_READERS = ("ST", "RED", "BRA", "BAR", "SYNCS", "UTMA", "LDGSTS", "CCTL", "HGMMA", "IGMMA", "QGMMA", "UBLKCP")
+_READERS = ("ST", "RED.", "REDG", "BRA", "BAR", "SYNCS", "UTMA", "LDGSTS", "CCTL", "HGMMA", "IGMMA", "QGMMA", "UBLKCP")
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ def _stage(
     quarter_x, quarter_y = blocks(ax.out, ax.up), blocks(ay.out, ay.up)
     # A thread has 16 bytes of the channels, or one column, whose neighbours are not aligned.
     each = ALIGNMENT // source.element_size() if last else 1
-    deep = _deep(ax, ay, 24 if last else 96)
+    deep = _deep(ax, ay, 24 if last else 64)  # 72 spill on sm_80
     if last:
         cols = min(64, power(channels))
         rows = 128 * each // cols

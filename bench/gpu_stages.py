@@ -39,6 +39,8 @@ class Setting:
 def load(setting: Setting) -> Mapping[str, Op]:
     """The registry; in a rehearsal with the GPU kernels too, which it leaves out where there is no GPU."""
     found = registry.ops()
+    if setting.rehearse:
+        importlib.import_module("fusegen.kernels.gpu.interpreter").mend()
     for name in catalogue.triton_names() if setting.rehearse else ():
         if not any(k.device == "cuda" for k in found[name].kernels):
             found[name].kernels.extend(importlib.import_module(f"fusegen.kernels.gpu.{name}").KERNELS)

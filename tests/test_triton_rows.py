@@ -31,13 +31,13 @@ def test_rows_of_linear_int4_have_the_same_bits_in_every_kernel() -> None:
 def main() -> None:
     """Segments of several groups and of one, the last not whole, with zero points and without."""
     import torch
-    from test_triton_interpret import mend_interpreter
 
+    from fusegen.kernels.gpu.interpreter import mend
     from fusegen.kernels.gpu.launch import TritonLaunch
     from fusegen.kernels.gpu.linear_int4 import Config, stages
     from fusegen.kernels.linear_int4 import OP, pack, quantize_int4
 
-    mend_interpreter()
+    mend()
     torch.manual_seed(0)
     for group, k, symmetric in ((32, 32 * 67 - 5, False), (128, 700, True)):
         p = pack(*quantize_int4(torch.randn(20, k), group, symmetric), group)

@@ -178,7 +178,7 @@ def run(chosen: Collection[str], path: Path, seconds: float, rehearse: bool) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 1 where any row of ours is not ok."""
+    """The command line: 1 where any row is not ok, but for peers that cannot run."""
     every = ["compile", *stages()[0], *stages()[1]]
     parser = argparse.ArgumentParser(prog="python -m fusegen.bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the file of rows; a dated one under bench/results/ by default")
@@ -201,7 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = args.out or (Path(spare) / "rehearsal.jsonl" if args.rehearse else dated)
         rows = run(args.only or every, path, args.seconds, args.rehearse)
     report.show(rows, "gpu-check" + (", rehearsed on the CPU" if args.rehearse else ""))
-    bad = [r for r in rows if not r.ok and r.contender in ("fusegen", "all")]  # what a peer cannot do is its own
+    # A wrong result is one whoever gave it; that a peer cannot run is its own.
+    bad = [r for r in rows if not r.ok and (r.contender in ("fusegen", "all") or r.error_rms is not None)]
     print(f"{len(rows)} rows in {path}; {len(bad)} not ok")
     return int(bool(bad))
 

@@ -125,7 +125,7 @@ def _heat(setting: Setting, op: Op, base: Row, args: tuple[Any, ...], dtype: tor
                 replays[who] = captured(calls)
                 replays[who]()
         except Declined as why:
-            rows[who] = replace(base, contender=who, ok=True, note=str(why)[:300])
+            rows[who] = replace(base, contender=who, ok=not setting.rehearse, note=str(why)[:300])
         except Exception as error:
             # A rehearsal's cases are the smallest, not those that a peer's form is written for.
             excused = setting.rehearse and who != "fusegen"

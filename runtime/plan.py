@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fusegen.kernels import op as registry
 from fusegen.runtime import (
+    add_norm,
     attention_int8,
     conv_int8,
     direct_conv,
     direct_conv_int8,
     few_rows,
-    gated_norm,
     int8_rows,
     join,
     many_rows,
@@ -153,7 +153,7 @@ def _lowered(program: Program, backend: Backend, declined: Callable[..., str | N
     static = direct_conv.folded(static, declined, backend.unpacked_convolutions())
     static = int8_rows.folded(static, declined, backend.unserved_int8_rows())
     static = many_rows_int8.folded(static, declined, deterministic, backend.unpacked_int8())
-    for rule in (winograd_modulated, join, moments, gated_norm):
+    for rule in (winograd_modulated, join, moments, add_norm):
         static = rule.folded(static, declined)
     if backend.few_rows:
         static = few_rows.folded(static, declined, deterministic)

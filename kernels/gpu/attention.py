@@ -54,8 +54,8 @@ def attention_kernel(
     v += (b * v_b + h // share * v_h) * UNIT
     out += (b * o_b + h * o_h) * UNIT + first.to(tl.int64) * o_l
     mask += b * m_b + h * m_h
-    q0 = load_rows(q, near, q_l, queries - first, 0, D0, DIM, True)
-    q1 = load_rows(q, near, q_l, queries - first, D0, D1, DIM, True) if D1 > 0 else q0
+    q0 = load_rows(q, near, q_l, queries - first, 0, D0, DIM)
+    q1 = load_rows(q, near, q_l, queries - first, D0, D1, DIM) if D1 > 0 else q0
     acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
     acc1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 1), tl.float32)
     top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)

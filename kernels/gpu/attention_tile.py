@@ -24,19 +24,13 @@ def capped(s, scale, softcap):
 
 
 @triton.jit
-def load_rows(
-    base, rows, stride, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, EDGE: tl.constexpr
-):
-    """A (rows, WIDTH) tile of columns FIRST on; rows beyond ``limit`` (where EDGE) and columns beyond DIM are zero."""
+def load_rows(base, rows, stride, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """A (rows, WIDTH) tile of columns FIRST on; rows beyond ``limit`` and columns beyond DIM are zero."""
     d = FIRST + tl.arange(0, WIDTH)
     at = base + rows[:, None] * stride + d[None, :]
-    if EDGE:
-        if FIRST + WIDTH > DIM:
-            return tl.load(at, mask=(rows < limit)[:, None] & (d < DIM)[None, :], other=0.0)
-        return tl.load(at, mask=(rows < limit)[:, None], other=0.0)
     if FIRST + WIDTH > DIM:
-        return tl.load(at, mask=(d < DIM)[None, :], other=0.0)
-    return tl.load(at)
+        return tl.load(at, mask=(rows < limit)[:, None] & (d < DIM)[None, :], other=0.0)
+    return tl.load(at, mask=(rows < limit)[:, None], other=0.0)
 
 
 @triton.jit
@@ -56,11 +50,9 @@ def walk(
     for start in tl.range(begin, end, BLOCK_N):
         far = tl.cast(start, tl.int64)
         left = lengths - start
-        s = tl.dot(
-            q0, tl.trans(load_rows(k + far * k_l, inner, k_l, left, 0, D0, DIM, True)), input_precision=PRECISION
-        )
+        s = tl.dot(q0, tl.trans(load_rows(k + far * k_l, inner, k_l, left, 0, D0, DIM)), input_precision=PRECISION)
         if D1 > 0:
-            k1 = load_rows(k + far * k_l, inner, k_l, left, D0, D1, DIM, True)
+            k1 = load_rows(k + far * k_l, inner, k_l, left, D0, D1, DIM)
             s = tl.dot(q1, tl.trans(k1), s, input_precision=PRECISION)
         if not FOLD:
             s = capped(s, scale, softcap) if CAP else s * scale
@@ -85,10 +77,10 @@ def walk(
         base = tl.where(new == float("-inf"), 0.0, new) if CLOSED else new
         p, fade = tl.exp2((s * scale if FOLD else s) - base[:, None]), tl.exp2(top - base)
         total = total * fade + tl.sum(p, axis=1)
-        v0 = load_rows(v + far * v_l, inner, v_l, left, 0, D0, DIM, True)
+        v0 = load_rows(v + far * v_l, inner, v_l, left, 0, D0, DIM)
         acc0 = tl.dot(p.to(v0.dtype), v0, acc0 * fade[:, None], input_precision=PRECISION)
         if D1 > 0:
-            v1 = load_rows(v + far * v_l, inner, v_l, left, D0, D1, DIM, True)
+            v1 = load_rows(v + far * v_l, inner, v_l, left, D0, D1, DIM)
             acc1 = tl.dot(p.to(v1.dtype), v1, acc1 * fade[:, None], input_precision=PRECISION)
         top = new
     return acc0, acc1, top, total

@@ -69,8 +69,8 @@ def varlen_kernel(
     k += h // share * k_h * UNIT + begin.to(tl.int64) * k_l
     v += h // share * v_h * UNIT + begin.to(tl.int64) * v_l
     out += h * o_h * UNIT + first.to(tl.int64) * o_l
-    q0 = load_rows(q, near, q_l, last - first, 0, D0, DIM, True)
-    q1 = load_rows(q, near, q_l, last - first, D0, D1, DIM, True) if D1 > 0 else q0
+    q0 = load_rows(q, near, q_l, last - first, 0, D0, DIM)
+    q1 = load_rows(q, near, q_l, last - first, D0, D1, DIM) if D1 > 0 else q0
     acc0 = tl.zeros((BLOCK_M, D0), tl.float32)
     acc1 = tl.zeros((BLOCK_M, D1 if D1 > 0 else 1), tl.float32)
     top, total = tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32)

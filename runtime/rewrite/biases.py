@@ -7,13 +7,12 @@ layer; and another convolution whose result is added to this one's, of single pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from fusegen.runtime.derived import Derived, Moved
+from fusegen.runtime.derived import Derived, Moved, Weight
 from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, spec_of
 
@@ -39,7 +38,7 @@ class _Mover:
         self.program, self.users, self.names = program, program.users(), Names.of(program)
         self.made = {o: n.name for n in program.nodes for o in n.outputs}
         self.nodes: dict[str, Node] = {n.name: n for n in program.nodes}
-        self.weights: dict[str, Any] = dict(program.weights)
+        self.weights: dict[str, Weight] = dict(program.weights)
         self.count = 0
 
     def constant(self, node: Node) -> bool:
@@ -106,8 +105,7 @@ class _Mover:
 
     def _change(self, node: Node, **args: Any) -> None:
         now = self.nodes[node.name]
-        merged: Mapping[str, Any] = {**now.args, **args}
-        self.nodes[node.name] = replace(now, args=dict(merged))
+        self.nodes[node.name] = replace(now, args={**now.args, **args})
 
 
 def _sum(one: Tensor, other: Tensor) -> Tensor:

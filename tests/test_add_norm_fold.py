@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
 from fusegen.runtime import api
-from fusegen.runtime.gated_norm import RULE
+from fusegen.runtime.add_norm import RULE
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.missing() or "")
 FUSED = "kernel add_norm C++"

@@ -134,7 +134,7 @@ CASES = [
 
 
 @functools.lru_cache(maxsize=1)
-def _unfolded(filters: Tensor) -> Tensor:
+def unfolded(filters: Tensor) -> Tensor:
     """The 3x3 weight (O, I, 3, 3) whose phases the filters are; kept, as the filters are."""
     rows = torch.stack((filters[0, :, 0], filters[0, :, 1] - filters[1, :, 1], filters[1, :, 1]))
     both = torch.stack((rows[:, 0, 0], rows[:, 0, 1] - rows[:, 1, 1], rows[:, 1, 1]), 1)
@@ -143,7 +143,7 @@ def _unfolded(filters: Tensor) -> Tensor:
 
 def _eager(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
     own = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), _unfolded(filters), own, padding=1)
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), unfolded(filters), own, padding=1)
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:

@@ -32,9 +32,14 @@ def allocate(weight: Tensor) -> tuple[Tensor, ...]:
 def reference(weight: Tensor) -> Tensor:
     """The sums in float32, or float64 where weight is, rounded once to weight's dtype."""
     (out,) = allocate(weight)
+    return out.copy_(folded(weight))
+
+
+def folded(weight: Tensor) -> Tensor:
+    """The filters in float32, or float64 where weight is."""
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
     fold = torch.tensor(FOLD, dtype=wide.dtype, device=wide.device)
-    return out.copy_(torch.einsum("ptk,qsl,oikl->pqtsio", fold, fold, wide))
+    return torch.einsum("ptk,qsl,oikl->pqtsio", fold, fold, wide)
 
 
 def cost(weight: Tensor) -> Cost:

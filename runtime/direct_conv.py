@@ -1,8 +1,8 @@
 """3x3 convolutions in bfloat16 by taps that a session packs, where the plan finds a kernel.
 
-They are what :mod:`.winograd` leaves, and those of stride 2.  Where a CPU multiplies tiles, the nine products of a
-pixel take less time than the transforms that would save some.  As in :mod:`.upsample`, this is done once sizes and
-strides are known.  The taps depend on the weight alone: a session makes them once.
+They are what :mod:`.winograd` leaves, and those of stride 2; :mod:`.upsample` has those behind an upsampling.  Where a
+CPU multiplies tiles, the nine products of a pixel take less time than the transforms that would save some.  As there,
+this is done once sizes and strides are known.  The taps depend on the weight alone: a session makes them once.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def folded(program: Program, declined: Declined, reason: str | None) -> Program:
         weight = node.args["weight"]
         if weight.name not in taps:
             made = taps[weight.name] = names.fresh(f"{weight.name}.taps")
-            nodes.append(Node(made, "fusegen.conv_taps.default", {"weight": weight}, (made,)))
+            nodes.append(Node(made, "fusegen.conv_taps.default", {"weight": weight, "doubled": False}, (made,)))
         args = {"x": node.args["input"], "taps": Ref(taps[weight.name]), **_rest(node, program)}
         nodes.append(replace(node, op="fusegen.packed_conv2d.default", args=args))
     left = tuple(f"{name}: {why}" for name, why in stays.items() if why is not None)
@@ -68,7 +68,8 @@ def _fits(node: Node, program: Program) -> bool:
 def _rest(node: Node, program: Program) -> dict[str, Any]:
     """The op's arguments behind x and the taps."""
     outputs = int(program.weights[node.args["weight"].name].shape[0])
-    return {"outputs": outputs, **{k: node.args[k] for k in ("bias", "residual")}, "stride": node.args["stride"][0]}
+    given = {k: node.args[k] for k in ("bias", "residual")}
+    return {"outputs": outputs, **given, "stride": node.args["stride"][0], "doubled": False}
 
 
 def _stays(node: Node, program: Program, declined: Declined) -> str | None:

@@ -1,7 +1,8 @@
 """The statistics of a group norm from the convolution that makes what it reads, where the plan finds kernels for it.
 
-The convolution leaves each channel's mean and variance (``winograd_conv2d_moments``), and the norm goes through memory
-once.  Others may read the convolution's output too.  It is done once the plan has Winograd's form of it.
+The convolution leaves each channel's mean and variance (``winograd_conv2d_moments``, ``packed_conv2d_moments``), and
+the norm goes through memory once.  Others may read the convolution's output too.  It is done once the plan has a form
+of it that can.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ RULE = "group norm by the moments that a convolution leaves"
 # Bytes of a sample below which a norm's second reading costs no more than the moments do.  On a Zen 5 in bfloat16 both
 # together took 0.97 to 1.00 of the time from 4 MiB on, 1.00 to 1.01 at 1 to 3 MiB, 1.12 at 640 KiB.
 LEAST = 1 << 22
-_NORM, _MADE, _LEAVES = (f"fusegen.{n}.default" for n in ("group_norm", "winograd_conv2d", "winograd_conv2d_moments"))
+_NORM = "fusegen.group_norm.default"
+_LEAVES = {f"fusegen.{n}.default": f"{n}_moments" for n in ("winograd_conv2d", "packed_conv2d")}
 
 
 def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None]) -> Program:
-    """The static ``program``, its strides known, with the moments in each group norm of a large image by Winograd's
-    algorithm where kernels take both.  ``declined(op, args)``: why none does, or None.
+    """The static ``program``, its strides known, with the moments in each group norm of a large image by such a
+    convolution where kernels take both.  ``declined(op, args)``: why none does, or None.
     """
-    names, makes = Names.of(program), {n.outputs[0]: n for n in program.nodes if n.op == _MADE}
+    names, makes = Names.of(program), {n.outputs[0]: n for n in program.nodes if n.op in _LEAVES}
     left: list[str] = []
     leaves: dict[str, Node] = {}  # a convolution's output -> the one that leaves moments
     norms: dict[str, Node] = {}
@@ -36,7 +38,7 @@ def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | Non
         if made is None or _small(program, made):
             continue
         image = made.outputs[0]
-        both = leaves.get(image) or replace(made, op=_LEAVES, outputs=(image, names.fresh(f"{image}.moments")))
+        both = leaves.get(image) or _leaving(made, image, names.fresh(f"{image}.moments"))
         by = replace(norm, args={**norm.args, "moments": Ref(both.outputs[1])})
         reason = _declined(both, by, program, declined)
         if reason is None:
@@ -49,6 +51,10 @@ def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | Non
     return propagate(replace(program, nodes=nodes)) if norms else program
 
 
+def _leaving(made: Node, image: str, own: str) -> Node:
+    return replace(made, op=f"fusegen.{_LEAVES[made.op]}.default", outputs=(image, own))
+
+
 def _small(program: Program, made: Node) -> bool:
     spec = spec_of(program, made.outputs[0])
     return spec.nbytes < LEAST * max(spec.sizes[0], 1)
@@ -56,7 +62,7 @@ def _small(program: Program, made: Node) -> bool:
 
 def _declined(both: Node, norm: Node, program: Program, declined: Callable[..., str | None]) -> str | None:
     """Why there is no kernel for the convolution, or for the norm."""
-    leaves, of = registry.get("winograd_conv2d_moments"), registry.get("group_norm")
+    leaves, of = registry.get(both.op.split(".")[1]), registry.get("group_norm")
     given = tuple(n for n in (*both.inputs(), *norm.inputs()) if n != both.outputs[1])
     metas = {name: spec_of(program, name).meta() for name in given}
     args = tuple(substitute(v, metas) for v in both.args.values())

@@ -1,5 +1,5 @@
 """A nearest 2x upsampling and the convolution after it as one op, where a kernel takes them: Winograd's form of it, or
-the four phases of ``upsample2x_conv``.
+its four phases, by taps that a session packs (``packed_conv2d``) or by filters as they are (``upsample2x_conv``).
 
 It is done once the sizes, strides and device are known, not by a spelling: where no kernel of ours is faster, the two
 nodes stay the library's.  The filters depend on the weight alone, so a session works them out once.
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fusegen.kernels import op as registry
 from fusegen.kernels.op import Op
+from fusegen.runtime import direct_conv
 from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, without_dead
 from fusegen.runtime.specialize import propagate, spec_of
@@ -28,9 +29,10 @@ _PLAIN = {
 }  # fmt: skip
 
 
-def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None]) -> Program:
+def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None], unpacked: str | None) -> Program:
     """The static ``program``, lowered and its strides known, with one op in the place of the two nodes where a
-    kernel takes it.  ``declined(op, args)``: why none does, or None.
+    kernel takes it.  ``declined(op, args)``: why none does, or None; ``unpacked``: why the backend has other kernels
+    for all convolutions by packed taps.
     """
     made = {o: n for n in program.nodes for o in n.outputs}
     users, names = program.users(), Names.of(program)
@@ -41,7 +43,7 @@ def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | Non
         before = made.get(node.args["input"].name) if node.op == "runtime.conv2d" else None
         fused = None
         if before is not None and _fits(node, before, program) and len(users[before.outputs[0]]) == 1:
-            fused = _fused(node, before, program, declined, names)
+            fused = _fused(node, before, program, declined, names, unpacked)
         if isinstance(fused, str):
             left.append(f"{node.name}: {fused}")
         count += isinstance(fused, list)
@@ -73,7 +75,7 @@ def _fits(conv: Node, before: Node, program: Program) -> bool:
 
 
 def _fused(
-    conv: Node, before: Node, program: Program, declined: Callable[..., str | None], names: Names
+    conv: Node, before: Node, program: Program, declined: Callable[..., str | None], names: Names, unpacked: str | None
 ) -> list[Node] | str:
     """The filters and the op in the place of the two nodes, or why no kernel takes it."""
     given = (before.args["input"], conv.args["weight"], conv.args["bias"])
@@ -82,15 +84,15 @@ def _fused(
     if x.dtype != weight.dtype:
         return f"x is {x.dtype} and the weight {weight.dtype}"
     reasons = []
-    for form in _forms(x, weight):
-        (filters,) = registry.get(form.filters).allocate(weight)
+    for form in _forms(x, weight, unpacked):
+        (filters,) = registry.get(form.filters).allocate(weight, **form.more)
         reason = declined(
-            registry.get(form.op), tuple({**form.args, "x": x, "filters": filters, "bias": bias}.values())
+            registry.get(form.op), tuple({**form.args, "x": x, form.takes: filters, "bias": bias}.values())
         )
         if reason is None:
             ref = Ref(names.fresh(f"{given[1].name}.{form.name}"))
-            args = {**form.args, "x": given[0], "filters": ref, "bias": given[2]}
-            made = Node(ref.name, f"fusegen.{form.filters}.default", {"weight": given[1]}, (ref.name,))
+            args = {**form.args, "x": given[0], form.takes: ref, "bias": given[2]}
+            made = Node(ref.name, f"fusegen.{form.filters}.default", {"weight": given[1], **form.more}, (ref.name,))
             return [made, replace(conv, op=f"fusegen.{form.op}.default", args=args)]
         reasons.append(reason)
     return "; ".join(reasons)
@@ -98,19 +100,32 @@ def _fused(
 
 @dataclass(frozen=True)
 class _Form:
-    """A form of the two nodes: its op, with its arguments in order, x, filters and bias yet to come, and the op that
-    makes its filters of the weight, with a name for them."""
+    """A form of the two nodes: its op, with its arguments in order, x, bias and what it ``takes`` yet to come, and the
+    op that makes this of the weight, told ``more``, with a name for it."""
 
     op: str
     filters: str
     name: str
+    takes: str
     args: Mapping[str, Any]
+    more: Mapping[str, Any]
 
 
-def _forms(x: Tensor, weight: Tensor) -> list[_Form]:
-    """The forms to ask kernels for, the one of fewer products first: 9 a pixel of x, then 16."""
-    phases = _Form("upsample2x_conv", "upsample2x_filters", "phases", dict.fromkeys(("x", "filters", "bias")))
-    args = {"x": None, "filters": None, "outputs": weight.shape[0], "bias": None, "residual": None, "doubled": True}
-    doubled = _Form("winograd_conv2d", "conv_taps", "winograd", args)
-    fits = x.dtype == torch.bfloat16 and x.shape[1] >= FEW
-    return [doubled, phases] if fits else [phases]
+def _forms(x: Tensor, weight: Tensor, unpacked: str | None) -> list[_Form]:
+    """The forms to ask kernels for: in phases on tiles, 16 products a pixel of x, Winograd's, 9, and the phases."""
+    phases = _Form(
+        "upsample2x_conv", "upsample2x_filters", "phases", "filters", dict.fromkeys(("x", "filters", "bias")), {}
+    )
+    if x.dtype != torch.bfloat16:
+        return [phases]
+    more = {"outputs": weight.shape[0], "bias": None, "residual": None}
+    winograd = _Form(
+        "winograd_conv2d", "conv_taps", "winograd", "filters",
+        {"x": None, "filters": None, **more, "doubled": True}, {"doubled": False},
+    )  # fmt: skip
+    packed = _Form(
+        "packed_conv2d", "conv_taps", "taps", "taps",
+        {"x": None, "taps": None, **more, "stride": 1, "doubled": True}, {"doubled": True},
+    )  # fmt: skip
+    tiles = unpacked is None and min(weight.shape[:2]) >= direct_conv.FEW
+    return [*([packed] if tiles else []), *([winograd] if x.shape[1] >= FEW else []), phases]

@@ -50,7 +50,7 @@ class _Form:
 # 0.87 times; in int8 32 up to 1.6 times, 48 0.8 to 1.3 times, 64 0.2 (8 x 8 pixels) to 1.0 (64 x 64).
 _FORMS = {
     torch.float32: _Form(RULE, "winograd_conv2d", "winograd_filters", FEW, more=(("transposed", False),)),
-    torch.bfloat16: _Form(RULE, "winograd_conv2d", "conv_taps", 24),
+    torch.bfloat16: _Form(RULE, "winograd_conv2d", "conv_taps", 24, more=(("doubled", False),)),
     torch.int8: _Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale")),
 }
 

@@ -175,7 +175,10 @@ class _Edit:
         """The filters, and the sum of each pair of channels' squared weights, float32."""
         name, key = weight.name, (weight.name, transposed, kind)
         if key not in self.made:
-            given = {"weight": weight} | ({"transposed": transposed} if kind == "winograd_filters" else {})
+            given = {
+                "weight": weight,
+                **({"transposed": transposed} if kind == "winograd_filters" else {"doubled": False}),
+            }
             filters = self._node(f"{name}.winograd", f"fusegen.{kind}.default", given)
             kept = {"non_blocking": False, "copy": False, "memory_format": None}
             wide = self._node(f"{name}.wide", "aten.to.dtype", {"self": weight, "dtype": torch.float32, **kept})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peers
 import pytest
 import torch
@@ -16,8 +18,9 @@ from fusegen.runtime import api, moments
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.missing() or "")
 registry.ops()
 LEVELS = library.levels() if library.available() else ()
-PAIRS = pytest.mark.skipif("avx512_bf16" not in LEVELS[-1:], reason="bfloat16 is served at avx512_bf16 alone")
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=PAIRS)]
+PAIRS = pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="this CPU has no products of bfloat16")
+FORMS = [("winograd_conv2d", torch.float32), ("packed_conv2d", torch.bfloat16)]
+FORMS = [*FORMS, pytest.param("winograd_conv2d", torch.bfloat16, marks=PAIRS)]  # type: ignore[list-item]
 LEAVES, PLAIN = "kernel winograd_conv2d_moments C++", "kernel winograd_conv2d C++"
 
 
@@ -25,57 +28,77 @@ def last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def arguments(dtype: torch.dtype, shape: tuple[int, ...], outputs: int, doubled: bool = False) -> list[object]:
-    """Of winograd_conv2d: an image whose channels have means far from each other and from zero, by random filters."""
+def levels(op: str, dtype: torch.dtype) -> tuple[str, ...]:
+    return ("avx512_bf16",) if (op, dtype) == ("winograd_conv2d", torch.bfloat16) else LEVELS
+
+
+def arguments(
+    op: str, dtype: torch.dtype, shape: tuple[int, ...], outputs: int, doubled: bool = False
+) -> dict[str, Any]:
+    """Of a convolution: an image whose channels have means far from each other and from zero, by random filters."""
     g = torch.Generator().manual_seed(0)
     weight = (torch.randn(outputs, shape[1], 3, 3, generator=g) / (9 * shape[1]) ** 0.5).to(dtype)
-    pairs = dtype == torch.bfloat16
-    filters = (torch.ops.fusegen.conv_taps if pairs else torch.ops.fusegen.winograd_filters)(weight)
+    if op == "packed_conv2d":
+        filters = {"taps": torch.ops.fusegen.conv_taps(weight, doubled)}
+    else:
+        pairs = dtype == torch.bfloat16
+        filters = {"filters": (torch.ops.fusegen.conv_taps if pairs else torch.ops.fusegen.winograd_filters)(weight)}
     x, bias = last(torch.randn(shape, generator=g).to(dtype)), 100 * torch.randn(outputs, generator=g)
     residual = torch.randn(shape[0], outputs, *(n * (2 if doubled else 1) for n in shape[2:]), generator=g)
-    return [x, filters, outputs, bias.to(dtype), last(residual.to(dtype)), doubled]
+    more = {"outputs": outputs, "bias": bias.to(dtype), "residual": last(residual.to(dtype)), "doubled": doubled}
+    return {"x": x, **filters, **more}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def both(op: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    made: tuple[Tensor, Tensor] = getattr(torch.ops.fusegen, f"{op}_moments")(**args)
+    return made
+
+
+@pytest.mark.parametrize(("op", "dtype"), FORMS)
 @pytest.mark.parametrize("kind", ["plain", "stripe", "corner", "same"])
 @pytest.mark.parametrize("shape", [(2, 24, 60, 97), (1, 33, 13, 17), (3, 32, 4, 192), (1, 64, 1, 1)])
-def test_they_are_those_of_what_was_stored(dtype: torch.dtype, kind: str, shape: tuple[int, ...]) -> None:
+def test_they_are_those_of_what_was_stored(op: str, dtype: torch.dtype, kind: str, shape: tuple[int, ...]) -> None:
     """Deviations far below the mean; a stripe or corner, where bands begin, unlike the rest; no deviation at all."""
     bounds = (2e-6, 1e-5) if dtype == torch.float32 else (1e-5, 1e-3)  # far below what the norm itself is rounded by
-    for level in LEVELS if dtype == torch.float32 else LEVELS[-1:]:
+    for level in levels(op, dtype):
         with library.forced(level):
-            args = arguments(dtype, shape, 70)
+            args = arguments(op, dtype, shape, 70)
             if kind == "stripe":
-                args[4][..., :2] += 3000
+                args["residual"][..., :2] += 3000
             elif kind == "corner":
-                args[4][..., 0, 0] += 3000
+                args["residual"][..., 0, 0] += 3000
             elif kind == "same":
-                args[0].zero_(), args[4].zero_()
-            out, got = torch.ops.fusegen.winograd_conv2d_moments(*args)
-            assert torch.equal(out, torch.ops.fusegen.winograd_conv2d(*args))
+                args["x"].zero_(), args["residual"].zero_()
+            out, got = both(op, args)
+            assert torch.equal(out, getattr(torch.ops.fusegen, op)(**args))
             (mean, variance), (true, spread) = got.unbind(1), moments_of(out).unbind(1)
             assert float(((mean - true).abs() / (spread.sqrt() + 1e-12)).max()) < bounds[0], (level, "mean")
             assert float(((variance - spread).abs() / (spread + 1e-24)).max()) < bounds[1], (level, "variance")
 
 
-@PAIRS
-def test_of_a_doubled_image() -> None:
-    out, got = torch.ops.fusegen.winograd_conv2d_moments(*arguments(torch.bfloat16, (2, 32, 9, 31), 40, True))
-    torch.testing.assert_close(got, moments_of(out), rtol=1e-5, atol=1e-9)
+@pytest.mark.parametrize(("op", "dtype"), FORMS[1:])
+@pytest.mark.parametrize("shape", [(2, 32, 9, 31), (1, 70, 37, 40)])
+def test_of_a_doubled_image(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for level in levels(op, dtype):
+        with library.forced(level):
+            out, got = both(op, arguments(op, dtype, shape, 40, True))
+        torch.testing.assert_close(got, moments_of(out), rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_threads_or_batch(dtype: torch.dtype) -> None:
-    x, filters, outputs, bias, residual, _ = arguments(dtype, (3, 48, 39, 43), 80)
-    _, whole = torch.ops.fusegen.winograd_conv2d_moments(x, filters, outputs, bias, residual)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 5):
-            torch.set_num_threads(count)
-            again = torch.ops.fusegen.winograd_conv2d_moments(last(x[1:2]), filters, outputs, bias, last(residual[1:2]))
-            assert torch.equal(again[1], whole[1:2])
-    finally:
-        torch.set_num_threads(threads)
+@pytest.mark.parametrize(("op", "dtype"), FORMS)
+@pytest.mark.parametrize("shape", [(3, 48, 39, 43), (3, 48, 5, 8)])
+def test_bits_do_not_depend_on_threads_or_batch(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    args, threads = arguments(op, dtype, shape, 80), torch.get_num_threads()
+    alone = {**args, "x": last(args["x"][1:2]), "residual": last(args["residual"][1:2])}
+    for level in levels(op, dtype):
+        with library.forced(level):
+            _, whole = both(op, args)
+            try:
+                for count in (1, 5):
+                    torch.set_num_threads(count)
+                    assert torch.equal(both(op, alone)[1], whole[1:2])
+            finally:
+                torch.set_num_threads(threads)
 
 
 class Block(nn.Module):
@@ -116,11 +139,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("time", [False, True])
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), pytest.param("bfloat16", 2e-2, marks=PAIRS)])
-def test_norms_of_convolutions_go_by_their_moments(dtype: str, bound: float, time: bool) -> None:
-    torch.manual_seed(0)
-    counts, applied, left = planned(Block(time=time), bound, dtype=dtype)
-    assert counts[LEAVES] == applied == 2 and PLAIN not in counts and left == []
+@pytest.mark.parametrize("level", LEVELS)
+def test_norms_of_convolutions_go_by_their_moments(level: str, time: bool) -> None:
+    for dtype, bound in (("float32", 1e-5), ("bfloat16", 2e-2)):
+        torch.manual_seed(0)
+        with library.forced(level):
+            counts, applied, left = planned(Block(time=time), bound, dtype=dtype)
+        leaves = LEAVES.replace("winograd", "packed") if (level, dtype) == ("amx", "bfloat16") else LEAVES
+        served = dtype == "float32" or level in ("amx", "avx512_bf16")
+        assert counts.get(leaves, 0) == applied == (2 if served else 0) and left == []
+        assert PLAIN not in counts and "kernel packed_conv2d C++" not in counts
 
 
 @pytest.mark.usefixtures("small")

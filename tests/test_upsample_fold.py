@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
-from fusegen.runtime import api
+from fusegen.runtime import api, moments
+from fusegen.runtime.backends import cpu
 from fusegen.runtime.upsample import RULE
 
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.missing() or "")
@@ -110,3 +111,33 @@ def test_diffusers_upsampling_block() -> None:
     torch.manual_seed(0)
     counts, _ = planned(Upsample2D(32, use_conv=True, out_channels=32), torch.randn(2, 32, 6, 5))
     assert counts[FUSED] == 1
+
+
+class Upsampled(nn.Module):
+    """A convolution, and one of what is upsampled, each with a norm behind it."""
+
+    def __init__(self, inner: int):
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(n, inner, 3, padding=1) for n in (3, inner, inner))
+        self.norms = nn.ModuleList(nn.GroupNorm(4, inner) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        enter, one, two = self.convolutions
+        y = F.silu(self.norms[0](one(F.silu(enter(x)))))
+        return self.norms[1](two(F.interpolate(y, scale_factor=2.0, mode="nearest")))
+
+
+@pytest.mark.parametrize(("inner", "served"), [(40, 2), (24, 0)])
+@pytest.mark.parametrize("least", [0, 1 << 30])
+def test_by_packed_taps_with_the_moments_that_a_norm_wants(
+    monkeypatch: pytest.MonkeyPatch, inner: int, served: int, least: int
+) -> None:
+    """As with tiles, at this machine's level."""
+    monkeypatch.setattr(cpu.Cpu, "unpacked_convolutions", lambda self: None)
+    monkeypatch.setattr(moments, "LEAST", least)
+    torch.manual_seed(1)
+    module, x = Upsampled(inner), torch.randn(2, 3, 9, 11)
+    counts, left = planned(module, x, 2e-2, dtype="bfloat16", without=["winograd_conv2d"])
+    assert counts.get(f"kernel packed_conv2d{'' if least else '_moments'} C++", 0) == served
+    assert counts.get(FUSED, 0) == (0 if served else 1) and left == []
+    assert counts.get("kernel conv_taps C++", 0) == served and not any("upsample_nearest" in name for name in counts)

@@ -286,7 +286,7 @@ struct fg_qk_norm_rope_args {
   X(linear_int8) X(linear_panels) \
   X(modulated_conv2d) \
   X(noise_normal)     \
-  X(packed_conv2d) X(packed_conv2d_int8) \
+  X(packed_conv2d) X(packed_conv2d_moments) X(packed_conv2d_int8) \
   X(packed_gated_linear) X(packed_gated_linear_int8) \
   X(packed_linear) X(packed_linear_int8) \
   X(pixel_shuffle)    \

@@ -40,17 +40,21 @@ struct fg_conv_taps_args {
   const void *weight;  // float32 or bfloat16
   void *out;
   int64_t dtype, inputs, outputs;
+  int64_t doubled;  // whether as the four phases of 2x2 that it is to a doubled image
 };
 
-// 3x3, padding 1, `stride` 1 or 2, on channels-last images of bfloat16; taps as winograd's; see packed_conv2d.cpp.
+// 3x3, padding 1, on channels-last images of bfloat16, `stride` 1 or 2, or `doubled` with each pixel 2 x 2 times; taps of
+// conv_taps.cpp; see packed_conv2d.cpp.
 struct fg_packed_conv2d_args {
   const void *x, *taps;
   const void *bias, *residual;  // null: none; bias (outputs,), residual laid out as out is
   void *out;
   int64_t dtype, bias_dtype;
   int64_t batch, inputs, outputs, height, width;  // of x
-  int64_t stride;
+  int64_t stride, doubled;
+  void *moments;  // null: none; doubles (batch, 2, outputs): each channel's mean and variance
 };
+struct fg_packed_conv2d_moments_args : fg_packed_conv2d_args {};
 
 // A weight (outputs, inputs, 3, 3) of int8 codes as products of words read it; see conv_taps_int8.cpp.
 struct fg_conv_taps_int8_args {

@@ -6,22 +6,10 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "channel_moments.h"
 #include "winograd_conv2d.h"
 
 namespace {
-
-constexpr int64_t kColumns = 32;  // channels whose sums lie together
-
-// What a band has of some channels: a value that is near theirs, the sums of what is apart from it, and of its square.
-// The centre is of the band itself: its distance from the mean costs no more roundings than the band has pixels for each
-// that it was taken from (moments.h).
-struct Sums {
-  vf centre, sum, square;
-  inline __attribute__((always_inline)) void add_one(vf x) {
-    const vf d = sub(x, centre);
-    sum = add(sum, d), square = fma(d, d, square);
-  }
-};
 
 // The bands of an image of tiles of `side` x `side` pixels, `band` tiles each.
 struct Bands {
@@ -35,7 +23,7 @@ struct Bands {
   }
 
   int64_t strips() const { return (channels + kColumns - 1) / kColumns; }
-  float *at(int64_t strip, int64_t i) const { return partial + (strip * bands + i) * 3 * kColumns; }
+  float *at(int64_t strip, int64_t i) const { return partial + (strip * bands + i) * kBand; }
   float *of(int64_t tile, int64_t o) const { return at(o / kColumns, tile / band) + o % kColumns; }
 
   // The pixels of the tiles before one.
@@ -43,31 +31,17 @@ struct Bands {
     const int64_t y = tile / across * side, rows = height - y < side ? height - y : side;
     return y < height ? y * width + rows * (tile % across * side) : height * width;
   }
-  double pixels(int64_t i) const {
+  int64_t pixels(int64_t i) const {
     const int64_t end = (i + 1) * band;
-    return static_cast<double>(before(end < tiles ? end : tiles) - before(i * band));
+    return before(end < tiles ? end : tiles) - before(i * band);
   }
 
-  // The mean and variance of each channel of a strip, from all bands in order (Chan, Golub & LeVeque 1979).
+  // The mean and variance of each channel of a strip, from all bands in order.
+  template <bool PAIRS>
   void merge(int64_t strip, double *mean, double *variance) const {
-    double middle[kColumns] = {}, m2[kColumns] = {};
-    const double all = static_cast<double>(height * width);
-    for (int64_t i = 0; i < bands; ++i) {
-      const float *centre = at(strip, i), *sum = centre + kColumns;
-      const double n = pixels(i);
-      for (int64_t c = 0; c < kColumns; ++c) middle[c] += n * static_cast<double>(centre[c]) + static_cast<double>(sum[c]);
-    }
-    for (int64_t c = 0; c < kColumns; ++c) middle[c] /= all;
-    for (int64_t i = 0; i < bands; ++i) {
-      const float *centre = at(strip, i), *sum = centre + kColumns, *square = sum + kColumns;
-      const double n = pixels(i), share = 1 / n;
-      for (int64_t c = 0; c < kColumns; ++c) {
-        const double s = static_cast<double>(sum[c]), apart = static_cast<double>(centre[c]) + s * share - middle[c];
-        m2[c] += static_cast<double>(square[c]) - s * s * share + n * apart * apart;
-      }
-    }
-    for (int64_t c = 0; c < kColumns && strip * kColumns + c < channels; ++c)
-      mean[strip * kColumns + c] = middle[c], variance[strip * kColumns + c] = m2[c] < 0 ? 0 : m2[c] / all;
+    const int64_t o = strip * kColumns;
+    const auto count = [this](int64_t i) { return pixels(i); };
+    merge_bands<PAIRS>(at(strip, 0), kBand, bands, count, channels - o, mean + o, variance + o);
   }
 };
 
@@ -89,44 +63,31 @@ void add_tile(const Bands &bands, int64_t y, int64_t x, int64_t o, const vf *z) 
 }
 
 #if defined(FG_HAS_AVX512_BF16)
-// A band of tiles of 2 x 2 pixels; the first pixel is its centre, near enough for values of eight bits.
-struct PairSums {
+// A band of tiles of 2 x 2 pixels.
+struct TileSums : PairSums {
   const Bands *bands;
-  Sums even{}, odd{};
-  bool begun = false;
-
-  inline __attribute__((always_inline)) void add(__m512i x) {
-    const vf low = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
-    const vf high = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
-    if (!begun) even = {low, set1(0.0f), set1(0.0f)}, odd = {high, set1(0.0f), set1(0.0f)}, begun = true;
-    even.add_one(low), odd.add_one(high);
-  }
-  inline __attribute__((always_inline)) void leave(int64_t tile, int64_t o) const {
-    float *to = bands->of(tile, o);
-    const vf low[3] = {even.centre, even.sum, even.square}, high[3] = {odd.centre, odd.sum, odd.square};
-    for (int i = 0; i < 3; ++i) {
-      vf first, second;
-      interleave(low[i], high[i], first, second);
-      store(to + i * kColumns, first), store(to + i * kColumns + W, second);
-    }
-  }
+  explicit TileSums(const Bands *bands) : bands(bands) {}
+  inline __attribute__((always_inline)) void leave(int64_t tile, int64_t o) const { PairSums::leave(bands->of(tile, o)); }
 };
 #endif
 
 // One sample.
 int convolve(const fg_winograd_conv2d_args *a, Bands bands) {
-  const int64_t floats = bands.strips() * bands.bands * 3 * kColumns;
+  const int64_t floats = bands.strips() * bands.bands * kBand;
   bands.partial = static_cast<float *>(std::calloc(static_cast<size_t>(floats), sizeof(float)));
   if (!bands.partial) return FG_NO_MEMORY;
   int code = FG_BAD_ARGUMENT;
   if (a->dtype == FG_FLOAT32)
     code = convolve_floats(a, [&](int64_t y, int64_t x, int64_t o, const vf *z) { add_tile(bands, y, x, o, z); });
 #if defined(FG_HAS_AVX512_BF16)
-  if (a->dtype == FG_BFLOAT16) code = convolve_pairs(a, PairSums{&bands});
+  if (a->dtype == FG_BFLOAT16) code = convolve_pairs(a, TileSums(&bands));
 #endif
   double *moments = static_cast<double *>(a->moments);
   if (!code)
-    parallel_for(bands.strips(), 1, [&](int64_t strip) { return bands.merge(strip, moments, moments + a->outputs), 0; });
+    parallel_for(bands.strips(), 1, [&](int64_t strip) {
+      if (a->dtype == FG_BFLOAT16) return bands.merge<true>(strip, moments, moments + a->outputs), 0;
+      return bands.merge<false>(strip, moments, moments + a->outputs), 0;
+    });
   std::free(bands.partial);
   return code;
 }

@@ -65,6 +65,14 @@ def like(x: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
+def check_moments(op: str, x: Tensor, moments: Tensor | None) -> None:
+    """Raises ValueError where they are not such of x (B, C, ...)."""
+    if moments is not None and (moments.dtype, tuple(moments.shape)) != (torch.float64, (x.shape[0], 2, x.shape[1])):
+        raise ValueError(
+            f"{op}: moments are {moments.dtype} {tuple(moments.shape)}, not {torch.float64} (B, 2, C) of x"
+        )
+
+
 def allocate(
     x: Tensor,
     num_groups: int,
@@ -85,10 +93,7 @@ def allocate(
     for name, tensor in (("add", add), ("scale", scale), ("shift", shift)):
         if tensor is not None and not fits(tensor.shape, x.shape):
             raise ValueError(f"group_norm: {name} of shape {tuple(tensor.shape)} does not go with x {tuple(x.shape)}")
-    if moments is not None and (moments.dtype, tuple(moments.shape)) != (torch.float64, (x.shape[0], 2, x.shape[1])):
-        raise ValueError(
-            f"group_norm: moments are {moments.dtype} {tuple(moments.shape)}, not {torch.float64} (B, 2, C) of x"
-        )
+    check_moments("group_norm", x, moments)
     return (like(x, x.shape[1]),)
 
 

@@ -78,7 +78,7 @@ def _early(norm: Node, program: Program) -> bool:
 
 def _arguments(norm: Node, x: Ref, other: Ref, kind: str) -> dict[str, Any]:
     kept = {k: norm.args[k] for k in ("num_groups", "weight", "bias", "eps", "activation")}
-    return {"x": x, "other": other, **kept, "kind": kind}
+    return {"x": x, "other": other, **kept, "kind": kind, "moments": None}
 
 
 def _declined(joined: Node, program: Program, declined: Callable[..., str | None]) -> str | None:

@@ -75,12 +75,14 @@ def test_soft_cap_as_gemma_2_has_it() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("heads", [8, 18])
+@pytest.mark.parametrize(("heads", "dim"), [(8, 72), (18, 72), (16, 64), (18, 96)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("level", LEVELS)
-def test_bits_do_not_depend_on_where_or_beside_whom_a_sequence_lies(level: str, dtype: torch.dtype, heads: int) -> None:
+def test_bits_do_not_depend_on_where_or_beside_whom_a_sequence_lies(
+    level: str, dtype: torch.dtype, heads: int, dim: int
+) -> None:
     """Batch, slot, capacity, blocks, and the order of their dimensions."""
-    q, (k, v), lengths = queries(3, heads, 2, 72, dtype), cache(3, 2, 1120, 72, dtype), torch.tensor([1120, 600, 33])
+    q, (k, v), lengths = queries(3, heads, 2, dim, dtype), cache(3, 2, 1120, dim, dtype), torch.tensor([1120, 600, 33])
     rest: tuple[Any, ...] = (torch.linspace(-1, 1, heads), None, 520, 10.0)
     with library.forced(level):
         whole = decode(q, k, v, lengths, None, *rest)
@@ -98,7 +100,7 @@ def test_bits_do_not_depend_on_where_or_beside_whom_a_sequence_lies(level: str, 
 
 @needs_library
 @pytest.mark.parametrize("window", [0, 600])
-@pytest.mark.parametrize("heads", [2, 4, 16])
+@pytest.mark.parametrize("heads", [2, 4, 16, 18])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_drafts_have_the_bits_of_single_steps(dtype: torch.dtype, heads: int, window: int) -> None:
     """Speculative decoding verifies several tokens at once: each must come out as it would alone."""

@@ -62,7 +62,7 @@ def test_adaptive_group_norm_is_the_papers(dtype: torch.dtype, layout: torch.mem
 
 def test_it_declines_with_the_reason() -> None:
     x = torch.empty(2, 8, 4, 4)
-    rest = (2, None, None, 1e-5, "none", "add")
+    rest = (2, None, None, 1e-5, "none", "add", None)
     assert decline(x, x, *rest) is None
     assert decline(x, x.contiguous(memory_format=torch.channels_last), *rest) == "other is not laid out as x is"
 
@@ -78,5 +78,9 @@ def test_what_does_not_fit_is_refused() -> None:
         join(x, x[:, :, :2], 2, None, None, 1e-5, "none", "concat")
     with pytest.raises(ValueError, match="12 channels do not divide into 8 groups"):
         join(x, x[:, :4], 8, None, None, 1e-5, "none", "concat")
+    with pytest.raises(ValueError, match="moments are given, which only a concatenation has"):
+        join(x, x, 2, None, None, 1e-5, "none", "add", torch.zeros(2, 2, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"join_group_norm: moments are torch\.float64 \(2, 2, 8\)"):
+        join(x, x, 2, None, None, 1e-5, "none", "concat", torch.zeros(2, 2, 8, dtype=torch.float64))
     with pytest.raises(ValueError, match="add of shape"):
         torch.ops.fusegen.group_norm(x, 2, None, None, 1e-5, "none", torch.empty(2, 8, 4, 1))

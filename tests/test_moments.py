@@ -158,6 +158,35 @@ def test_a_norm_of_something_else_stays() -> None:
     assert counts[LEAVES] == applied == 1 and counts[PLAIN] == 1  # the sum is not the convolution's own
 
 
+class Skip(nn.Module):
+    """Two convolutions whose outputs are concatenated, the second's behind ``behind``, and the norm of both."""
+
+    def __init__(self, behind: nn.Module | None = None):
+        super().__init__()
+        self.first, self.one, self.two = (nn.Conv2d(i, o, 3, padding=1) for i, o in ((3, 32), (32, 48), (32, 48)))
+        self.norm, self.last = nn.GroupNorm(8, 96), nn.Conv2d(96, 32, 1)
+        self.behind = behind or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        joined = torch.cat([self.one(h), self.behind(self.two(h))], 1)
+        return self.last(joined) + self.last(nn.functional.silu(self.norm(joined)))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("level", LEVELS)
+def test_norms_of_what_two_convolutions_leave(level: str) -> None:
+    for dtype, bound in (("float32", 1e-5), ("bfloat16", 2e-2)):
+        torch.manual_seed(0)
+        with library.forced(level):
+            counts, applied, left = planned(Skip(), bound, dtype=dtype)
+            others, _, _ = planned(Skip(nn.Tanh()), bound, dtype=dtype)
+        leaves = LEAVES.replace("winograd", "packed") if (level, dtype) == ("amx", "bfloat16") else LEAVES
+        served = dtype == "float32" or level in ("amx", "avx512_bf16")
+        assert applied == served and counts.get(leaves, 0) == 2 * served and left == []
+        assert counts["kernel join_group_norm C++"] == 1 and leaves not in others  # one of two is of no use
+
+
 @pytest.mark.usefixtures("small")
 def test_bits_that_are_a_sample_s_own() -> None:
     torch.manual_seed(0)

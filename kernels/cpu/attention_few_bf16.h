@@ -6,9 +6,8 @@
 
 namespace {
 
-struct Bf16Few : PairScores<bf16> {
+struct Bf16Few : Vectors, PairScores<bf16> {
   using element = bf16;
-
 
   // The scores from s[r] on become BLOCK weights in bfloat16, in s as an array of those.  The sum of the rounded
   // weights, two a lane, divides what they weighed: their common error cancels.
@@ -83,7 +82,8 @@ struct Bf16Few : PairScores<bf16> {
     if constexpr (C > 1) rest<M, C - 1>(p, v, ahead, stride, n, left, o);
   }
 
-  static void give(const float *o, int dim, float *to) {
+  static void give(const float *o, int m, int, int dim, float *to) {
+    o += m * WIDE;
     const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
     for (int d = 0; d < dim; d += 32) {

@@ -75,7 +75,7 @@ void all_dots(const float *q, const T *k, Ahead &ahead, int64_t stride, int n, i
 }
 
 template <class T>
-struct FloatFew {
+struct FloatFew : Vectors {
   using element = T;
 
   static void take_query(const T *from, int dim, int m, char *to) {
@@ -150,7 +150,8 @@ struct FloatFew {
     if (left > (C - 1) * W) return blend<M, C>(p, v, ahead, stride, n, (left - 1) % W + 1, o);
     if constexpr (C > 1) rest<M, C - 1>(p, v, ahead, stride, n, left, o);
   }
-  static void give(const float *o, int dim, float *to) {
+  static void give(const float *o, int m, int, int dim, float *to) {
+    o += m * WIDE;
     for (int d = 0; d < dim; d += W) store(to + d, load(o + d));
   }
 };

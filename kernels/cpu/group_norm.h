@@ -4,9 +4,9 @@
 // sample alone, so neither threads nor batch change a bit.  Where the groups of one work item fit the second-level
 // cache or, one at a time, the last one, the item takes the statistics and normalizes: memory is read once.  Else the two
 // are separate sweeps, over as much at a time as the last cache holds, so that the second finds there what the first read.
-// Where whoever made x left the moments of its channels, one sweep is left.
+// Where whoever made x, or its parts, left the moments of its channels, one sweep is left.
 // What is added a channel goes into the statistics and the mean, so that it costs nothing an element; what is joined is
-// written chunk by chunk, just before the statistics of the chunk are taken from it.
+// written chunk by chunk, just before the chunk is read.
 #pragma once
 #include "group_norm_last.h"
 
@@ -20,11 +20,16 @@ constexpr int64_t kTogether = 16;        // contiguous chunks, at most, of a swe
 // Groups contiguous in memory: a chunk is kChunk elements of the group's slab.
 template <class T, bool kSilu>
 struct Contiguous {
+  static void joined(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
+    const int64_t slab = s.width * s.a->pixels, first = chunk * s.chunk;
+    const int64_t n = slab - first < s.chunk ? slab - first : s.chunk;
+    for (int64_t g = g0; s.a->other && g < g1; ++g) join<T>(s.a, b, 0, 1, g * slab + first, n, s.a->pixels);
+  }
   static void statistics(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
     const int64_t slab = s.width * s.a->pixels, first = chunk * s.chunk;
     const int64_t n = slab - first < s.chunk ? slab - first : s.chunk;
     for (int64_t g = g0; g < g1; ++g) {
-      if (s.a->other) join<T>(s.a, b, 0, 1, g * slab + first, n, s.a->pixels);
+      joined(s, b, chunk, g, g + 1);
       *s.at(b, chunk, g) = s.added ? of_channels(s, b, g, first, n) : moments_of(input<T>(s.a, b) + g * slab + first, n);
     }
   }
@@ -210,6 +215,7 @@ int one_sweep(const Shared &s, int64_t grain) {
   for (int64_t b = 0; b < a->batch; ++b) finish<kLast>(s, b, 0, a->groups);
   return parallel_for(all, grain, [&](int64_t i) {
     const int64_t item = all - 1 - i, block = item / s.chunks % blocks;
+    Sweep::joined(s, item / s.chunks / blocks, item % s.chunks, block * width, (block + 1) * width);
     Sweep::apply(s, item / s.chunks / blocks, item % s.chunks, block * width, (block + 1) * width);
     if (s.streaming) streamed();
     return 0;

@@ -42,6 +42,8 @@ def unfit(x: Tensor, roles: Mapping[str, int], args: tuple[Any, ...]) -> str | N
         return f"x is {x.dtype}"
     if not is_last(x) and not dense_samples(x):
         return "x's samples are neither contiguous nor channels-last"
+    if args[roles["moments"]] is not None and not args[roles["moments"]].is_contiguous():
+        return "moments are strided"
     for name, tensor in ((n, args[i]) for n, i in roles.items() if n in (*_PARAMETERS, *_PER_SAMPLE)):
         if tensor is None:
             continue
@@ -67,9 +69,7 @@ def fill(out: Tensor, roles: Mapping[str, int], args: tuple[Any, ...], groups: i
 
 
 def decline(*args: Any) -> str | None:
-    moments = args[ROLES["moments"]]
-    strided = moments is not None and not moments.is_contiguous()
-    return unfit(args[0], ROLES, args) or ("moments are strided" if strided else None)
+    return unfit(args[0], ROLES, args)
 
 
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:

@@ -94,10 +94,15 @@ struct ChannelsLast {
     }
   }
 
+  static void joined(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
+    const int64_t first = chunk * s.chunk, rows = s.a->pixels - first < s.chunk ? s.a->pixels - first : s.chunk;
+    if (s.a->other) join<T>(s.a, b, first, rows, g0 * s.width, (g1 - g0) * s.width, 1);
+  }
+
   static void statistics(const Shared &s, int64_t b, int64_t chunk, int64_t g0, int64_t g1) {
     const int64_t channels = s.a->channels, first = chunk * s.chunk;
     const int64_t rows = s.a->pixels - first < s.chunk ? s.a->pixels - first : s.chunk;
-    if (s.a->other) join<T>(s.a, b, first, rows, g0 * s.width, (g1 - g0) * s.width, 1);
+    joined(s, b, chunk, g0, g1);
     const T *x = input<T>(s.a, b) + first * channels;
     const float *added = s.added ? s.added + b * channels : nullptr;
     if (s.width <= kTile) {

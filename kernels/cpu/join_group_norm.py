@@ -11,7 +11,7 @@ from fusegen.kernels.cpu.group_norm import dense_samples, fill, unfit
 from fusegen.kernels.cpu.library import CpuLaunch
 from fusegen.kernels.op import Kernel, is_last
 
-ROLES = {"x": 0, "other": 1, "weight": 3, "bias": 4}
+ROLES = {"x": 0, "other": 1, "weight": 3, "bias": 4, "moments": 8}
 
 
 def decline(*args: Any) -> str | None:

@@ -67,6 +67,15 @@ def test_it_declines_with_the_reason() -> None:
     assert decline(x, x.contiguous(memory_format=torch.channels_last), *rest) == "other is not laid out as x is"
 
 
+@pytest.mark.parametrize("channels", [(3, 0), (0, 3)])
+def test_a_concatenation_with_nothing(channels: tuple[int, int]) -> None:
+    """Memory without elements has no address, which is how the kernel is told that there is nothing to join."""
+    x, other = (torch.randn(2, n, 2, 3) for n in channels)
+    y, joined = torch.ops.fusegen.join_group_norm(x, other, 1, kind="concat")
+    assert torch.equal(joined, torch.cat([x, other], 1))
+    assert_close("y", y, F.group_norm(joined.double(), 1), op.OP.tolerance[torch.float32])
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x = torch.empty(2, 8, 4, 4)
     join = torch.ops.fusegen.join_group_norm

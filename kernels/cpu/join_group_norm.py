@@ -16,6 +16,8 @@ ROLES = {"x": 0, "other": 1, "weight": 3, "bias": 4, "moments": 8}
 
 def decline(*args: Any) -> str | None:
     x, other = args[:2]
+    if x.numel() and not other.numel():
+        return "other has no channels"
     alike = other.movedim(1, -1).is_contiguous() if is_last(x) else dense_samples(other)
     return unfit(x, ROLES, args) or (None if alike else "other is not laid out as x is")
 

@@ -8,7 +8,7 @@ reads the sum.  ``scale`` and ``shift``, of the same shape, modulate the result 
 y * (1 + scale) + shift (Dhariwal & Nichol 2021, adaptive group normalization).
 
 ``moments``, float64 (B, 2, C), are the mean and (biased) variance of each channel of x over its pixels, where whoever
-made x left them (:mod:`.winograd_conv2d_moments`): the statistics of a run are then those of its channels together
+made x left them (:mod:`.channel_moments`): the statistics of a run are then those of its channels together
 (Chan, Golub & LeVeque 1979), and x is read once.
 """
 

@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t TAPS = 9, PHASES = 4, FOUR = 4;             // taps of a weight, and of each phase
+constexpr int64_t TAPS = 9, PHASES = 4, FOUR = 4;               // of a weight; FOUR: taps of each phase
 constexpr int64_t GROUP = 32, LANES = 2 * GROUP, AT_ONCE = 64;  // outputs; outputs by two inputs; pairs of an item
 
 // Inputs 2 k and 2 k + 1 of 32 outputs from `first` on.
@@ -21,7 +21,7 @@ void gather(const fg_conv_taps_args *a, int64_t first, int64_t k, T *from) {
     }
 }
 
-// The sum of rows of the weight that tap t of phase p stands for.
+// The rows of the weight, or its columns, whose sum tap t of phase p is.
 struct Fold {
   int64_t from, to;
   Fold(int64_t p, int64_t t) : from(p ? 2 * t : t), to(p ? t + 2 : 2 * t + 1) {}

@@ -1,7 +1,7 @@
 // The operands of attention's bfloat16 products on AMX tiles, and the products.
 //
 // Queries are rows here, keys columns: a tile of queries is a left operand as it lies in memory, scores come out as
-// S[query][key], the weights of a row's keys are packed without a shuffle into the left operand of the second product,
+// S[query][key], the weights of a row's keys are packed where they stand into the left operand of the second product,
 // and the output needs no turning.  Only keys are turned, once a block.  Every operand is a row of whole tiles, 1 KiB
 // each, so that no two rows of a tile share a cache set.
 //
@@ -53,19 +53,20 @@ inline void pack_keys(const bf16 *k, int64_t stride, int n, const AmxShape &s, c
     }
 }
 
-// Tiles [dim / 16][unit] of pairs of keys, key c of a unit beside key 16 + c; zeros past n.  Column `dim` is ones.
+// Tiles [dim / 16][unit] of pairs of keys in the order of the weights, four of a unit's first 16 keys before four of
+// its last; zeros past n.  Column `dim` is ones.
 inline void pack_values(const bf16 *v, int64_t stride, int n, const AmxShape &s, char *to) {
   for (int u = 0; u < s.units && u * UNIT < n; ++u)
     for (int c = 0; c < 16; ++c) {
-      const int near = u * UNIT + c, far = near + 16;
-      const bf16 *low = v + near * stride, *high = low + 16 * stride;
-      const __m512i ones = _mm512_set1_epi32((near < n ? 0x3f80 : 0) | (far < n ? 0x3f800000 : 0));
+      const int one = u * UNIT + c / 4 * 4 + c % 2 * 2 + c % 4 / 2 * 16, two = one + 1;
+      const bf16 *low = v + one * stride, *high = low + stride;
+      const __m512i ones = _mm512_set1_epi32((one < n ? 0x3f80 : 0) | (two < n ? 0x3f800000 : 0));
       char *row = to + u * TILE + c * 64;
       for (int d = 0; d < s.wide; ++d, row += s.units * TILE) {
         const int left = s.dim - 16 * d;
         const __mmask16 mask = lanes_below(left < 16 ? left : 16);
-        const __m256i x = _mm256_maskz_loadu_epi16(near < n ? mask : 0, low + 16 * d);
-        const __m256i y = _mm256_maskz_loadu_epi16(far < n ? mask : 0, high + 16 * d);
+        const __m256i x = _mm256_maskz_loadu_epi16(one < n ? mask : 0, low + 16 * d);
+        const __m256i y = _mm256_maskz_loadu_epi16(two < n ? mask : 0, high + 16 * d);
         const __m512i upper = _mm512_slli_epi32(_mm512_cvtepu16_epi32(y), 16);
         const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(x), upper);
         const __mmask16 past = left < 16 ? static_cast<__mmask16>(1u << left) : 0;
@@ -83,8 +84,9 @@ FG_INLINE void hold(const char *left, int64_t step, int deep) {
   if (deep > 3) _tile_loadd(7, left + 3 * step, 64);
 }
 
-// The scores of 16 keys for the queries held, in register 0 or 1: one takes sums while the other is stored.
-#define FG_SCORES(sum)                                               \
+// The scores of 16 keys for the queries held.  What the call before left in the other register is stored on the way:
+// stored at once, it would keep what is behind it waiting.
+#define FG_SCORES(sum, other)                                        \
   {                                                                  \
     _tile_zero(sum);                                                 \
     _tile_loadd(2, k, 64);                                           \
@@ -93,6 +95,7 @@ FG_INLINE void hold(const char *left, int64_t step, int deep) {
       _tile_loadd(3, k + TILE, 64);                                  \
       _tile_dpbf16ps(sum, 5, 3);                                     \
     }                                                                \
+    if (at > 0) _tile_stored(other, s - TILE, 64);                   \
     if (deep > 2) {                                                  \
       _tile_loadd(2, k + 2 * TILE, 64);                              \
       _tile_dpbf16ps(sum, 6, 2);                                     \
@@ -101,13 +104,14 @@ FG_INLINE void hold(const char *left, int64_t step, int deep) {
       _tile_loadd(3, k + 3 * TILE, 64);                              \
       _tile_dpbf16ps(sum, 7, 3);                                     \
     }                                                                \
-    _tile_stored(sum, s, 64);                                        \
   }
 
 FG_INLINE void score_tile(const char *k, int at, int deep, char *s) {
   k += at * deep * TILE, s += at * TILE;
-  if (at % 2) FG_SCORES(1) else FG_SCORES(0)
+  if (at % 2) FG_SCORES(1, 0) else FG_SCORES(0, 1)
 }
+// What the last of an even number of calls left.
+FG_INLINE void store_last(char *s, int tiles) { _tile_stored(1, s + (tiles - 1) * TILE, 64); }
 #undef FG_SCORES
 
 // O[16][16 dims] += the weights held . V.  What the call before left in the other register is stored on the way.

@@ -58,14 +58,12 @@ struct AmxBlock {
   void move(int64_t tile, const char *scores, float rate) const {
     move_shifts(scores, units, rate, at.x.wide, rows(tile), o(tile));
   }
-  void weigh_all(int64_t tile, char *scores, float rate) const {
-    __m512i any = _mm512_setzero_si512();
-    for (int part = 0; part < PARTS * units; ++part) weigh_part(scores, part, rate, rows(tile), any);
-  }
+  void weigh_all(int64_t tile, char *scores, float rate) const { weigh_rows(scores, units, rate, rows(tile)); }
 
   void score(int64_t tile, char *scores) const {
     hold(q(tile), TILE, at.x.deep);
     for (int j = 0; j < 2 * units; ++j) score_tile(k(), j, at.x.deep, scores);
+    store_last(scores, 2 * units);
     written();
   }
   void gather(int64_t tile, const char *weights) const {
@@ -77,7 +75,7 @@ struct AmxBlock {
   }
 
   // Scores become weights, where they stand, beside gather(before, other) and score(after, other), where there are such
-  // tiles.  Returns whether a weight reached 2.
+  // tiles.  Returns whether a weight reached LIMIT.
   template <int DEEP, int UNITS>
   bool beside(int64_t tile, char *scores, float rate, int64_t before, int64_t after, char *other) const {
     __m512i any = _mm512_setzero_si512();
@@ -96,6 +94,7 @@ struct AmxBlock {
       if (after < at.tiles) score_tile(k(), j, DEEP, other);
       weigh_part(scores, part, rate, rows(tile), any);
     }
+    if (after < at.tiles) store_last(other, 2 * units);
     return reached(any);
   }
 
@@ -113,9 +112,8 @@ struct AmxBlock {
     for (; tile < at.tiles; slot ^= 1) {
       const int64_t after = open_from(tile + 1);
       float rate = prepare(tile, s(slot));
-      const bool sure = !rows(tile)->ready;
-      if (sure) move(tile, s(slot), rate);
-      if (beside<DEEP, UNITS>(tile, s(slot), rate, before, after, s(slot ^ 1)) && !sure) {
+      if (!rows(tile)->ready) move(tile, s(slot), rate);
+      if (beside<DEEP, UNITS>(tile, s(slot), rate, before, after, s(slot ^ 1))) {
         score(tile, s(slot));
         rate = prepare(tile, s(slot));
         move(tile, s(slot), rate);

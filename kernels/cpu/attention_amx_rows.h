@@ -1,26 +1,37 @@
 // What stands between attention's two products on AMX tiles: scores S[query][key] become weights.
 //
-// Weights are exp2(score * rate - shift).  A row's shift is not its running maximum: it is BIAS above the maximum of
-// the first keys that the row met, and moves only when a weight reaches 2, that is when a score is found BIAS + 1
-// octaves above.  Any shift gives the same softmax, in floating point without loss.  So a block of keys needs no
-// maximum before its exponentials; that no weight reached 2 is one bit of the packed weights, looked at afterwards.
-// Whether a row's shift moves depends on its own scores alone.
+// Weights are exp2(score * rate - shift).  A row's shift is not its running maximum: it is BIAS above the maximum of the
+// first keys that the row met, up to a whole number, and moves only where a weight reaches 2^LIMIT.  Any shift gives the
+// same softmax, in floating point without loss.  So a block of keys needs no maximum before its exponentials; that no
+// weight reached 2^LIMIT is one bit, looked at afterwards.
+//
+// While tiles are multiplied, a core has one unit for other multiplications and for shifts, not two: so exponentials are
+// a multiply-add that rounds to counts of an octave, and a look into a table of how far 2^f is below 1 + f.  A row with a
+// score that these do not serve, NaN or one beyond LIMIT after the shift moved, takes float32.  Whether its shift moves,
+// and which way it takes, depends on its own scores alone.
 #pragma once
 #include "attention_amx.h"
 
 namespace {
 
-constexpr float BIAS = 40.0f;  // octaves: sums of 2^13 times the largest weights are far from overflow, and what is
-                               // 2^-80 of the largest is still a normal number
+constexpr float LIMIT = -63.0f;  // half of what bfloat16's exponents reach: a count's uppermost bit
+constexpr float BIAS = 72.0f;    // octaves: the largest weights may grow 2^9 times, and what is 2^-54 of them is not 0
+constexpr float OCTAVE = 512.0f;  // its counts
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes an integer, its last bits
 
 struct alignas(64) Rows {
   float shift[SIDE], maximum[SIDE];  // the maximum is what the shift was taken from; -inf before
+  float base[SIDE];                  // what a score's counts are added to
   int64_t blocks;                    // of keys met so far
   bool ready;                        // all rows have a shift
 };
 
+// ROUND, the counts of a score of 0, so that bfloat16's exponent comes out, and half of what is cut off in the end.
+FG_INLINE vf base_of(vf shift) { return fma(sub(set1(127.0f), shift), set1(OCTAVE), set1(ROUND + 2.0f)); }
+
 FG_INLINE void reset(Rows *rows) {
   store(rows->shift, set1(0.0f));
+  store(rows->base, base_of(set1(0.0f)));
   store(rows->maximum, set1(-infinity()));
   rows->blocks = 0;
   rows->ready = false;
@@ -35,33 +46,76 @@ FG_INLINE vf exp2_to_cut(vf t) {
   return _mm512_scalef_ps(p, t);
 }
 
-// The weights of four rows and a unit of keys, in place of the first 16 keys' scores.  Bits 14 and 30 of `any` tell of
-// weights from 2 up, and of NaN.
-FG_INLINE void weigh(char *s, float rate, const float *shift, __m512i &any) {
-  const vf factor = set1(rate);
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
-    const vf down = set1(shift[r]);
-    const float *at = reinterpret_cast<const float *>(s + r * 64);
-    const __m512i near = (__m512i)exp2_to_cut(_mm512_fmsub_ps(load(at), factor, down));
-    const __m512i far = (__m512i)exp2_to_cut(_mm512_fmsub_ps(load(at + TILE / 4), factor, down));
-    const __m512i both = _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(near, 16), far);
-    any = _mm512_or_si512(any, both);
-    _mm512_store_si512(s + r * 64, both);
+// Counts to take off for each 64th of an octave, so that what is left, cut to bfloat16, is nearest to 2^f: 1.78e-3 apart
+// (rms), where rounding alone is 1.66e-3.  The first is 0: what is far below comes out as 0.
+alignas(64) constexpr uint8_t BENDS[64] = {0,  4,  6,  8,  10, 12, 15, 16, 19, 20, 22, 24, 26, 28, 29, 31,  //
+                                           32, 33, 35, 36, 37, 38, 39, 40, 41, 41, 42, 43, 43, 44, 44, 44,  //
+                                           44, 45, 45, 45, 44, 44, 44, 43, 43, 42, 42, 41, 40, 39, 38, 37,  //
+                                           35, 34, 33, 31, 29, 27, 25, 23, 21, 19, 17, 14, 11, 9,  6,  3};
+
+// A row's counts for a unit of keys, from 0 to what 16 bits hold: four of the first 16 keys before four of the last.
+FG_INLINE __m512i count(const char *s, vf factor, vf base) {
+  const float *at = reinterpret_cast<const float *>(s);
+  const __m512i near = _mm512_sub_epi32((__m512i)fma(load(at), factor, base), (__m512i)set1(ROUND));
+  const __m512i far = _mm512_sub_epi32((__m512i)fma(load(at + TILE / 4), factor, base), (__m512i)set1(ROUND));
+  return _mm512_packus_epi32(near, far);
+}
+FG_INLINE __m512i weight_of(__m512i counts, __m512i bends) {
+  const __m512i bend = _mm512_maskz_permutexvar_epi8(0x5555555555555555u, _mm512_srli_epi16(counts, 3), bends);
+  return _mm512_srli_epi16(_mm512_sub_epi16(counts, bend), 2);
+}
+
+// The weights of four rows and a unit of keys, in place of the first 16 keys' scores.  Counts are gathered in `any`.
+FG_INLINE void weigh(char *s, float rate, const float *base, __m512i &any) {
+  const vf factor = set1(rate * OCTAVE);
+  const __m512i bends = _mm512_load_si512(BENDS);
+#pragma GCC unroll 2
+  for (int r = 0; r < 4; r += 2, s += 128) {
+    const __m512i one = count(s, factor, set1(base[r])), two = count(s + 64, factor, set1(base[r + 1]));
+    any = _mm512_ternarylogic_epi32(any, one, two, 0xfe);
+    _mm512_store_si512(s, weight_of(one, bends));
+    _mm512_store_si512(s + 64, weight_of(two, bends));
   }
 }
-FG_INLINE bool reached(__m512i any) { return _mm512_test_epi32_mask(any, _mm512_set1_epi32(0x40004000)) != 0; }
+FG_INLINE bool reached(__m512i any) {
+  return _mm512_test_epi32_mask(any, _mm512_set1_epi32(static_cast<int>(0x80008000u))) != 0;
+}
+
+// The same by exp2_to_cut.
+FG_INLINE __m512i weigh_exactly(const char *s, float rate, float shift) {
+  const float *at = reinterpret_cast<const float *>(s);
+  const __m512i near = (__m512i)exp2_to_cut(_mm512_fmsub_ps(load(at), set1(rate), set1(shift)));
+  const __m512i far = (__m512i)exp2_to_cut(_mm512_fmsub_ps(load(at + TILE / 4), set1(rate), set1(shift)));
+  return _mm512_packus_epi32(_mm512_srli_epi32(near, 16), _mm512_srli_epi32(far, 16));
+}
+
+// All rows, each exactly where counts do not serve it.
+inline void weigh_rows(char *s, int units, float rate, const Rows *rows) {
+  const __m512i bends = _mm512_load_si512(BENDS);
+  for (int r = 0; r < SIDE; ++r, s += 64) {
+    __m512i counts[4], any = _mm512_setzero_si512();
+    for (int u = 0; u < units; ++u) {
+      counts[u] = count(s + 2 * u * TILE, set1(rate * OCTAVE), set1(rows->base[r]));
+      any = _mm512_or_si512(any, counts[u]);
+    }
+    for (int u = 0; u < units; ++u) {
+      char *at = s + 2 * u * TILE;
+      _mm512_store_si512(at, reached(any) ? weigh_exactly(at, rate, rows->shift[r]) : weight_of(counts[u], bends));
+    }
+  }
+}
 
 // Four rows and a unit at a time: PARTS for a unit, counted through a tile's units.
 constexpr int PARTS = 4;
 FG_INLINE void weigh_part(char *s, int part, float rate, const Rows *rows, __m512i &any) {
   const int row = part % PARTS * 4;
   written();
-  weigh(s + part / PARTS * 2 * TILE + row * 64, rate, rows->shift + row, any);
+  weigh(s + part / PARTS * 2 * TILE + row * 64, rate, rows->base + row, any);
   written();
 }
 
-// Moves the shifts that these scores move, and what O has so far with them.
+// Moves the shifts that these scores move, and what O has so far with them: where a weight is so far beyond LIMIT that
+// its counts, rounded, are too.
 inline void move_shifts(const char *s, int units, float rate, int wide, Rows *rows, char *o) {
   __m512i x[16];
   for (int r = 0; r < SIDE; ++r) {
@@ -77,11 +131,13 @@ inline void move_shifts(const char *s, int units, float rate, int wide, Rows *ro
   const vf old = load(rows->shift), before = load(rows->maximum), here = mul(most, set1(rate));
   const __mmask16 unset = _mm512_cmp_ps_mask(before, set1(-infinity()), _CMP_EQ_OQ);
   const __mmask16 some = _mm512_cmp_ps_mask(here, set1(LOWEST), _CMP_GE_OQ);
-  const __mmask16 over = _mm512_cmp_ps_mask(_mm512_fmsub_ps(most, set1(rate), old), set1(1.0f), _CMP_GE_OQ);
+  const __mmask16 over = _mm512_cmp_ps_mask(_mm512_fmsub_ps(most, set1(rate), old), set1(LIMIT + 0.01f), _CMP_GE_OQ);
   const __mmask16 moves = static_cast<__mmask16>((unset & some) | (~unset & over));
   const __mmask16 scaled = static_cast<__mmask16>(moves & ~unset);
-  const vf now = _mm512_mask_add_ps(old, moves, here, set1(BIAS));
+  const vf whole = _mm512_roundscale_ps(here, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+  const vf now = _mm512_mask_add_ps(old, moves, whole, set1(BIAS));
   store(rows->shift, now);
+  store(rows->base, base_of(now));
   store(rows->maximum, _mm512_mask_mov_ps(before, moves, here));
   rows->ready = static_cast<__mmask16>(~unset | moves) == 0xffff;
   if (!scaled || !rows->blocks) return;

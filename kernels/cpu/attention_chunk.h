@@ -109,7 +109,7 @@ int chunk(const Head &h, int64_t first, int64_t last, const Layout<E> &at) {
 inline int64_t chunk_size(int64_t queries, int64_t pairs, int64_t dim) {
   int64_t most = dim <= 64 ? 512 : 256;
 #if defined(FG_LEVEL_AMX)
-  if (dim <= 128) most *= 2;  // products take less beside packing
+  most *= dim <= 64 ? 4 : dim <= 128 ? 2 : 1;  // products take less beside packing
 #endif
   int64_t size = round_up(queries < most ? queries : most, TQ);
   int64_t wanted = 4 * fg_threads();

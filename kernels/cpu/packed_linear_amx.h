@@ -1,16 +1,20 @@
 // Many rows of x by a weight in panels on AMX tiles; see packed_linear.h, whose tails it calls.
 //
-// Tiles of x are loaded where they lie; a block of rows stays in the second-level cache while the panels go past it.
-// Only rows that make no whole tiles are copied.  The tail of a pair of tiles is worked off between the products of the
-// next pair: vectors and tiles are different units.
+// Tiles of x are loaded where they lie, or of a copy where many panels go past a block of rows, which stays in the
+// second-level cache; rows that make no whole tiles are always copied.  The tail of a pair of tiles is worked off between
+// the products of the next pair: vectors and tiles are different units.  What it writes, and reads beside the sums, is
+// asked for some rows with each step: all at once, it would keep the tiles of x waiting.
 #pragma once
 #include "tile_products.h"
 
 namespace {
 
 constexpr int64_t kTallest = 256;     // rows of x in a block, and bytes of them, at the most
-constexpr int64_t kBytes = 3 << 19;
-constexpr int64_t kPart = 18;         // steps of a panel at a time: the first cache holds them
+constexpr int64_t kBytes = 1 << 20;
+constexpr int64_t kMany = 20;         // panels for which rows of up to so many steps are copied
+constexpr int64_t kShort = 40;
+constexpr int64_t kPart = 18;         // steps of a panel at a time, or kWhole: the first cache holds them
+constexpr int64_t kWhole = 20;
 constexpr int64_t kHeld = 1 << 20;    // bytes of panels that the second cache holds beside a block
 constexpr int64_t kQuarters = kSide / kRows;
 
@@ -34,13 +38,14 @@ struct Block {
     return 4 * ((pairs * steps + 1) * 2 * kTileWords + (pairs + 2) * kSide * kSide);
   }
 
-  Block(const A *a, int64_t first, int64_t last, int64_t steps, void *memory)
+  Block(const A *a, int64_t first, int64_t last, int64_t steps, int64_t panels, void *memory)
       : a(a), first(first), last(last), steps(steps), pairs((last - first + kSide - 1) / kSide),
-        parts(steps ? (steps + kPart - 1) / kPart : 1), slots(parts > 1 ? pairs + 1 : 2),
+        parts(steps > kWhole ? (steps + kPart - 1) / kPart : 1), slots(parts > 1 ? pairs + 1 : 2),
         end(static_cast<uint32_t *>(memory)) {
     sums = reinterpret_cast<float *>(end + 2 * kTileWords);
     x = reinterpret_cast<uint32_t *>(sums + slots * kSide * kSide);
-    lies = !(a->width % 32) && (a->x_outer == a->inner * a->x_inner || first / a->inner == (last - 1) / a->inner);
+    lies = (panels < kMany || steps > kShort) && !(a->width % 32) &&
+           (a->x_outer == a->inner * a->x_inner || first / a->inner == (last - 1) / a->inner);
     for (int64_t t = lies ? (last - first) / kSide : 0; t < pairs; ++t) copy(t);
   }
 
@@ -75,6 +80,11 @@ struct Next {
   int64_t lines;
 };
 
+// Rows of the output that a pair asks for, `count` from element `at` on.
+struct Wanted {
+  int64_t at, count;
+};
+
 // What is still to be done with a pair's sums.
 struct Rest {
   const float *sums = nullptr;
@@ -106,15 +116,17 @@ FG_INLINE void finish_all(const A *a, Rest &rest) {
 // sums (+)= steps [from, to) of a pair of tiles by those of a panel.
 template <class Tail, bool TWO, class A>
 FG_INLINE void pair_by(const Block<A> &block, const Pair &pair, const uint32_t *panel, int64_t from, int64_t to,
-                       Next next, float *sums, Rest &rest) {
+                       Next next, const Wanted &wanted, float *sums, Rest &rest) {
   const bool cut = to == block.steps && block.a->width % 32;
   begin_sums<TWO>(sums, from > 0);
-  for (int64_t quarter = 0, s = from; quarter < kQuarters; ++quarter) {
+  for (int64_t quarter = 0, s = from, asked = 0; quarter < kQuarters; ++quarter) {
     if (rest.sums) finish<Tail>(block.a, rest, quarter);
     for (const int64_t until = from + (to - from) * (quarter + 1) / kQuarters; s < until; ++s) {
       const uint32_t *x = pair.x + s * pair.step, *w = cut && s + 1 == to ? block.end : panel + s * 2 * kTileWords;
       add_step<TWO, true>(x, pair.more + s * pair.step, pair.row, w, kSide * 4);
       for (int64_t i = 0; i < next.lines; ++i, next.at += 64) __builtin_prefetch(next.at, 0, 2);
+      for (const int64_t some = wanted.count * (s + 1 - from) / (to - from); asked < some; ++asked)
+        Tail::ahead(block.a, wanted.at + asked * block.a->out_features);
     }
   }
   end_sums<TWO>(sums);
@@ -140,10 +152,9 @@ void block_by(const Block<A> &block, int64_t p, int64_t turn, bool ask, Rest &re
       float *sums = block.sums + (turn * block.pairs + t) % block.slots * kSide * kSide;
       const Pair pair = block.pair(t);
       const Next next = {behind + (from * block.pairs + t * (to - from)) * lines * 64, lines};
-      if (part + 1 == parts)
-        for (int64_t r = 0; r < rows; ++r) Tail::ahead(a, (row + r) * a->out_features + p * Tail::COLUMNS);
-      rows > kTile ? pair_by<Tail, true>(block, pair, panel, from, to, next, sums, rest)
-                   : pair_by<Tail, false>(block, pair, panel, from, to, next, sums, rest);
+      const Wanted wanted = {row * a->out_features + p * Tail::COLUMNS, part + 1 == parts ? rows : 0};
+      rows > kTile ? pair_by<Tail, true>(block, pair, panel, from, to, next, wanted, sums, rest)
+                   : pair_by<Tail, false>(block, pair, panel, from, to, next, wanted, sums, rest);
       if (part + 1 == parts) rest = {sums, row, p, rows};
     }
   }
@@ -168,7 +179,7 @@ int product(const A *a) {
     const int64_t first = item % blocks * tall, last = first + tall < rows ? first + tall : rows;
     void *memory = fg_scratch(Block<A>::bytes_of(steps, (last - first + kSide - 1) / kSide));
     if (!memory) return static_cast<int>(FG_NO_MEMORY);
-    const Block<A> block(a, first, last, steps, memory);
+    const Block<A> block(a, first, last, steps, some, memory);
     const Tiles tiles;
     Rest rest;
     for (int64_t p = item / blocks * some, turn = 0; turn < some && p < panels; ++p, ++turn)

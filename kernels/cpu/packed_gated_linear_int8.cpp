@@ -10,7 +10,7 @@ struct Gated {
   using Args = fg_packed_gated_linear_int8_args;
   static constexpr int COLUMNS = kPanel / 2, PARTS = kParts / 2 ? kParts / 2 : 1, GATES = kRows * PARTS;
 
-  FG_INLINE void ahead(const Args *, int64_t) {}
+  FG_INLINE void ahead(const Args *a, int64_t at) { __builtin_prefetch(static_cast<T *>(a->out) + at, 1); }
 
   FG_INLINE void put(const Args *a, Sums &sums, const float *scale, int rows, int64_t at, int64_t column, int64_t n) {
     vf by[PARTS], gate_by[PARTS], bias[PARTS], gate_bias[PARTS], gates[GATES];

@@ -63,13 +63,14 @@ struct Next {
 // sums (+)= steps [from, to) of a pair of tiles by those of a panel.
 template <class Tail, bool TWO, class A>
 FG_INLINE void pair_by(const A *a, const int8_t *x, int64_t row, const int8_t *panel, int64_t from, int64_t to,
-                       Next next, float *sums, Rest &rest) {
+                       Next next, Wanted wanted, float *sums, Rest &rest) {
   begin_sums<TWO>(sums, from > 0);
   for (int64_t quarter = 0, s = from; quarter < kQuarters; ++quarter) {
     if (rest.sums) finish<Tail>(a, rest, quarter);
     for (const int64_t until = from + (to - from) * (quarter + 1) / kQuarters; s < until; ++s) {
       add_codes<TWO>(x + s * kStep, x + kTile * row + s * kStep, row, panel + s * kStep * kPanel);
       for (int64_t i = 0; i < next.lines; ++i, next.at += 64) __builtin_prefetch(next.at, 0, 2);
+      wanted.ask<Tail>(a, s + 1 - from, to - from);
     }
   }
   end_sums<TWO>(sums);
@@ -93,11 +94,10 @@ int block_by(const A *a, const Coded &coded, int64_t first, int64_t last, int64_
       for (int64_t t = 0; t < pairs; ++t) {
         const int64_t m = first + t * kSide, rows = last - m < kSide ? last - m : kSide;
         float *sums = ring[(slot + t) % slots];
-        if (part + 1 == parts)
-          for (int64_t r = 0; r < rows; ++r) Tail::ahead(a, (m + r) * a->out_features + p * Tail::COLUMNS);
+        const Wanted wanted = {m * a->out_features + p * Tail::COLUMNS, part + 1 == parts ? rows : 0};
         const Next next = {panel + steps * kStep * kPanel + (from * pairs + t * (to - from)) * lines * 64, lines};
-        rows > kTile ? pair_by<Tail, true>(a, codes + t * kSide * row, row, panel, from, to, next, sums, rest)
-                     : pair_by<Tail, false>(a, codes + t * kSide * row, row, panel, from, to, next, sums, rest);
+        rows > kTile ? pair_by<Tail, true>(a, codes + t * kSide * row, row, panel, from, to, next, wanted, sums, rest)
+                     : pair_by<Tail, false>(a, codes + t * kSide * row, row, panel, from, to, next, wanted, sums, rest);
         if (part + 1 == parts) rest = {sums, coded.scale + m - coded.first, m, p, rows};
       }
       if (part + 1 == parts) slot = (slot + pairs) % slots;

@@ -80,11 +80,6 @@ struct Next {
   int64_t lines;
 };
 
-// Rows of the output that a pair asks for, `count` from element `at` on.
-struct Wanted {
-  int64_t at, count;
-};
-
 // What is still to be done with a pair's sums.
 struct Rest {
   const float *sums = nullptr;
@@ -116,17 +111,16 @@ FG_INLINE void finish_all(const A *a, Rest &rest) {
 // sums (+)= steps [from, to) of a pair of tiles by those of a panel.
 template <class Tail, bool TWO, class A>
 FG_INLINE void pair_by(const Block<A> &block, const Pair &pair, const uint32_t *panel, int64_t from, int64_t to,
-                       Next next, const Wanted &wanted, float *sums, Rest &rest) {
+                       Next next, Wanted wanted, float *sums, Rest &rest) {
   const bool cut = to == block.steps && block.a->width % 32;
   begin_sums<TWO>(sums, from > 0);
-  for (int64_t quarter = 0, s = from, asked = 0; quarter < kQuarters; ++quarter) {
+  for (int64_t quarter = 0, s = from; quarter < kQuarters; ++quarter) {
     if (rest.sums) finish<Tail>(block.a, rest, quarter);
     for (const int64_t until = from + (to - from) * (quarter + 1) / kQuarters; s < until; ++s) {
       const uint32_t *x = pair.x + s * pair.step, *w = cut && s + 1 == to ? block.end : panel + s * 2 * kTileWords;
       add_step<TWO, true>(x, pair.more + s * pair.step, pair.row, w, kSide * 4);
       for (int64_t i = 0; i < next.lines; ++i, next.at += 64) __builtin_prefetch(next.at, 0, 2);
-      for (const int64_t some = wanted.count * (s + 1 - from) / (to - from); asked < some; ++asked)
-        Tail::ahead(block.a, wanted.at + asked * block.a->out_features);
+      wanted.ask<Tail>(block.a, s + 1 - from, to - from);
     }
   }
   end_sums<TWO>(sums);

@@ -11,6 +11,7 @@ struct Plain {
   static constexpr int COLUMNS = kPanel;
 
   FG_INLINE void ahead(const Args *a, int64_t at) {
+    __builtin_prefetch(static_cast<T *>(a->out) + at, 1);
     if (a->residual) __builtin_prefetch(static_cast<const T *>(a->residual) + at);
   }
 

@@ -66,6 +66,18 @@ FG_INLINE void add_step(const uint32_t *x, const uint32_t *more, int64_t x_row, 
   }
 }
 
+// Rows of the output that a pair of tiles asks for while it is multiplied, `count` from element `at` on: all at once they
+// would keep what it loads waiting.
+struct Wanted {
+  int64_t at, count, asked = 0;
+
+  // Asks for those that are due once `done` of `steps` are done.
+  template <class Tail, class A>
+  inline __attribute__((always_inline)) void ask(const A *a, int64_t done, int64_t steps) {
+    for (const int64_t due = count * done / steps; asked < due; ++asked) Tail::ahead(a, at + asked * a->out_features);
+  }
+};
+
 // Tiles are set up while one of these lives; the CPU knows of none before and after.
 struct Tiles {
   Tiles() { load_tiles(whole_tiles()); }

@@ -167,14 +167,47 @@ def test_rows_with_nothing_to_attend_are_zeros(level: str, dtype: torch.dtype) -
             torch.testing.assert_close(out[:, :, 5:6], late, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("below", [-300.0, -1e4, -2e4, -3e4, -6e4])
+def test_keys_far_below_the_others_have_no_weight(level: str, dtype: torch.dtype, below: float) -> None:
+    """However far: what rounds a score to counts must not come around to large ones."""
+    q, k, v = tensors(1, 2, 40, 40, keys=200, dtype=dtype)
+    shut = torch.zeros(40, 200, dtype=torch.bool)
+    shut[::3, 20:150] = True
+    added = torch.zeros(40, 200).masked_fill(shut, below).to(dtype)
+    v[:, :, 20:150] *= 1000
+    op = registry.get("attention")
+    with library.forced(level):
+        out = attend(q, k, v, added)
+    assert_all_close(op, "far below", {"output 0": out}, truth(op, registry.complete(op, (q, k, v, added))))
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_not_a_number_reaches_only_its_own_queries(level: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bad", [torch.nan, -torch.nan, torch.inf])  # the last's products are of both signs
+def test_not_a_number_reaches_only_its_own_queries(level: str, dtype: torch.dtype, bad: float) -> None:
     q, k, v = tensors(1, 2, 40, 40, keys=90, dtype=dtype)
-    q[0, 1, 7, 3] = torch.nan
+    q[0, 1, 7, 3] = bad
+    k[0, 1, :2, 3] = torch.tensor([1.0, -1.0])
+    k[0, 1, 2, 3] = 0.0  # an infinity by nothing is no number
     with library.forced(level):
-        bad = attend(q, k, v).isnan()
-    assert bad[0, 1, 7].all() and int(bad.sum()) == 40
+        spoilt = attend(q, k, v).isnan()
+    assert spoilt[0, 1, 7].all() and int(spoilt.sum()) == 40
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_score_spoils_its_own_query_alone(level: str, dtype: torch.dtype) -> None:
+    """Where it comes in a late block of keys, the shift of its row alone moves."""
+    q, k, v = tensors(1, 1, 40, 40, keys=300, dtype=dtype)
+    added = torch.zeros(40, 300).to(dtype)
+    with library.forced(level):
+        want = attend(q, k, v, added)
+        added[7, 250] = torch.inf
+        got = attend(q, k, v, added)
+    others = [i for i in range(40) if i != 7]
+    assert got[0, 0, 7].isnan().all() and torch.equal(got[:, :, others], want[:, :, others])
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -75,10 +75,10 @@ struct AmxBlock {
   }
 
   // Scores become weights, where they stand, beside gather(before, other) and score(after, other), where there are such
-  // tiles.  Returns whether a weight reached LIMIT.
+  // tiles.  Returns whether a weight reached 2^LIMIT, or is none.
   template <int DEEP, int UNITS>
   bool beside(int64_t tile, char *scores, float rate, int64_t before, int64_t after, char *other) const {
-    __m512i any = _mm512_setzero_si512();
+    Seen seen;
     const AmxShape &x = at.x;
     const int wide = before < 0 ? 0 : x.wide, units = UNITS ? UNITS : this->units;
     const bool start = before >= 0 && rows(before)->blocks++ == 0;
@@ -87,15 +87,15 @@ struct AmxBlock {
     for (int d = 0; part < PARTS / 2 * units; ++part) {
       for (; d < (part + 1) * wide / (PARTS / 2 * units); ++d)
         value_tile(v() + d * x.units * TILE, d, wide, units, start, o(before) + d * TILE);
-      weigh_part(scores, part, rate, rows(tile), any);
+      weigh_part(scores, part, rate, rows(tile), seen);
     }
     if (after < at.tiles) hold(q(after), TILE, DEEP);
     for (int j = 0; j < 2 * units; ++j, ++part) {
       if (after < at.tiles) score_tile(k(), j, DEEP, other);
-      weigh_part(scores, part, rate, rows(tile), any);
+      weigh_part(scores, part, rate, rows(tile), seen);
     }
     if (after < at.tiles) store_last(other, 2 * units);
-    return reached(any);
+    return seen.reached();
   }
 
   int64_t open_from(int64_t tile) const {

@@ -53,32 +53,40 @@ alignas(64) constexpr uint8_t BENDS[64] = {0,  4,  6,  8,  10, 12, 15, 16, 19, 2
                                            44, 45, 45, 45, 44, 44, 44, 43, 43, 42, 42, 41, 40, 39, 38, 37,  //
                                            35, 34, 33, 31, 29, 27, 25, 23, 21, 19, 17, 14, 11, 9,  6,  3};
 
+// What scores came to: all counts, whose uppermost bits tell of weights that reached 2^LIMIT, and lanes without NaN, whose
+// sign, which nothing settles, would make it a count.
+struct Seen {
+  __m512i counts = _mm512_setzero_si512();
+  __mmask16 numbers = 0xffff;
+  inline __attribute__((always_inline)) bool reached() const {
+    return numbers != 0xffff || _mm512_test_epi32_mask(counts, _mm512_set1_epi32(static_cast<int>(0x80008000u))) != 0;
+  }
+};
+
 // A row's counts for a unit of keys, from 0 to what 16 bits hold: four of the first 16 keys before four of the last.
-FG_INLINE __m512i count(const char *s, vf factor, vf base) {
+FG_INLINE __m512i count(const char *s, vf factor, vf base, Seen &seen) {
   const float *at = reinterpret_cast<const float *>(s);
-  const __m512i near = _mm512_sub_epi32((__m512i)fma(load(at), factor, base), (__m512i)set1(ROUND));
-  const __m512i far = _mm512_sub_epi32((__m512i)fma(load(at + TILE / 4), factor, base), (__m512i)set1(ROUND));
-  return _mm512_packus_epi32(near, far);
+  const vf near = fma(load(at), factor, base), far = fma(load(at + TILE / 4), factor, base);
+  seen.numbers = _mm512_mask_cmp_ps_mask(seen.numbers, near, far, _CMP_ORD_Q);
+  const __m512i zero = (__m512i)set1(ROUND);
+  return _mm512_packus_epi32(_mm512_sub_epi32((__m512i)near, zero), _mm512_sub_epi32((__m512i)far, zero));
 }
 FG_INLINE __m512i weight_of(__m512i counts, __m512i bends) {
   const __m512i bend = _mm512_maskz_permutexvar_epi8(0x5555555555555555u, _mm512_srli_epi16(counts, 3), bends);
   return _mm512_srli_epi16(_mm512_sub_epi16(counts, bend), 2);
 }
 
-// The weights of four rows and a unit of keys, in place of the first 16 keys' scores.  Counts are gathered in `any`.
-FG_INLINE void weigh(char *s, float rate, const float *base, __m512i &any) {
+// The weights of four rows and a unit of keys, in place of the first 16 keys' scores.
+FG_INLINE void weigh(char *s, float rate, const float *base, Seen &seen) {
   const vf factor = set1(rate * OCTAVE);
   const __m512i bends = _mm512_load_si512(BENDS);
 #pragma GCC unroll 2
   for (int r = 0; r < 4; r += 2, s += 128) {
-    const __m512i one = count(s, factor, set1(base[r])), two = count(s + 64, factor, set1(base[r + 1]));
-    any = _mm512_ternarylogic_epi32(any, one, two, 0xfe);
+    const __m512i one = count(s, factor, set1(base[r]), seen), two = count(s + 64, factor, set1(base[r + 1]), seen);
+    seen.counts = _mm512_ternarylogic_epi32(seen.counts, one, two, 0xfe);
     _mm512_store_si512(s, weight_of(one, bends));
     _mm512_store_si512(s + 64, weight_of(two, bends));
   }
-}
-FG_INLINE bool reached(__m512i any) {
-  return _mm512_test_epi32_mask(any, _mm512_set1_epi32(static_cast<int>(0x80008000u))) != 0;
 }
 
 // The same by exp2_to_cut.
@@ -93,24 +101,25 @@ FG_INLINE __m512i weigh_exactly(const char *s, float rate, float shift) {
 inline void weigh_rows(char *s, int units, float rate, const Rows *rows) {
   const __m512i bends = _mm512_load_si512(BENDS);
   for (int r = 0; r < SIDE; ++r, s += 64) {
-    __m512i counts[4], any = _mm512_setzero_si512();
+    __m512i counts[4];
+    Seen seen;
     for (int u = 0; u < units; ++u) {
-      counts[u] = count(s + 2 * u * TILE, set1(rate * OCTAVE), set1(rows->base[r]));
-      any = _mm512_or_si512(any, counts[u]);
+      counts[u] = count(s + 2 * u * TILE, set1(rate * OCTAVE), set1(rows->base[r]), seen);
+      seen.counts = _mm512_or_si512(seen.counts, counts[u]);
     }
     for (int u = 0; u < units; ++u) {
       char *at = s + 2 * u * TILE;
-      _mm512_store_si512(at, reached(any) ? weigh_exactly(at, rate, rows->shift[r]) : weight_of(counts[u], bends));
+      _mm512_store_si512(at, seen.reached() ? weigh_exactly(at, rate, rows->shift[r]) : weight_of(counts[u], bends));
     }
   }
 }
 
 // Four rows and a unit at a time: PARTS for a unit, counted through a tile's units.
 constexpr int PARTS = 4;
-FG_INLINE void weigh_part(char *s, int part, float rate, const Rows *rows, __m512i &any) {
+FG_INLINE void weigh_part(char *s, int part, float rate, const Rows *rows, Seen &seen) {
   const int row = part % PARTS * 4;
   written();
-  weigh(s + part / PARTS * 2 * TILE + row * 64, rate, rows->base + row, any);
+  weigh(s + part / PARTS * 2 * TILE + row * 64, rate, rows->base + row, seen);
   written();
 }
 

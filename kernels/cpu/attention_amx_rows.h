@@ -15,7 +15,8 @@
 namespace {
 
 constexpr float LIMIT = -63.0f;  // half of what bfloat16's exponents reach: a count's uppermost bit
-constexpr float BIAS = 72.0f;    // octaves: the largest weights may grow 2^9 times, and what is 2^-54 of them is not 0
+constexpr float BIAS = 72.0f;    // octaves: the largest weights may grow 2^9 times, and what is 2^-54 of them is not 0,
+                                 // nor are their products with values from 2^-54 on
 constexpr float OCTAVE = 512.0f;  // its counts
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes an integer, its last bits
 

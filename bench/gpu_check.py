@@ -1,9 +1,9 @@
 """``make gpu-check``: all that only a GPU can show, in one command and under eight minutes.
 
 Kernels against their references, noise bits, batch invariance, CUDA graphs, tuning, the roofline, every op against its
-peers, models end to end.  What checks runs in many processes at once, what is timed in one; a fault on the GPU ends a
-process, and what it had not begun goes on in a fresh one.  Rows are appended to a file of JSON lines as they come, so
-that a run that dies keeps what it has.
+peers, models end to end.  What checks runs in many processes at once, and so does what ``torch.compile`` compiles; what
+is timed runs in one.  A fault on the GPU ends a process, and what it had not begun goes on in a fresh one.  Rows are
+appended to a file of JSON lines as they come, so that a run that dies keeps what it has.
 
     python -m fusegen.bench.gpu_check [--out FILE] [--seconds 460] [--only STAGE ...]
     python -m fusegen.bench.gpu_check --rehearse        # tiny, on the CPU, under Triton's interpreter; no times
@@ -47,7 +47,9 @@ def stages() -> tuple[list[str], list[str]]:
     tuned = [op for op in ops if "TUNABLE = " in (catalogue.GPU / f"{op}.py").read_text()]
     timed = ["roofline", *(f"tune:{op}" for op in tuned), *(f"race:{op}" for op in ops), "model:emoji"]
     timed += ["model:stylegan2", "model:sd15"]
-    return [*(f"correct:{op}" for op in ops), "noise", "batch", "graphs"], timed
+    peers = [stage.replace("race:", "peers:") for stage in timed if stage.startswith("race:")]
+    networks = [stage.replace("model:", "network:") for stage in timed if stage.startswith("model:")]
+    return [*reversed(networks), *(f"correct:{op}" for op in ops), *peers, "noise", "batch", "graphs"], timed
 
 
 def deadlines(timed: Sequence[str], began: float, seconds: float) -> list[Timed]:
@@ -72,6 +74,8 @@ def stage_rows(stage: str, setting: Setting) -> Iterable[Row]:
         "noise": lambda: gpu_correct.noise(setting),
         "batch": lambda: gpu_correct.batch(setting),
         "graphs": lambda: gpu_correct.graphs(setting),
+        "peers": lambda: gpu_race.prepare(setting, of),
+        "network": lambda: gpu_models.prepare(setting, of),
         "roofline": lambda: gpu_race.peaks(setting),
         "tune": lambda: gpu_race.tune(setting, of),
         "race": lambda: gpu_race.race(setting, of),

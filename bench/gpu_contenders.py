@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusegen.bench import contenders
@@ -27,9 +28,11 @@ def fusegen(op: Op, args: tuple[Any, ...]) -> Callable[[], Any]:
 
 
 def compiled(op: Op, args: tuple[Any, ...]) -> Callable[[], Any]:
-    """``torch.compile`` of the eager form with static shapes and the widest search it has for kernels."""
+    """``torch.compile`` of the eager form with static shapes and the widest search it has for kernels.  What it found
+    fastest beside other processes is not believed: only compiled kernels are taken from the disk."""
     form = torch.compile(contenders.eager_form(op), dynamic=False, mode="max-autotune-no-cudagraphs")
-    form(*args)
+    with inductor.patch(fx_graph_cache=False, autotune_local_cache=False):
+        form(*args)
     return lambda: form(*args)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -91,7 +91,26 @@ class Capture:
             self.stable.update(o for s in self.plan.steps if s.phase == phase for o in s.node.outputs)
         self.weights.settle()
         loop = closures.loop([run for _, run in self.runs[phase]])
-        self.loops[phase] = self.backend.record(loop) if self.backend.graph and phase == "step" else loop
+        self.loops[phase] = self._recorded(loop) if self.backend.graph and phase == "step" else loop
+
+    def _recorded(self, loop: Run) -> Run:
+        """The replay of ``loop``.  While it is recorded nothing is computed, and what is not planned moves to memory of
+        the recording's own: this first time the outputs are those of the run before."""
+        slots = [self.index[name] for name in self.plan.program.outputs]
+        found = [self.registers[slot] for slot in slots]
+        replay = self.backend.record(loop)
+        moved = [self.registers[slot] for slot in slots]
+
+        def run() -> None:
+            replay()
+            self._put(slots, moved)
+
+        self._put(slots, found)
+        return run
+
+    def _put(self, slots: Sequence[int], values: Sequence[Any]) -> None:
+        for slot, value in zip(slots, values, strict=True):
+            self.registers[slot] = value
 
     def _request(self, step: Step) -> str:
         """What names the constants that ``step`` makes of weights alone and a later phase reads, in any capture of the

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusegen.kernels import op as registry
@@ -17,9 +17,6 @@ from fusegen.kernels.op import Op
 from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.specialize import propagate, spec_of
 
-# Measured on a Zen 5 against oneDNN with packed weights: one row is faster at every size (3.3 times at 512 x 256, 1.1
-# times at 11008 x 4096, in bfloat16), more rows are as long as what a call costs counts.
-FEW, WORK = 64, 12 << 20  # rows, and multiply-adds of more than one
 RULE = "linear layers of few rows"
 _OPS = ("aten.linear.default", "runtime.linear")
 _ARGUMENTS = (  # the op's in order, those of a node, and what a plain layer has there
@@ -28,10 +25,20 @@ _ARGUMENTS = (  # the op's in order, those of a node, and what a plain layer has
 )  # fmt: skip
 
 
-def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None], deterministic: bool) -> Program:
+@dataclass(frozen=True)
+class Few:
+    """What a backend takes for few: so many ``rows``, and so many multiply-adds (``work``) of more than one."""
+
+    rows: int
+    work: float = math.inf
+
+
+def folded(
+    program: Program, declined: Callable[[Op, tuple[Any, ...]], str | None], deterministic: bool, few: Few
+) -> Program:
     """The static ``program``, lowered and its strides known, with the op ``linear`` in the place of each linear layer
     of few rows, or of few a sample where the plan is ``deterministic``: then a sample's layer is the same in any batch.
-    ``declined(op, args)``: why no kernel takes them, or None.
+    ``declined(op, args)``: why no kernel takes them, or None; ``few``: what is few to the backend.
     """
     op = registry.get("linear")
     if not op.kernels:
@@ -40,7 +47,7 @@ def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | Non
     left: list[str] = []
     count = 0
     for node in program.nodes:
-        if node.op in _OPS and _fits(node, program, deterministic):
+        if node.op in _OPS and _fits(node, program, deterministic, few):
             made = {name: node.args.get(own, plain) for name, own, plain in _ARGUMENTS}
             metas = (spec_of(program, v.name).meta() if isinstance(v, Ref) else v for v in made.values())
             reason = declined(op, tuple(metas))
@@ -55,9 +62,9 @@ def folded(program: Program, declined: Callable[[Op, tuple[Any, ...]], str | Non
     return propagate(replace(program, nodes=tuple(nodes))) if count else program
 
 
-def _fits(node: Node, program: Program, deterministic: bool) -> bool:
+def _fits(node: Node, program: Program, deterministic: bool, limit: Few) -> bool:
     """Whether the layer has few rows, and its weight is of their dtype."""
     x, weight = (spec_of(program, node.args[k].name) for k in ("input", "weight"))
     rows = math.prod((x.sizes[1:] if deterministic else x.sizes)[:-1])
-    few = rows == 1 or (rows <= FEW and rows * math.prod(weight.sizes) <= WORK)
+    few = rows == 1 or (rows <= limit.rows and rows * math.prod(weight.sizes) <= limit.work)
     return few and x.nbytes > 0 and weight.nbytes > 0 and x.dtype == weight.dtype

@@ -134,3 +134,13 @@ def test_a_first_call_gives_what_was_computed_and_not_what_was_recorded(dtype, b
     for _ in range(3):
         for got, want in zip(session(x), plainly(module, x), strict=True):
             assert relative(got.float(), want) <= bound
+
+
+@pytest.mark.parametrize("rows, op", [(1, "fusegen.linear.default"), (16, "fusegen.linear.default"),
+                                      (17, "aten.linear.default")])  # fmt: skip
+def test_layers_of_up_to_sixteen_rows_are_products_of_our_own(rows, op):
+    torch.manual_seed(0)
+    module, x = nn.Linear(4096, 3000).eval(), torch.randn(rows, 4096)
+    session = Session(rewrite(api.capture(module, (x,)), None), OnCpu())
+    assert relative(session(x), plainly(module, x)) <= 1e-5
+    assert [s.node.op for s in session.plan.steps] == [op]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusegen.runtime.backends import aten, batch
 from fusegen.runtime.backends.binding import Binding, Call
+from fusegen.runtime.few_rows import Few
 from fusegen.runtime.program import Node, Program
 from fusegen.runtime.weights import Weights
 
@@ -21,7 +22,7 @@ class Backend:
     name = ""
     device = "cpu"
     fuses = True  # whether the program is rewritten to fused ops first
-    few_rows = False  # whether linear layers of few rows are the op ``linear``: where that was measured to be faster
+    few_rows: Few | None = None  # which linear layers are the op ``linear``: where that was measured to be faster
     plans = True  # whether outputs go to planned buffers
     graph = False  # whether a captured run is recorded and replayed as a whole (CUDA graphs)
 

@@ -14,6 +14,7 @@ from fusegen.runtime.backends import onednn, onednn_int8, plain
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.backends.lower import gates_first
+from fusegen.runtime.few_rows import Few
 from fusegen.runtime.program import Node, Program
 from fusegen.runtime.rewrite.epilogue import fuse_epilogues, merge_linears
 from fusegen.runtime.specialize import propagate
@@ -31,7 +32,9 @@ class Cpu(Backend):
     """Epilogues are fused into products, products of one input are merged, and outputs lie in one arena."""
 
     name = "cpu"
-    few_rows = True
+    # On a Zen 5 against oneDNN with packed weights one row is faster at every size (3.3 times at 512 x 256, 1.1 at
+    # 11008 x 4096, in bfloat16), more rows are as long as what a call costs counts.
+    few_rows = Few(64, 12 << 20)
 
     def lower(self, program: Program) -> Program:
         """Fuse and merge, find the strides that the bound forms give, then fuse what these allow."""

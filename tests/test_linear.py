@@ -15,7 +15,8 @@ from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
 from fusegen.kernels.linear import ACTIVATIONS
 from fusegen.runtime import api
-from fusegen.runtime.few_rows import FEW, RULE
+from fusegen.runtime.backends import cpu
+from fusegen.runtime.few_rows import RULE
 
 OP = registry.get("linear")
 needs_library = pytest.mark.skipif(not library.available(), reason=library.missing() or "")
@@ -77,7 +78,7 @@ def test_a_plan_has_it_for_few_rows(dtype: str, bound: float) -> None:
     torch.manual_seed(1)
     assert relative(made(x), plainly(Layers().eval(), x)) <= bound
     assert layers(made.plan) == 3 and {a.rule: a.count for a in made.plan.applied}[RULE] == 3
-    many = torch.randn(2, FEW // 2 + 1, 48)
+    many = torch.randn(2, cpu.BACKEND.few_rows.rows // 2 + 1, 48)
     made(many)
     assert layers(made.planned({"x": many})) == 0
 

@@ -51,6 +51,19 @@ def forced(backend: SDPBackend) -> Build:
     return build
 
 
+def flash_varlen(op: Op, args: tuple[Any, ...]) -> Callable[[], Any]:
+    """FlashAttention-2 on packed sequences, as PyTorch ships it; the longest is known before the call."""
+    q, k, v, cu_q, cu_k, _, causal, scale, _, _ = args
+    starts = [cu_q, cu_q if cu_k is None else cu_k]
+    longest = [int(cu.diff().max()) for cu in starts]
+
+    def call() -> Any:
+        forward = torch.ops.aten._flash_attention_forward
+        return forward(q, k, v, *starts, *longest, 0.0, causal, False, scale=scale)[0]
+
+    return call
+
+
 def of(op: Op, dtype: torch.dtype, setting: Setting, slow: bool) -> Mapping[str, Build]:
     """The contenders of an op, the baseline first.  ``torch.compile`` leaves SDPA as it is, so attention has none;
     elsewhere it stands where ``slow`` contenders, which take seconds a case, are wanted."""
@@ -61,6 +74,8 @@ def of(op: Op, dtype: torch.dtype, setting: Setting, slow: bool) -> Mapping[str,
         if dtype == torch.float32:
             peers = {"sdpa efficient": SDPBackend.EFFICIENT_ATTENTION}
         return {"eager": contenders.eager, **{who: forced(b) for who, b in peers.items()}, "fusegen": fusegen}
+    if op.name == "attention_varlen":  # its eager form goes from sequence to sequence, by numbers read from the GPU
+        return {"flash varlen": flash_varlen, "fusegen": fusegen}
     if op.eager:
         compiler = {"compile": compiled} if slow else {}
         return {"eager": contenders.eager, **compiler, "fusegen": fusegen}

@@ -140,20 +140,20 @@ def _few(x: Tensor, weight: Tensor, *rest: Any, outputs: int, channels: int, num
 
 
 def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
-    """Tiles of 16 to 256 pixels by 16 to 128 channels; with few pixels, 16 to 64 outputs by parts of sums."""
+    """Tiles of 32 to 256 pixels by 32 to 128 channels; with few pixels, 16 to 64 outputs by parts of sums."""
     if few.serves(x, weight, *rest):
         for outputs in (16, 32, 64):
             for channels in (64, 128, 256):
                 for warps in (4, 8):
                     yield _few(x, weight, *rest, outputs=outputs, channels=channels, num_warps=warps)
     rows, cols = _quarter(x, weight, *rest)
-    for pixels in (16, 32, 64, 128, 256):
-        for outputs in (16, 32, 64, 128):
-            for channels in (32, 64):
-                fits = pixels <= 2 * power(rows * cols) and outputs <= max(SMALLEST, power(weight.shape[0]))
-                if fits and 512 <= pixels * outputs <= 16384:
-                    for stages in (2, 3, 4):
-                        yield Config(pixels, outputs, channels, 8 if pixels * outputs >= 8192 else 4, stages)
+    channels = max(SMALLEST, min(32 if x.dtype == torch.float32 else 64, power(x.shape[1])))
+    for pixels in (32, 64, 128, 256):
+        for outputs in (32, 64, 128):
+            fits = pixels <= 2 * power(rows * cols) and outputs <= max(32, power(weight.shape[0]))
+            if fits and pixels * outputs <= 16384:
+                for stages in (3, 4):
+                    yield Config(pixels, outputs, channels, 8 if pixels * outputs >= 8192 else 4, stages)
 
 
 def _values(y: Tensor, args: tuple[Any, ...], config: Config) -> dict[str, Any]:

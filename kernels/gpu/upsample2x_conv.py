@@ -96,18 +96,16 @@ def default(x: Tensor, filters: Tensor, *rest: Any, limit: int = SHARED_BYTES) -
 
 
 def space(x: Tensor, filters: Tensor, *rest: Any) -> Iterator[Config]:
-    """Tiles from 64 x 32 to 128 x 256."""
+    """Tiles from 64 x 32 to 128 x 256: as wide as two or three fit a multiprocessor, or one reads least again."""
     widest, deepest = max(SMALLEST, power(filters.shape[5])), max(SMALLEST, power(x.shape[1]))
     single = x.dtype == torch.float32
-    for m in (64, 128):
-        for n in sorted({min(widest, n) for n in ((32, 64, 128) if single else (32, 64, 128, 256))}):
-            for k in sorted({min(deepest, k) for k in ((16, 32) if single else (32, 64, 128))}):
-                for warps in (4, 8):
-                    for stages in (2, 3, 4, 5):
-                        config = Config(m, n, k, warps, stages)
-                        registers = m * n // (32 * warps)
-                        if 16 <= registers <= 128 and _shared(config, x.element_size()) <= SHARED_BYTES:
-                            yield config
+    tiles = ((64, 32), (64, 64)) if single else ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256))
+    for m, n in dict.fromkeys((m, min(widest, n)) for m, n in tiles):
+        for k in (16, 32) if single else (64,):
+            for stages in (2, 3) if single else (3, 4):
+                config = Config(m, n, min(deepest, k), 8 if m * n > 4096 else 4, stages)
+                if _shared(config, x.element_size()) <= SHARED_BYTES:
+                    yield config
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:

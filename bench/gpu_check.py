@@ -42,14 +42,17 @@ Timed = tuple[str, float]  # a stage, and when it should be through (time.time()
 
 
 def stages() -> tuple[list[str], list[str]]:
-    """(what only checks results: each in a process of its own, all together; what is timed: one after another)."""
+    """(what only checks results: each in a process of its own, all together; what is timed: one after another).
+
+    What is timed first is what a user meets: networks, then ops, as they are tuned now.  Tuning is last, and says how
+    much faster what it found is."""
     ops = catalogue.triton_names()
     tuned = [op for op in ops if "TUNABLE = " in (catalogue.GPU / f"{op}.py").read_text()]
-    timed = ["roofline", *(f"tune:{op}" for op in tuned), *(f"race:{op}" for op in ops), "model:emoji"]
-    timed += ["model:stylegan2", "model:sd15"]
+    timed = ["roofline", "model:sd15", "model:stylegan2", "model:emoji", *(f"race:{op}" for op in ops)]
+    timed += [f"tune:{op}" for op in tuned]
     peers = [stage.replace("race:", "peers:") for stage in timed if stage.startswith("race:")]
     networks = [stage.replace("model:", "network:") for stage in timed if stage.startswith("model:")]
-    return [*reversed(networks), *(f"correct:{op}" for op in ops), *peers, "noise", "batch", "graphs"], timed
+    return [*networks, *(f"correct:{op}" for op in ops), *peers, "noise", "batch", "graphs"], timed
 
 
 def deadlines(timed: Sequence[str], began: float, seconds: float) -> list[Timed]:

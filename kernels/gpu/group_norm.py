@@ -97,7 +97,7 @@ class Problem:
             held = tile * tiles * self.dtype.itemsize
             if held <= SLAB and tile // (32 * warps) >= 4 and tile * tiles // (32 * warps) <= 80 and not moments:
                 yield Config(True, tile, channels, warps)
-        if tile * tiles >= 4096 or moments:
+        if self.reach >= 4096 or moments:
             for warps, depth in ((4, 4), (8, 2), (8, 4), (16, 4)):
                 for programs in (256, 512):
                     yield from (self.tiled(warps, depth, programs, wide) for wide in ((32, 64) if self.last else (1,)))

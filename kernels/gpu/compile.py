@@ -38,7 +38,7 @@ from fusegen.kernels.gpu.tune import SHARED_BYTES
 
 ARCHITECTURES = {80: 163 * 1024, 90: SHARED_BYTES, 100: SHARED_BYTES}  # sm -> shared memory of a block
 _TYPES = {
-    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1",
+    torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.bool: "i1",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
 }  # fmt: skip
 _INSTRUCTION = re.compile(r"^\s+(?:/\*.*?\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.M)

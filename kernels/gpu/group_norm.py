@@ -19,7 +19,7 @@ from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, p
 from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.op import Kernel
 
-ROLES = {"x": 0, "weight": 2, "bias": 3, "add": 6, "scale": 7, "shift": 8}  # positions in the schema
+ROLES = {"x": 0, "weight": 2, "bias": 3, "add": 6, "scale": 7, "shift": 8, "moments": 9}  # positions in the schema
 SLAB = 81920  # bytes of the padded tiles that a one-launch program may hold in registers: 80 elements a thread, or 40
 SOURCE = Path(kernels.__file__)
 _FLAGS = {"WEIGHT": "weight", "BIAS": "bias", "PLUS": "add", "SCALE": "scale", "SHIFT": "shift"}
@@ -27,12 +27,14 @@ _FLAGS = {"WEIGHT": "weight", "BIAS": "bias", "PLUS": "add", "SCALE": "scale", "
 
 @dataclass(frozen=True)
 class Config:
-    """``slab``: one launch instead of three; ``block``: elements of a tile; ``channels``: of them in a row of it."""
+    """``slab``: one launch instead of two; ``block``: elements that a program loads at a time; ``channels``: of them in
+    a row; ``chunks``: at most so many parts of a channel, each a program's."""
 
     slab: bool
     block: int
     channels: int
     num_warps: int
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,33 +56,51 @@ class Problem:
         channels = next(c for c in sizes if self.last or 7 * (blocks(per, c) * c - per) <= per)
         return channels, power(self.pixels), blocks(per, channels)
 
+    @property
+    def reach(self) -> int:
+        """Elements of the padded tiles of a slab; where channels are innermost at least 64 bytes of each pixel, which
+        memory moves at the least."""
+        channels, pixels, tiles = self.slab
+        return max(channels * tiles, 64 // self.dtype.itemsize if self.last else 1) * pixels
+
     def key(self, what: str) -> str:
         """Everything but the batch; ``what`` else the best choice depends on."""
         layout, dtype = "last" if self.last else "first", str(self.dtype).removeprefix("torch.")
         return f"{self.channels}x{self.pixels} {self.groups} {layout} {dtype} {what}"
 
-    def default(self) -> Config:
-        """One launch where the padded slab fits, with 8 or 16 elements of each tile a thread; else tiles of 4096
-        elements, 64 channels wide where those are innermost."""
-        channels, pixels, tiles = self.slab
-        if channels * pixels * tiles <= (16384 if self.last else SLAB // self.dtype.itemsize):
-            return Config(True, channels * pixels, channels, max(1, min(16, channels * pixels // 256)))
-        block, most = 4096, power(self.channels)
-        return Config(False, block, min(64, most) if self.last else max(1, min(most, block // pixels)), 4)
+    def tiled(self, warps: int, depth: int, programs: int, wide: int = 32) -> Config:
+        """Two launches by ``depth`` tiles of 8 elements a thread, with about ``programs`` programs a sample.
 
-    def space(self) -> Iterator[Config]:
-        """The slab with more or fewer warps up to its limit; tiles of 1024 to 16384 elements."""
+        A row has ``wide`` channels where those are innermost, else the fewest that leave no pixel out of reach.  Every
+        program combines all chunks of its channels, so there are at most 64.
+        """
+        block = 256 * warps * depth
+        channels = wide if self.last else max(1, block // power(self.pixels))
+        channels = min(channels, power(self.channels), 64)
+        parts = power(programs // blocks(self.channels, channels))
+        return Config(False, block, channels, warps, min(64, parts, power(blocks(self.pixels * channels, block))))
+
+    def default(self, moments: bool = False) -> Config:
+        """One launch where a slab is small; else tiles, of more warps where a program goes through many."""
+        channels, pixels, _ = self.slab
+        if self.reach <= 20480 and self.reach * self.dtype.itemsize <= SLAB and not moments:
+            return Config(True, channels * pixels, channels, max(1, min(16, channels * pixels // 256)))
+        if self.last:
+            return self.tiled(16 if self.pixels >= 32768 else 8, 4, 256)
+        return self.tiled(8, 4, 512)
+
+    def space(self, moments: bool = False) -> Iterator[Config]:
+        """The slab with more or fewer warps up to its limit; steps of 8, 16 or 32 KiB of bfloat16."""
         channels, pixels, tiles = self.slab
         tile = channels * pixels
-        for warps in (1, 2, 4, 8, 16, 32):
+        for warps in (4, 8, 16, 32):
             held = tile * tiles * self.dtype.itemsize
-            if held <= SLAB and tile // (32 * warps) >= 4 and tile * tiles // (32 * warps) <= 80:
+            if held <= SLAB and tile // (32 * warps) >= 4 and tile * tiles // (32 * warps) <= 80 and not moments:
                 yield Config(True, tile, channels, warps)
-        for block in (1024, 2048, 4096, 8192, 16384):
-            for warps in (4, 8, 16):
-                for wide in (32, 64, 128) if self.last else (1, 4):
-                    if wide <= power(self.channels) and 8 <= block // (32 * warps) <= 64 and tile * tiles >= 4096:
-                        yield Config(False, block, wide, warps)
+        if self.reach >= 4096 or moments:
+            for warps, depth in ((4, 4), (8, 2), (8, 4), (16, 4)):
+                for programs in (256, 512):
+                    yield from (self.tiled(warps, depth, programs, wide) for wide in ((32, 64) if self.last else (1,)))
 
 
 def problem(x: Tensor, groups: int, channels: int | None = None) -> Problem:
@@ -120,7 +140,7 @@ def _values(
     for name in ("add", "scale", "shift"):
         step = there[name].stride(0) if name in there and there[name].shape[0] > 1 else 0
         values |= {f"{name}_b": step, f"{name}_c": there[name].stride(1) if name in there else 0}
-    values |= {"channels": given.channels, "groups": given.groups, "per_group": given.channels // given.groups}
+    values |= {"channels": given.channels, "groups": given.groups, "PER_GROUP": given.channels // given.groups}
     values |= {"pixels": given.pixels, "split": x.shape[1], "JOIN": join}
     return values | {flag: name in there for flag, name in _FLAGS.items()}
 
@@ -143,30 +163,45 @@ def launches(
     if not outs[0].numel():
         return ()
     every = _values(outs, args, roles, given, join) | {"eps": eps, "SILU": silu}
-    batch, warps, all_groups = x.shape[0], {"num_warps": config.num_warps}, (x.shape[0] * given.groups,)
-    if config.slab:
-        block_c, block_s, tiles = given.slab
-        even = (block_c * tiles, block_s) == (every["per_group"], given.pixels)
-        every |= {"BLOCK_C": block_c, "BLOCK_S": block_s, "TILES": tiles, "EVEN": even}
-        return (_stage(kernels.slab_kernel, all_groups, every, warps),)
-    block_c, block_s = config.channels, config.block // config.channels
-    chunks = blocks(given.pixels, block_s)
-    grid = (chunks, blocks(given.channels, block_c), batch)
-    partial = torch.empty((batch, chunks, 2, given.channels), dtype=torch.float32, device=x.device)
-    stats = torch.empty((batch, given.groups, 2), dtype=torch.float32, device=x.device)
-    every |= {"partial": partial, "stats": stats, "chunks": chunks, "BLOCK_C": block_c, "BLOCK_S": block_s}
-    width = min(1024, power(chunks * every["per_group"]))
-    read = {"x": outs[-1]} | {f"x_{d}": every[f"y_{d}"] for d in "bcs"} if join else {}  # what the first one joined
-    return (
-        _stage(kernels.partial_kernel, grid, every, warps),
-        _stage(kernels.combine_kernel, all_groups, every, {"num_warps": 4}, BLOCK=width),
-        _stage(kernels.apply_kernel, grid, every | read, warps),
-    )
+    if not config.slab:
+        moments = None if args[roles["moments"]] is None else Use(roles["moments"])
+        return _tiled(every, x.shape[0], config, given, moments, outs[-1] if join else None)
+    block_c, block_s, tiles = given.slab
+    even = (block_c * tiles, block_s) == (every["PER_GROUP"], given.pixels)
+    every |= {"BLOCK_C": block_c, "BLOCK_S": block_s, "TILES": tiles, "EVEN": even}
+    return (_stage(kernels.slab_kernel, (x.shape[0] * given.groups,), every, config),)
 
 
-def _stage(kernel: Any, grid: tuple[int, ...], every: Mapping[str, Any], options: Any, **more: Any) -> Stage:
-    values = {**every, **more}
-    return Stage(kernel, grid, {name: values[name] for name in kernel.arg_names}, options)
+def _tiled(
+    every: dict[str, Any], batch: int, config: Config, given: Problem, moments: Use | None, joined: Tensor | None
+) -> tuple[Stage, ...]:
+    """Statistics and normalization by the same tiles, or that alone by ``moments``."""
+    per, tile = every["PER_GROUP"], 256 * config.num_warps
+    step = config.block // config.channels
+    steps = blocks(blocks(given.pixels, step), config.chunks)
+    chunks, covered = blocks(given.pixels, steps * step), steps * step
+    grid = (blocks(given.channels, config.channels), chunks, batch)
+    every |= {"BLOCK_C": config.channels, "BLOCK_S": tile // config.channels, "DEPTH": config.block // tile}
+    every |= {"steps": steps, "chunks": chunks, "covered": covered, "EVEN": given.pixels % covered == 0}
+    first: tuple[Stage, ...] = ()
+    if moments is None:
+        device = every["y"].device
+        every["partial"] = torch.empty((batch, chunks, 2, given.channels), dtype=torch.float32, device=device)
+        first = (_stage(kernels.partial_kernel, grid, every, config),)
+        if joined is not None:  # the second launch reads what the first one joined
+            every |= {"x": joined, "JOIN": 0} | {f"x_{d}": every[f"y_{d}"] for d in "bcs"}
+    else:
+        every |= {"partial": moments, "chunks": 1, "covered": given.pixels}
+    parts = every["chunks"] * per
+    starts = range(0, given.channels, config.channels)
+    groups = power(max((min(c + config.channels, given.channels) - 1) // per - c // per + 1 for c in starts))
+    width = min(power(parts), max(32, 4096 // groups))
+    every |= {"GROUPS": groups, "WIDTH": width, "PARTS": blocks(parts, width), "MOMENTS": moments is not None}
+    return (*first, _stage(kernels.apply_kernel, grid, every, config))
+
+
+def _stage(kernel: Any, grid: tuple[int, ...], every: Mapping[str, Any], config: Config) -> Stage:
+    return Stage(kernel, grid, {name: every[name] for name in kernel.arg_names}, {"num_warps": config.num_warps})
 
 
 def decline(x: Tensor, *rest: Any) -> str | None:
@@ -179,36 +214,42 @@ def decline(x: Tensor, *rest: Any) -> str | None:
 
 
 def small(x: Tensor, *rest: Any) -> Iterator[Config]:
-    """For tests: tiles that cut small cases into chunks."""
-    yield Config(False, 256, 16, 4) if x.dtype == torch.float16 else Config(False, 128, 4, 4)
+    """For tests: tiles that cut small cases into chunks of several steps."""
+    yield Config(False, 512, 16, 1, 3) if x.dtype == torch.float16 else Config(False, 256, 4, 1, 8)
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
-    """One launch or three."""
+    """One launch or two."""
     return launches(outs, args, config, ROLES, problem(args[0], args[1]), args[4], args[5] == "silu")
 
 
 def key(x: Tensor, groups: int, weight: Any, bias: Any, eps: float, activation: str, *rest: Any) -> str:
-    return problem(x, groups).key(activation)
+    return problem(x, groups).key(activation + " by moments" * (rest[-1] is not None))
 
 
 def default(x: Tensor, groups: int, *rest: Any, limit: int = 0) -> Config:
-    return problem(x, groups).default()
+    return problem(x, groups).default(rest[-1] is not None)
 
 
 def space(x: Tensor, groups: int, *rest: Any) -> Iterator[Config]:
-    return problem(x, groups).space()
+    return problem(x, groups).space(rest[-1] is not None)
 
 
 def specimens() -> Iterator[Named]:
     for dtype, kind in SHORT.items():
         for layout in (torch.contiguous_format, torch.channels_last):
-            for shape, add in (((2, 320, 64, 64), False), ((2, 320, 64, 64), True), ((2, 1280, 8, 8), False)):
+            where = "contiguous" if layout == torch.contiguous_format else "channels-last"
+            for shape, more in (
+                ((2, 320, 64, 64), ""),
+                ((2, 320, 64, 64), " add"),
+                ((2, 320, 64, 64), " by moments"),
+                ((2, 1280, 8, 8), ""),
+            ):
                 x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
-                parameter, time = meta(shape[1], dtype=dtype), meta(*shape[:2], dtype=dtype) if add else None
-                args = (x, 32, parameter, parameter, 1e-5, "silu", time, None, None)
-                where = "contiguous" if layout == torch.contiguous_format else "channels-last"
-                name = f"{kind} {shape[1]}x{shape[2]}x{shape[3]} {where}{' add' if add else ''}"
+                parameter, time = meta(shape[1], dtype=dtype), meta(*shape[:2], dtype=dtype) if more == " add" else None
+                moments = meta(shape[0], 2, shape[1], dtype=torch.float64) if more == " by moments" else None
+                args = (x, 32, parameter, parameter, 1e-5, "silu", time, None, None, moments)
+                name = f"{kind} {shape[1]}x{shape[2]}x{shape[3]} {where}{more}"
                 yield name, lambda args=args: args  # type: ignore[misc]
 
 

@@ -1,12 +1,15 @@
 """The Triton kernels of group normalization, with or without something joined to x first.
 
 A tensor is seen as (B, C, S) with any strides of C and S.  A slab (one sample's group) that fits a block's registers,
-as tiles of a power of two channels, takes one launch.  A larger one takes three, parallel also at batch 1: means and
-squared deviations of each channel over each chunk of S; their combination per group (Chan, Golub & LeVeque 1983), in a
-fixed order; the normalization.
+as tiles of a power of two channels, takes one launch.  A larger one takes two, parallel also at batch 1: means and
+squared deviations of each channel over each of a few chunks of S; the normalization, each of whose programs first
+combines those of the groups it meets (Chan, Golub & LeVeque 1983), in a fixed order, while its first tiles come.
+Where whoever made x left its channels' moments, they are combined so and the second launch is the only one.
 
 ``JOIN`` is 0, ADDED (x + other, rounded and stored) or CONCAT (the channels of x, ``split`` of them, then other's): the
-first launch writes what it joins, the last one reads that.
+first launch writes what it joins, the second one reads that.
+
+Programs take steps of DEPTH tiles of (BLOCK_C, BLOCK_S), 8 elements a thread each, all loaded before the first is used.
 """
 
 from __future__ import annotations
@@ -23,18 +26,33 @@ ADDED, CONCAT = tl.constexpr(1), tl.constexpr(2)
 def _joined(
     x, other, joined, b, c, s, keep, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split, JOIN: tl.constexpr
 ):  # fmt: skip
-    """The tile of x in float32; where something is joined to it, of that as stored, and the store."""
-    here = keep & (c < split) if JOIN == CONCAT else keep
-    tile = tl.load(x + b * x_b + c * x_c + s * x_s, mask=here, other=0.0)
+    """The tile of x; where something is joined to it, of that as stored, and the store."""
+    at = x + b * x_b + c * x_c + s * x_s
+    if JOIN == CONCAT:
+        at = tl.where(c < split, at, other + b * o_b + (c - split) * o_c + s * o_s)
+    tile = tl.load(at, mask=keep, other=0.0)
     if JOIN == ADDED:
         more = tl.load(other + b * o_b + c * o_c + s * o_s, mask=keep, other=0.0)
         tile = (tile.to(tl.float32) + more.to(tl.float32)).to(joined.dtype.element_ty)
-    if JOIN == CONCAT:
-        more = tl.load(other + b * o_b + (c - split) * o_c + s * o_s, mask=keep & (c >= split), other=0.0)
-        tile = tl.where(c < split, tile, more)
     if JOIN:
         tl.store(joined + b * j_b + c * j_c + s * j_s, tile, mask=keep)
-    return tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _step(
+    x, other, joined, b, c, first, channels, pixels, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split,
+    JOIN: tl.constexpr, BLOCK_S: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """DEPTH tiles of the column of channels ``c``, of the pixels from ``first`` on."""
+    tiles = ()
+    for k in tl.static_range(DEPTH):
+        s = first + k * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+        keep = (c < channels) & (s < pixels)
+        tiles += (_joined(
+            x, other, joined, b, c, s.to(tl.int64), keep, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split, JOIN
+        ),)  # type: ignore[assignment]  # fmt: skip
+    return tiles
 
 
 @triton.jit
@@ -60,23 +78,23 @@ def _affine(
 @triton.jit
 def slab_kernel(
     x, other, joined, weight, bias, add, scale, shift, y, x_b, x_c, x_s, o_b, o_c, o_s, y_b, y_c, y_s,
-    add_b, add_c, scale_b, scale_c, shift_b, shift_c, split, groups, per_group, pixels, eps,
+    add_b, add_c, scale_b, scale_c, shift_b, shift_c, split, groups, pixels, eps,
     JOIN: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, SCALE: tl.constexpr,
     SHIFT: tl.constexpr, SILU: tl.constexpr, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
-    TILES: tl.constexpr,
+    TILES: tl.constexpr, PER_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program a slab: (per_group, pixels) held whole in registers, in TILES of (BLOCK_C, BLOCK_S); EVEN, with
+    """One program a slab: (PER_GROUP, pixels) held whole in registers, in TILES of (BLOCK_C, BLOCK_S); EVEN, with
     nothing left over."""
     b, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0) % groups
     c, s = tl.arange(0, BLOCK_C)[:, None], tl.arange(0, BLOCK_S)[None, :]
     wide_s = s.to(tl.int64)
     tiles, gains, offsets, sums = (), (), (), tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for k in tl.static_range(TILES):
-        keep_c, channel = k * BLOCK_C + c < per_group, (group * per_group + k * BLOCK_C + c).to(tl.int64)
+        keep_c, channel = k * BLOCK_C + c < PER_GROUP, (group * PER_GROUP + k * BLOCK_C + c).to(tl.int64)
         keep = keep_c & (s < pixels)
         tile = _joined(
             x, other, joined, b, channel, wide_s, keep, x_b, x_c, x_s, o_b, o_c, o_s, y_b, y_c, y_s, split, JOIN
-        )  # fmt: skip
+        ).to(tl.float32)  # fmt: skip
         if PLUS:
             tile = tile + tl.load(add + b * add_b + channel * add_c, mask=keep_c, other=0.0).to(tl.float32)
             tile = tile if EVEN else tl.where(keep, tile, 0.0)
@@ -88,17 +106,17 @@ def slab_kernel(
         gains += (gain,)  # type: ignore[assignment]
         offsets += (offset,)  # type: ignore[assignment]
         sums += tile
-    count = tl.cast(per_group * pixels, tl.float32)
-    mean = tl.sum(tl.sum(sums, axis=1), axis=0) / count
+    count = tl.cast(PER_GROUP * pixels, tl.float32)
+    mean = tl.sum(sums) / count
     squares = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
     for k in tl.static_range(TILES):
         away = tiles[k] - mean
         if not EVEN:
-            away = tl.where((k * BLOCK_C + c < per_group) & (s < pixels), away, 0.0)
+            away = tl.where((k * BLOCK_C + c < PER_GROUP) & (s < pixels), away, 0.0)
         squares += away * away
-    rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / count + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(squares) / count + eps)
     for k in tl.static_range(TILES):
-        keep_c, channel = k * BLOCK_C + c < per_group, (group * per_group + k * BLOCK_C + c).to(tl.int64)
+        keep_c, channel = k * BLOCK_C + c < PER_GROUP, (group * PER_GROUP + k * BLOCK_C + c).to(tl.int64)
         out = (tiles[k] - mean) * (rstd * gains[k]) + offsets[k]
         if SILU:
             out = out * sigmoid(out)
@@ -109,76 +127,154 @@ def slab_kernel(
 @triton.jit
 def partial_kernel(
     x, other, joined, add, partial, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, add_b, add_c,
-    split, channels, pixels, chunks,
-    JOIN: tl.constexpr, PLUS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    split, channels, pixels, chunks, steps,
+    JOIN: tl.constexpr, PLUS: tl.constexpr, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of each channel over BLOCK_S pixels -> partial (B, chunks, 2, C)."""
-    chunk, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    s = chunk * BLOCK_S + tl.arange(0, BLOCK_S)
-    keep = (c < channels)[:, None] & (s < pixels)[None, :]
-    channel, wide_s = c[:, None].to(tl.int64), s[None, :].to(tl.int64)
-    tile = _joined(x, other, joined, b, channel, wide_s, keep, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split, JOIN)
-    mean = tl.sum(tile, axis=1) / tl.cast(tl.minimum(BLOCK_S, pixels - chunk * BLOCK_S), tl.float32)
-    centred = tl.where(keep, tile - mean[:, None], 0.0)
+    """Mean and sum of squared deviations of each channel over a chunk of ``steps`` -> partial (B, chunks, 2, C).
+
+    Deviations are summed from the first step's mean, which is near enough: the squares of a whole of n steps are at
+    most n + 1 times those from the mean of one of them.  EVEN: every chunk is whole."""
+    chunk, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    wide_c, s = c[:, None].to(tl.int64), tl.arange(0, BLOCK_S)[None, :]
+    first, covered = chunk * steps * DEPTH * BLOCK_S, tl.minimum(steps * DEPTH * BLOCK_S, pixels)
+    tiles = _step(
+        x, other, joined, b, wide_c, first, channels, pixels, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split,
+        JOIN, BLOCK_S, DEPTH,
+    )  # fmt: skip
+    total = tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    for k in tl.static_range(DEPTH):
+        total += tiles[k].to(tl.float32)
+    near = tl.sum(total, axis=1) / tl.cast(tl.minimum(DEPTH * BLOCK_S, pixels - first), tl.float32)
+    total, squares = tl.zeros((BLOCK_C, BLOCK_S), tl.float32), tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
+    for k in tl.static_range(DEPTH):
+        away = tiles[k].to(tl.float32) - near[:, None]
+        if not EVEN:
+            away = tl.where(first + k * BLOCK_S + s < pixels, away, 0.0)
+        total += away
+        squares += away * away
+    for i in range(1, steps):
+        at = first + i * DEPTH * BLOCK_S
+        tiles = _step(
+            x, other, joined, b, wide_c, at, channels, pixels, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split,
+            JOIN, BLOCK_S, DEPTH,
+        )  # fmt: skip
+        for k in tl.static_range(DEPTH):
+            away = tiles[k].to(tl.float32) - near[:, None]
+            if not EVEN:
+                away = tl.where(at + k * BLOCK_S + s < pixels, away, 0.0)
+            total += away
+            squares += away * away
+    count = tl.cast(tl.minimum(covered, pixels - first), tl.float32)
+    off = tl.sum(total, axis=1) / count
+    inside, mean = tl.sum(squares, axis=1) - count * off * off, near + off
+    inside = tl.where(inside < 0.0, 0.0, inside)  # NaN stays
     if PLUS:
         mean += tl.load(add + b * add_b + c * add_c, mask=c < channels, other=0.0).to(tl.float32)
     out = partial + (b * chunks + chunk) * 2 * channels + c
     tl.store(out, mean, mask=c < channels)
-    tl.store(out + channels, tl.sum(centred * centred, axis=1), mask=c < channels)
+    tl.store(out + channels, inside, mask=c < channels)
 
 
 @triton.jit
-def combine_kernel(
-    partial, stats, groups, per_group, pixels, chunks, eps, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
+def _part(
+    partial, add, b, at, group, add_b, add_c, channels, pixels, chunks, covered,
+    MOMENTS: tl.constexpr, PLUS: tl.constexpr, PER_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The partial statistics of one group -> its mean and reciprocal deviation: stats (B, groups, 2)."""
-    b, group = tl.program_id(0).to(tl.int64) // groups, tl.program_id(0) % groups
-    channels, count = groups * per_group, tl.cast(per_group, tl.float32) * pixels
-    base = partial + b * chunks * 2 * channels + group * per_group
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, chunks * per_group, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        chunk, keep = at // per_group, at < chunks * per_group
-        weight = tl.minimum(BLOCK_S, pixels - chunk * BLOCK_S).to(tl.float32)
-        total += weight * tl.load(base + chunk * 2 * channels + at % per_group, mask=keep, other=0.0)
-    mean = tl.sum(total, axis=0) / count
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, chunks * per_group, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        chunk, keep = at // per_group, at < chunks * per_group
-        weight = tl.minimum(BLOCK_S, pixels - chunk * BLOCK_S).to(tl.float32)
-        one = base + chunk * 2 * channels + at % per_group
-        away = tl.load(one, mask=keep, other=0.0) - mean
-        inside = tl.load(one + channels, mask=keep, other=0.0)
-        total += tl.where(keep, inside + weight * away * away, 0.0)
-    out = stats + tl.program_id(0) * 2
-    tl.store(out, mean)
-    tl.store(out + 1, 1.0 / tl.sqrt(tl.sum(total, axis=0) / count + eps))
+    """(mean, sum of squared deviations, pixels, whether it is one) of the parts ``at`` of each of the ``group``."""
+    chunk, channel = at // PER_GROUP, group * PER_GROUP + at % PER_GROUP
+    keep = (chunk < chunks) & (channel < channels)
+    weight = tl.minimum(covered, pixels - chunk * covered).to(tl.float32)
+    one = partial + (b * chunks + chunk) * 2 * channels + channel
+    mean = tl.load(one, mask=keep, other=0.0).to(tl.float32)
+    inside = tl.load(one + channels, mask=keep, other=0.0).to(tl.float32)
+    if MOMENTS:  # variances, of x before anything is added
+        inside = inside * weight
+        if PLUS:
+            mean += tl.load(add + b * add_b + channel * add_c, mask=keep, other=0.0).to(tl.float32)
+    return mean, inside, weight, keep
+
+
+@triton.jit
+def _combined(
+    partial, add, b, c, add_b, add_c, channels, pixels, chunks, covered, eps,
+    MOMENTS: tl.constexpr, PLUS: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """(mean, reciprocal deviation) of each of the channels ``c``, as columns: those of its group, one of GROUPS."""
+    first = tl.program_id(0) * BLOCK_C // PER_GROUP
+    group = (first + tl.arange(0, GROUPS))[:, None]
+    count = tl.cast(pixels, tl.float32) * PER_GROUP
+    total, squares = tl.zeros((GROUPS, WIDTH), tl.float32), tl.zeros((GROUPS, WIDTH), tl.float32)
+    for k in tl.static_range(PARTS):
+        at = (k * WIDTH + tl.arange(0, WIDTH))[None, :]
+        mean, _inside, weight, _keep = _part(
+            partial, add, b, at, group, add_b, add_c, channels, pixels, chunks, covered, MOMENTS, PLUS, PER_GROUP
+        )
+        total += weight * mean
+    means = tl.sum(total, axis=1) / count
+    for k in tl.static_range(PARTS):
+        at = (k * WIDTH + tl.arange(0, WIDTH))[None, :]
+        mean, inside, weight, keep = _part(
+            partial, add, b, at, group, add_b, add_c, channels, pixels, chunks, covered, MOMENTS, PLUS, PER_GROUP
+        )
+        away = mean - means[:, None]
+        squares += tl.where(keep, inside + weight * away * away, 0.0)
+    rstds = 1.0 / tl.sqrt(tl.sum(squares, axis=1) / count + eps)
+    own = (c // PER_GROUP - first)[:, None] == tl.arange(0, GROUPS)[None, :]
+    mean = tl.sum(tl.where(own, means[None, :], 0.0), axis=1)
+    return mean[:, None], tl.sum(tl.where(own, rstds[None, :], 0.0), axis=1)[:, None]
+
+
+@triton.jit
+def _normalized(
+    tiles, y, b, c, first, mean, gain, offset, channels, pixels, y_b, y_c, y_s,
+    SILU: tl.constexpr, BLOCK_S: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Normalize and store what :func:`_step` gave."""
+    for k in tl.static_range(DEPTH):
+        s = first + k * BLOCK_S + tl.arange(0, BLOCK_S)[None, :]
+        out = (tiles[k].to(tl.float32) - mean) * gain + offset
+        if SILU:
+            out = out * sigmoid(out)
+        at = y + b * y_b + c * y_c + s.to(tl.int64) * y_s
+        tl.store(at, out.to(y.dtype.element_ty), mask=(c < channels) & (s < pixels))
 
 
 @triton.jit
 def apply_kernel(
-    x, weight, bias, add, scale, shift, y, stats, x_b, x_c, x_s, y_b, y_c, y_s,
-    add_b, add_c, scale_b, scale_c, shift_b, shift_c, channels, groups, per_group, pixels,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr, SCALE: tl.constexpr, SHIFT: tl.constexpr,
-    SILU: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+    x, other, joined, weight, bias, add, scale, shift, y, partial, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s,
+    y_b, y_c, y_s, add_b, add_c, scale_b, scale_c, shift_b, shift_c, split, channels, pixels, chunks, covered, steps,
+    eps, JOIN: tl.constexpr, MOMENTS: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, PLUS: tl.constexpr,
+    SCALE: tl.constexpr, SHIFT: tl.constexpr, SILU: tl.constexpr, PER_GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Normalize a (BLOCK_C, BLOCK_S) tile with the statistics of each channel's group."""
-    b = tl.program_id(2).to(tl.int64)
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None]
-    s = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S))[None, :]
-    keep_c, keep = c < channels, (c < channels) & (s < pixels)
-    stat = stats + (b * groups + c // per_group) * 2
-    mean, rstd = tl.load(stat, mask=keep_c, other=0.0), tl.load(stat + 1, mask=keep_c, other=0.0)
+    """Normalize ``steps`` by the statistics of each channel's group: ``partial``, of chunks of ``covered`` pixels.
+
+    Backwards: the end of a chunk was read last, and may still be in the cache."""
+    b, c = tl.program_id(2).to(tl.int64), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    last = ((tl.program_id(1) + 1) * steps - 1) * DEPTH * BLOCK_S
+    column, keep = c[:, None].to(tl.int64), (c < channels)[:, None]
+    tiles = _step(
+        x, other, joined, b, column, last, channels, pixels, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split,
+        JOIN, BLOCK_S, DEPTH,
+    )  # fmt: skip
+    mean, rstd = _combined(
+        partial, add, b, c, add_b, add_c, channels, pixels, chunks, covered, eps,
+        MOMENTS, PLUS, PER_GROUP, GROUPS, WIDTH, PARTS, BLOCK_C,
+    )  # fmt: skip
     if PLUS:
-        mean -= tl.load(add + b * add_b + c * add_c, mask=keep_c, other=0.0).to(tl.float32)
-    wide_c, wide_s = c.to(tl.int64), s.to(tl.int64)
-    tile = tl.load(x + b * x_b + wide_c * x_c + wide_s * x_s, mask=keep, other=0.0).to(tl.float32)
+        mean -= tl.load(add + b * add_b + column * add_c, mask=keep, other=0.0).to(tl.float32)
     gain, offset = _affine(
-        weight, bias, scale, shift, b, c, keep_c, scale_b, scale_c, shift_b, shift_c, WEIGHT, BIAS, SCALE, SHIFT
+        weight, bias, scale, shift, b, column, keep, scale_b, scale_c, shift_b, shift_c, WEIGHT, BIAS, SCALE, SHIFT
     )
-    out = (tile - mean) * (rstd * gain) + offset
-    if SILU:
-        out = out * sigmoid(out)
-    tl.store(y + b * y_b + wide_c * y_c + wide_s * y_s, out.to(y.dtype.element_ty), mask=keep)
+    gain *= rstd
+    _normalized(tiles, y, b, column, last, mean, gain, offset, channels, pixels, y_b, y_c, y_s, SILU, BLOCK_S, DEPTH)
+    for i in range(1, steps):
+        at = last - i * DEPTH * BLOCK_S
+        tiles = _step(
+            x, other, joined, b, column, at, channels, pixels, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split,
+            JOIN, BLOCK_S, DEPTH,
+        )  # fmt: skip
+        _normalized(tiles, y, b, column, at, mean, gain, offset, channels, pixels, y_b, y_c, y_s, SILU, BLOCK_S, DEPTH)

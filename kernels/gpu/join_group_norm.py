@@ -15,7 +15,7 @@ from fusegen.kernels.gpu.tune import Tunable
 from fusegen.kernels.join_group_norm import KINDS
 from fusegen.kernels.op import Kernel
 
-ROLES = {"x": 0, "other": 1, "weight": 3, "bias": 4}  # positions in the schema
+ROLES = {"x": 0, "other": 1, "weight": 3, "bias": 4, "moments": 8}  # positions in the schema
 
 
 def problem(args: tuple[Any, ...]) -> Problem:
@@ -25,21 +25,21 @@ def problem(args: tuple[Any, ...]) -> Problem:
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
-    """One launch or three; the first one joins."""
+    """One launch or two; the first one joins."""
     join = 1 + KINDS.index(args[7])
     return group_norm.launches(outs, args, config, ROLES, problem(args), args[5], args[6] == "silu", join)
 
 
 def key(*args: Any) -> str:
-    return problem(args).key(f"{args[6]} {args[7]}")
+    return problem(args).key(f"{args[6]} {args[7]}" + " by moments" * (args[8] is not None))
 
 
 def default(*args: Any, limit: int = 0) -> Config:
-    return problem(args).default()
+    return problem(args).default(args[8] is not None)
 
 
 def space(*args: Any) -> Iterator[Config]:
-    return problem(args).space()
+    return problem(args).space(args[8] is not None)
 
 
 def decline(x: Tensor, other: Tensor, *rest: Any) -> str | None:
@@ -53,7 +53,7 @@ def specimens() -> Iterator[Named]:
             for join in KINDS:
                 x = torch.empty((2, 320, 64, 64), dtype=dtype, device="meta", memory_format=layout)
                 parameter = meta(640 if join == "concat" else 320, dtype=dtype)
-                args = (x, x, 32, parameter, parameter, 1e-5, "silu", join)
+                args = (x, x, 32, parameter, parameter, 1e-5, "silu", join, None)
                 where = "contiguous" if layout == torch.contiguous_format else "channels-last"
                 yield f"{kind} {join} 320x64x64 {where}", lambda args=args: args  # type: ignore[misc]
 

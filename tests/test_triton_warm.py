@@ -135,6 +135,16 @@ warm_worker.serve(1, orders, 2)
     assert [f.stem for f in compiled(offline) if f.suffix == ".cubin"] == [other.name]
 
 
+def test_a_worker_ends_when_nobody_reads_its_answers(offline: Path) -> None:
+    (wanted, *_) = warm.missing(pairs("rope"))
+    worker = warm.Worker(1)
+    assert worker.process.stdin is not None and worker.process.stdout is not None
+    worker.process.stdout.close()
+    warm._write(worker.process.stdin, json.dumps({"most": 1, "orders": [vars(wanted) | {"record": "{}"}] * 3}) + "\n")
+    assert worker.process.wait(timeout=120) == 1  # with its input still open
+    worker.end()
+
+
 def _path() -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
 

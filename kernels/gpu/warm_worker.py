@@ -64,10 +64,12 @@ def _compile(out: int, place: int, order: Order) -> None:
         _function(order).preload(order["record"])
     except BaseException as failure:  # whatever it is, the order gets its answer
         error = f"{order['name']}: {type(failure).__name__}: {failure}".splitlines()[0]
+    status = 1  # nobody reads answers any more: this process's parent finds the same, and ends
     try:
         _answer(out, place, error)
+        status = 0
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def _reap(out: int, running: dict[int, int], orders: Sequence[Order]) -> None:

@@ -53,7 +53,7 @@ def precompile(setting: Setting) -> Iterator[Row]:
     reasons = importlib.import_module("fusegen.kernels.gpu.warm").warm(launches(setting))
     bad = [why for why in reasons if why]
     note = f"{len(bad)} did not compile: {bad[0]}" if bad else f"{time.time() - start:.0f} s"
-    yield row(setting, "compile", f"{len(reasons)} launches", "fusegen", ok=not bad, note=note[:300])
+    yield row(setting, "compile", f"{len(reasons)} kernels", "fusegen", ok=not bad, note=note[:300])
 
 
 def correct(setting: Setting, name: str) -> Iterator[Row]:

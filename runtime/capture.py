@@ -46,6 +46,7 @@ class Capture:
         self.arena = torch.empty(plan.layout.peak, dtype=torch.uint8, device=backend.device)
         self.nbytes = plan.layout.peak
         self._deaths = _deaths(plan)
+        backend.prepare(plan)
         self._readers = Counter(name for s in plan.steps for name in dict.fromkeys(s.node.inputs()))
 
     def load(self, name: str, value: Tensor) -> None:

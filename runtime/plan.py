@@ -127,8 +127,7 @@ def plan(
     """
     find = partial(_find, backend, without)
     static = _lowered(specialize(state.check(program), given), backend, partial(_declined, find), deterministic)
-    metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}
-    metas |= {name: meta(weight) for name, weight in static.weights.items()}
+    metas = metas_of(static)
     depends = _dependence(static)
     steps = []
     for node in static.nodes:
@@ -140,6 +139,12 @@ def plan(
     steps = [_unplan(s) if s.phase == "constant" or crossing.intersection(s.node.outputs) else s for s in steps]
     layout = lay_out(_intervals(steps, static))
     return Plan(static, backend.name, backend.device, deterministic, tuple(steps), layout, frozenset(crossing), notes)
+
+
+def metas_of(static: Program) -> dict[str, Tensor]:
+    """Every value of a static program as a meta tensor."""
+    metas = {name: spec.meta() for name, spec in {**static.inputs, **static.specs}.items() if isinstance(spec, Strided)}
+    return metas | {name: meta(weight) for name, weight in static.weights.items()}
 
 
 def _lowered(program: Program, backend: Backend, declined: Callable[..., str | None], deterministic: bool) -> Program:

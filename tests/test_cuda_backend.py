@@ -43,6 +43,9 @@ class OnCpu(cuda.Cuda):
     def check(self):
         pass
 
+    def prepare(self, plan):  # its launches are not Triton's
+        pass
+
 
 class Picture(nn.Module):
     """A learned picture, expanded to the batch, and convolutions of several kinds."""

@@ -139,9 +139,12 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def choose(tunable: Tunable, args: tuple[Any, ...]) -> Any:
-    """The measured configuration for these arguments, else the rule's; measures nothing."""
-    device = next(a.device for a in args if isinstance(a, Tensor))
+def choose(tunable: Tunable, args: tuple[Any, ...], device: torch.device | None = None) -> Any:
+    """The measured configuration for these arguments, else the rule's; measures nothing.
+
+    ``device``: where they will be, if it is not where they are.
+    """
+    device = device or next(a.device for a in args if isinstance(a, Tensor))
     if device.type != "cuda":
         return tunable.default(*args)
     found = table(tunable, *_device(device.index)).get(tunable.key(*args))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.few_rows import Few
 from fusegen.runtime.program import Node, Program
 from fusegen.runtime.weights import Weights
+
+if TYPE_CHECKING:
+    from fusegen.runtime.plan import Plan
 
 
 class Backend:
@@ -80,6 +83,9 @@ class Backend:
     def call(self, node: Node, binding: Binding, program: Program, weights: Weights) -> Call:
         """The call of a node that :meth:`bind` bound."""
         return aten.call(node, binding.planned, torch.device(self.device))
+
+    def prepare(self, plan: Plan) -> None:
+        """What is done for a plan as a whole before its nodes are bound to memory."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """``run`` as one replayable unit, where :attr:`graph` says there is such a thing."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +18,8 @@ from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.derived import Moved
 from fusegen.runtime.errors import RequestError
 from fusegen.runtime.few_rows import Few
-from fusegen.runtime.program import Node, Program, Ref
+from fusegen.runtime.plan import Plan, metas_of
+from fusegen.runtime.program import Node, Program, Ref, substitute
 from fusegen.runtime.rewrite import biases
 from fusegen.runtime.rewrite.epilogue import merge_linears
 from fusegen.runtime.specialize import propagate
@@ -46,6 +49,22 @@ def _last(program: Program) -> Program:
 
 def _channels_last(weight: Tensor) -> Tensor:
     return weight.contiguous(memory_format=torch.channels_last)
+
+
+def jobs(plan: Plan) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+    """(op, its arguments as meta tensors, configuration) of each launch that is like no other of the plan."""
+    choose = importlib.import_module("fusegen.kernels.gpu.tune").choose
+    device, metas, seen = torch.device("cuda", torch.cuda.current_device()), metas_of(plan.program), set()
+    for step in plan.steps:
+        if step.binding.how != "kernel":
+            continue
+        name = step.node.op.split(".")[1]
+        args = tuple(substitute(value, metas) for value in step.node.args.values())
+        key = name, str([(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args])
+        if key not in seen:
+            seen.add(key)
+            module = importlib.import_module(f"fusegen.kernels.gpu.{name}")
+            yield name, args, choose(module.TUNABLE, args, device) if hasattr(module, "TUNABLE") else None
 
 
 class Cuda(Backend):
@@ -82,6 +101,22 @@ class Cuda(Backend):
     def place(self, weight: Tensor) -> Tensor:
         """The weight on the GPU, its strides those of the plan."""
         return weight.to(self.device)
+
+    def prepare(self, plan: Plan) -> None:
+        """Compile the kernels of the plan's launches side by side, those that are not on disk from another time."""
+        if not any(step.binding.how == "kernel" for step in plan.steps):
+            return
+        try:
+            errors = importlib.import_module("fusegen.kernels.gpu.warm").warm(jobs(plan))
+        except Exception as error:  # a Triton that has other parts inside, say: launches need none of this
+            errors = [f"{type(error).__name__}: {error}"]
+        if bad := [error for error in errors if error]:
+            warnings.warn(
+                f"{len(bad)} of {len(errors)} GPU kernels were not compiled side by side, but will be at their first "
+                f"launches, which takes longer: {bad[0]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph of ``run``, which has run before, so that every kernel is compiled and every library warm."""

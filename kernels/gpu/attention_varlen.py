@@ -99,10 +99,10 @@ def varlen_kernel(
         tl.store(to + d, (acc1 * share_of[:, None]).to(out.dtype.element_ty), mask=keep & (d < DIM))
 
 
-def _plain(q: Tensor, k: Tensor) -> tuple[Any, ...]:
-    """The arguments of ``attention`` with the same tiles: (1, H, total, D)."""
-    q, k = (x.transpose(0, 1)[None] for x in (q, k))
-    return (q, k, k, None, None, False, None)
+def _plain(q: Tensor) -> tuple[Any, ...]:
+    """The arguments of ``attention`` with the same tiles: sequences of some length, which is data."""
+    x = q.new_empty((1, q.shape[1], 1024, q.shape[2]), device="meta")
+    return (x, x, x, None, None, False, None)
 
 
 def key(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Any, sinks: Any, causal: bool, *rest: Any) -> str:
@@ -112,11 +112,10 @@ def key(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Any, sinks: Any, ca
     return f"{kinds}{q.shape[-1]} {str(q.dtype).removeprefix('torch.')}"
 
 
-def default(q: Tensor, k: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
-    """That of ``attention`` for long sequences (the lengths are data), with smaller tiles for wide heads: finding the
-    sequence and its bounds takes registers too."""
-    long = q.new_empty((4096, q.shape[1], q.shape[2]), device="meta")
-    found = attention.default(*_plain(long, long), limit=limit)
+def default(q: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
+    """That of ``attention``, with smaller tiles for wide heads: finding the sequence and its bounds takes registers
+    too."""
+    found = attention.default(*_plain(q), limit=limit)
     wide = sum(widths(q.shape[-1], found.split))
     if q.dtype != torch.float32 and wide > 160:
         return replace(found, block_m=64, block_n=32, num_warps=8, num_stages=2)
@@ -125,9 +124,9 @@ def default(q: Tensor, k: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Conf
     return found
 
 
-def space(q: Tensor, k: Tensor, *rest: Any) -> Iterator[Config]:
+def space(q: Tensor, *rest: Any) -> Iterator[Config]:
     """That of ``attention``."""
-    yield from attention.space(*_plain(q, k))
+    yield from attention.space(*_plain(q))
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:

@@ -194,9 +194,10 @@ def stages(
     values |= {"kv_heads": caches[0].shape[1], "n": n, "rows": rows, "most": most, "slots": slots, "tiles": tiles}
     values |= {"LENGTHS": "lengths" in places, "PAGED": table is not None, "SINKS": "sinks" in places}
     values |= {"CAUSAL": causal, "WINDOW": window, "CAP": softcap > 0, "UNIT": step, "DIM": dim, "WIDE": wide}
-    threads = 32 * config.num_warps  # a thread joins 64 values at a time
-    at_once = min(power(rows), block_m, max(1, 4 * threads // wide))
-    values |= {"ROWS": at_once, "CHUNK": min(SLOTS, 64 * threads // (at_once * wide)), "SLOTS": SLOTS}
+    # Values that the program joins at a time: 32 a thread of four warps, 64 of eight, beyond which registers spill.
+    joined = 256 * config.num_warps**2
+    at_once = min(power(rows), block_m, max(1, joined // (16 * wide)))
+    values |= {"ROWS": at_once, "CHUNK": max(1, min(SLOTS, joined // (at_once * wide))), "SLOTS": SLOTS}
     values |= {"PIECE": config.piece, "BLOCK_M": block_m, "BLOCK_N": min(config.block_n, config.piece)}
     values["PRECISION"] = config.precision
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

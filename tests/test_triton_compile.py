@@ -173,7 +173,7 @@ def test_what_a_kernel_imports_of_its_folder_makes_measurements_stale_too(tmp_pa
     other.write_text("x = 2\n")
     assert tune.filename(tunable(kernel), "GPU X") != before
     named = [p.stem for p in tune.sources(Path(tune.__file__).parent / "attention_varlen.py")]
-    assert named == ["attention", "attention_tile", "attention_varlen", "launch"]
+    assert named == ["arrival", "attention", "attention_split", "attention_tile", "attention_varlen", "launch"]
 
 
 def test_tuning_prefers_right_over_fast(cache: Path, tmp_path: Path) -> None:

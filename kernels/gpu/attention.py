@@ -3,12 +3,12 @@
 Head dimensions need be no power of two: a tile is either padded in registers, or split in two powers of two (80 = 64 +
 16), whichever the configuration says; nothing is padded in memory.  Exponentials are of base 2, with log2(e) in the
 scale.  Products of float32 inputs are exact to float32 ("ieee"), or three tf32 products each ("tf32x3", whose error is
-near float32's) where tuning found that faster and inside the op's bound.
+near float32's) where tuning found that faster and inside the op's bound.  A few queries over many keys go the way of
+decoding instead, the keys split among programs.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fusegen.kernels.attention import heads, spread_mask
+from fusegen.kernels.gpu import attention_split
 from fusegen.kernels.gpu.attention_tile import LOG2E, SMALLEST, fits, load_rows, walk, widths
 from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, blocks, meta, power, unit
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
@@ -27,6 +28,7 @@ from fusegen.kernels.op import FLOATS, Kernel
 
 Q, K, V, MASK, LENGTHS = range(5)  # positions of the tensors in the schema
 WIDEST = 256  # the largest head dimension
+MANY = 512  # keys from which on a few queries' are split among programs
 _NO_MASK, _BOOLEAN, _ADDITIVE = range(3)
 
 
@@ -81,7 +83,7 @@ def attention_kernel(
 @dataclass(frozen=True)
 class Config:
     """``block_m`` queries by ``block_n`` keys; ``split``: the head dimension in two powers of two; ``precision``: of
-    products of float32 inputs."""
+    products of float32 inputs; ``piece``: keys a program where they are split among programs, else 0."""
 
     block_m: int
     block_n: int
@@ -89,6 +91,17 @@ class Config:
     num_stages: int
     split: bool = False
     precision: str = "ieee"
+    piece: int = 0
+
+
+def _few(q: Tensor, k: Tensor, mask: Any, causal: bool) -> int:
+    """Queries over a key head, where these are too few to fill a GPU, the keys many and all open to each; else 0."""
+    rows = heads(q).shape[1] // max(1, heads(k).shape[1]) * q.shape[-2]
+    return rows if mask is None and not causal and rows <= SMALLEST and k.shape[-2] >= MANY else 0
+
+
+def _pieces(found: attention_split.Config) -> Config:
+    return Config(SMALLEST, found.block_n, found.num_warps, found.num_stages, False, found.precision, found.piece)
 
 
 def shared(config: Config, q: Tensor, mask: Tensor | None) -> int:
@@ -104,21 +117,28 @@ def key(q: Tensor, k: Tensor, v: Tensor, mask: Any, key_lengths: Any, causal: bo
     return f"{kinds}{q.shape[-1]} {power(q.shape[-2])}x{power(k.shape[-2])} {str(q.dtype).removeprefix('torch.')}"
 
 
-def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, limit: int = SHARED_BYTES) -> Config:
-    """Tiles that fit registers and ``limit`` bytes of shared memory; heads wider than 64 are split where that saves a
-    quarter or more of the arithmetic."""
+def _split(dim: int) -> bool:
+    """Whether a head is taken in two powers of two: wider than 64, where that saves a quarter of the arithmetic."""
+    return dim > 64 and sum(widths(dim, True)) * 4 <= 3 * sum(widths(dim, False))
+
+
+def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, lengths: Any, causal: bool, scale: Any,
+            limit: int = SHARED_BYTES) -> Config:  # fmt: skip
+    """Tiles that fit registers and ``limit`` bytes of shared memory."""
     dim = q.shape[-1]
-    split = dim > 64 and sum(widths(dim, True)) * 4 <= 3 * sum(widths(dim, False))
+    if rows := _few(q, k, mask, causal):
+        return _pieces(attention_split.default(dim, rows, q.dtype, False))
+    split = _split(dim)
     wide = sum(widths(dim, split))
     if q.dtype == torch.float32:
         found = Config(64, 32, 8, 1, split) if wide <= 64 else Config(32 if wide <= 160 else 16, 16, 4, 1, split)
         found = replace(found, num_warps=4 if 80 < wide <= 128 else 8)
     elif limit < SHARED_BYTES and wide > 128:  # before sm_90 products read their operands from registers
         found = Config(128 if wide <= 160 else 64, 32, 8, 2, split)
-    elif limit >= SHARED_BYTES and dim == wide <= 128 and not split:  # one group of warps a program, several programs
-        found = Config(64, 64, 4, 3, split)  # a multiprocessor: 1.05 times the next on an H200 at 64, 1.07 at 128
-    else:  # 1.22 times that at a head dimension of 40, where columns are masked
-        found = Config(128, 64, 8, 4 if wide <= 64 and limit >= SHARED_BYTES else 3 if wide <= 160 else 2, split)
+    elif limit < SHARED_BYTES:
+        found = Config(128, 64, 8, 3, split)
+    else:
+        found = _hopper(dim, wide, split, q.shape[-2], k.shape[-2], mask is None)
     block_m = min(found.block_m, max(SMALLEST, power(q.shape[-2])))
     block_n = min(found.block_n, max(SMALLEST, power(k.shape[-2])))
     warps = found.num_warps if block_m == found.block_m or q.dtype == torch.float32 else 4
@@ -130,22 +150,36 @@ def default(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any, limit: int =
     return found
 
 
-def space(q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any) -> Iterator[Config]:
-    """Both forms of the head over the tiles whose registers and shared memory fit."""
-    dim, exact = q.shape[-1], q.dtype == torch.float32
-    sizes = (16, 32, 64) if exact else (32, 64, 128)
-    rows, columns = (max(s[0], power(t.shape[-2])) for s, t in ((sizes, q), (sizes, k)))
-    for split in (False, True) if widths(dim, True)[1] else (False,):
-        for block_m, block_n, warps in itertools.product((16, *sizes[-2:]), sizes[-2:], (4, 8)):
-            wide = sum(widths(dim, split))
-            if block_m > rows or block_n > columns:
-                continue
-            for precision in ("ieee", "tf32x3") if exact else ("ieee",):
-                if fits(block_m, block_n, 32 * warps, wide, exact and precision == "ieee"):
-                    for stages in (1, 2) if exact else (3, 4):
-                        config = Config(block_m, block_n, warps, stages, split, precision)
-                        if shared(config, q, mask) <= SHARED_BYTES:
-                            yield config
+def _hopper(dim: int, wide: int, split: bool, queries: int, keys: int, bare: bool) -> Config:
+    """From sm_90 on, by measurement on an H200.  Four warps of 64 queries make programs small, so that several share a
+    multiprocessor and few queries fill more of them: up to 1024, and where registers are short.  Of more, 128 go
+    together: in four warps, two products of 64 each, one's exponentials beside the other's product, where no column is
+    padded (1.10 times at 64) or the keys are few (1.55 times at 40 on 77); else in eight."""
+    if (wide <= 160 and queries <= 1024) or (dim == wide <= 128 and (dim > 64 or not bare)):
+        return Config(64, 64, 4, 3, split)
+    four = bare and wide <= 64 and (dim == wide or keys <= 128)
+    return Config(128, 64, 4 if four else 8, 3 if wide <= 160 else 2, split)
+
+
+# Queries, keys, warps and stages that tuning chose, and what lay near them.
+_TILES = ((64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 2), (128, 64, 4, 3), (128, 64, 8, 3),
+          (128, 128, 8, 2), (128, 32, 4, 3), (16, 64, 4, 3))  # fmt: skip
+_EXACT = ((64, 32, 8, 1), (32, 32, 8, 1), (32, 16, 4, 1), (16, 16, 4, 1), (16, 32, 4, 2), (64, 64, 8, 1))
+
+
+def space(q: Tensor, k: Tensor, v: Tensor, mask: Any, lengths: Any, causal: bool, *rest: Any) -> Iterator[Config]:
+    """The tiles whose registers and shared memory fit."""
+    dim, exact, split = q.shape[-1], q.dtype == torch.float32, _split(q.shape[-1])
+    if rows := _few(q, k, mask, causal):
+        yield from map(_pieces, attention_split.space(dim, rows, q.dtype, False))
+    queries, keys = (max(SMALLEST, power(t.shape[-2])) for t in (q, k))
+    wide = sum(widths(dim, split))
+    for block_m, block_n, warps, stages in _EXACT if exact else _TILES:
+        for precision in ("ieee", "tf32x3") if exact else ("ieee",):
+            config = Config(block_m, block_n, warps, stages, split, precision)
+            small = block_m <= queries and block_n <= keys and shared(config, q, mask) <= SHARED_BYTES
+            if small and fits(block_m, block_n, 32 * warps, wide, exact and precision == "ieee"):
+                yield config
 
 
 def _masking(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -158,6 +192,13 @@ def _masking(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[int, tuple[int,
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
     """One launch."""
     q, k, v, mask, key_lengths, causal, scale = args
+    if config.piece:
+        places = {"q": Q, "k": K, "v": V} | ({} if key_lengths is None else {"lengths": LENGTHS})
+        split = attention_split.Config(
+            config.piece, config.block_n, config.num_warps, config.num_stages, config.precision
+        )
+        q, k, v, out = (heads(t) for t in (q, k, v, outs[0]))
+        return attention_split.stages(out, q, k, v, split, places, causal=False, scale=scale)
     kind, strides = _masking(mask, q, k)
     q, k, v, out = (heads(t) for t in (q, k, v, outs[0]))
     (batch, count, queries, dim), keys = q.shape, k.shape[2]
@@ -192,12 +233,14 @@ def decline(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) ->
     return None
 
 
-def small(q: Tensor, *rest: Any) -> Iterator[Config]:
+def small(q: Tensor, k: Tensor, v: Tensor, mask: Any, lengths: Any, causal: bool, *rest: Any) -> Iterator[Config]:
     yield Config(16, 16, 4, 1, split=True)
+    if mask is None and not causal:
+        yield Config(16, 16, 4, 1, piece=32)
 
 
 def specimens() -> Iterator[Named]:
-    """Head dimensions by dtype, then masks, lengths and few keys in bfloat16."""
+    """Head dimensions by dtype, then masks, lengths, few keys, many queries and few in bfloat16."""
     for dtype, kind in SHORT.items():
         for dim in (40, 64, 72, 80, 96, 128, 160, 256) if dtype != torch.float16 else (64, 128):
             yield _specimen(f"{kind} d{dim}", dtype, dim)
@@ -207,11 +250,15 @@ def specimens() -> Iterator[Named]:
     yield _specimen("bf16 d64 boolean mask", bf16, 64, mask=mask)
     yield _specimen("bf16 d64 added mask", bf16, 64, mask=mask.to(bf16))
     yield _specimen("bf16 d64 key lengths", bf16, 64, lengths=meta(2, dtype=torch.int64))
+    for dim, keys in ((64, 4096), (40, 4096), (40, 77)):
+        yield _specimen(f"bf16 d{dim} 4096 on {keys}", bf16, dim, keys=keys, queries=4096)
+    yield _specimen("bf16 d64 4096 causal", bf16, 64, keys=4096, causal=True, queries=4096)
+    yield _specimen("bf16 d128 one on 2048", bf16, 128, keys=2048, queries=1)
 
 
 def _specimen(name: str, dtype: torch.dtype, dim: int, keys: int = 1024, mask: Tensor | None = None,
-              lengths: Tensor | None = None, causal: bool = False) -> Named:  # fmt: skip
-    q, k = (meta(2, n, 8, dim, dtype=dtype).transpose(1, 2) for n in (1024, keys))
+              lengths: Tensor | None = None, causal: bool = False, queries: int = 1024) -> Named:  # fmt: skip
+    q, k = (meta(2, n, 8, dim, dtype=dtype).transpose(1, 2) for n in (queries, keys))
     return name, lambda: (q, k, torch.empty_like(k), mask, lengths, causal, None)
 
 

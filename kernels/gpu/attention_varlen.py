@@ -15,7 +15,7 @@ from torch import Tensor
 from fusegen.kernels.gpu import attention
 from fusegen.kernels.gpu.attention import Config
 from fusegen.kernels.gpu.attention_tile import LOG2E, load_rows, walk, widths
-from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, meta, unit
+from fusegen.kernels.gpu.launch import SHORT, Named, Stage, Use, meta, power, unit
 from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
 from fusegen.kernels.op import Kernel
 
@@ -32,15 +32,15 @@ def _bounds(cu, sequence, sequences, total):
 
 
 @triton.jit
-def _sequence_of(cu_q, tile, sequences, BLOCK_M: tl.constexpr, STEPS: tl.constexpr):
+def _sequence_of(cu_q, tile, sequences, BLOCK_M: tl.constexpr, MANY: tl.constexpr):
     """The sequence that tile ``tile`` of BLOCK_M queries belongs to, and its number there.  Sequence s has the tiles
-    from cu_q[s] // BLOCK_M + s on: as many as it needs at the least."""
-    low, high = 0, sequences
-    for _ in tl.static_range(STEPS):  # the last one whose first tile is not past this one
-        middle = (low + high + 1) // 2
-        here = tl.load(cu_q + middle) // BLOCK_M + middle <= tile
-        low = tl.where(here, middle, low)
-        high = tl.where(here, high, middle - 1)
+    from cu_q[s] // BLOCK_M + s on: as many as it needs at the least.  All are compared at once, MANY at a time: a
+    search by halves waits for memory at each step."""
+    low = -1
+    for start in tl.range(0, sequences + 1, MANY):
+        at = start + tl.arange(0, MANY)
+        first = tl.load(cu_q + at, mask=at <= sequences, other=2**31 - 1) // BLOCK_M + at
+        low += tl.sum((first <= tile).to(tl.int32))
     return low, tile - tl.load(cu_q + low) // BLOCK_M - low
 
 
@@ -49,12 +49,15 @@ def varlen_kernel(
     q, k, v, cu_q, cu_k, sinks, out, scale, softcap,
     q_l, q_h, k_l, k_h, v_l, v_h, o_l, o_h, heads, share, sequences, queries, keys,
     UNIT: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, SINKS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FOLD: tl.constexpr, STEPS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FOLD: tl.constexpr, MANY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head of one sequence.  Strides are in units of UNIT elements."""
     h = (tl.program_id(0) % heads).to(tl.int64)
-    sequence, tile = _sequence_of(cu_q, tl.program_id(0) // heads, sequences, BLOCK_M, STEPS)
+    tile = tl.program_id(0) // heads
+    if CAUSAL:
+        tile = tl.num_programs(0) // heads - 1 - tile  # a sequence's longest first
+    sequence, tile = _sequence_of(cu_q, tile, sequences, BLOCK_M, MANY)
     first, last = _bounds(cu_q, sequence, sequences, queries)
     first += tile * BLOCK_M
     if first >= last:
@@ -99,10 +102,10 @@ def varlen_kernel(
         tl.store(to + d, (acc1 * share_of[:, None]).to(out.dtype.element_ty), mask=keep & (d < DIM))
 
 
-def _plain(q: Tensor, k: Tensor) -> tuple[Any, ...]:
-    """The arguments of ``attention`` with the same tiles: (1, H, total, D)."""
-    q, k = (x.transpose(0, 1)[None] for x in (q, k))
-    return (q, k, k, None, None, False, None)
+def _plain(q: Tensor) -> tuple[Any, ...]:
+    """The arguments of ``attention`` with the same tiles: sequences of some length, which is data."""
+    x = q.new_empty((1, q.shape[1], 1024, q.shape[2]), device="meta")
+    return (x, x, x, None, None, False, None)
 
 
 def key(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Any, sinks: Any, causal: bool, *rest: Any) -> str:
@@ -112,11 +115,10 @@ def key(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Any, sinks: Any, ca
     return f"{kinds}{q.shape[-1]} {str(q.dtype).removeprefix('torch.')}"
 
 
-def default(q: Tensor, k: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
-    """That of ``attention`` for long sequences (the lengths are data), with smaller tiles for wide heads: finding the
-    sequence and its bounds takes registers too."""
-    long = q.new_empty((4096, q.shape[1], q.shape[2]), device="meta")
-    found = attention.default(*_plain(long, long), limit=limit)
+def default(q: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
+    """That of ``attention``, with smaller tiles for wide heads: finding the sequence and its bounds takes registers
+    too."""
+    found = attention.default(*_plain(q), limit=limit)
     wide = sum(widths(q.shape[-1], found.split))
     if q.dtype != torch.float32 and wide > 160:
         return replace(found, block_m=64, block_n=32, num_warps=8, num_stages=2)
@@ -125,9 +127,9 @@ def default(q: Tensor, k: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Conf
     return found
 
 
-def space(q: Tensor, k: Tensor, *rest: Any) -> Iterator[Config]:
+def space(q: Tensor, *rest: Any) -> Iterator[Config]:
     """That of ``attention``."""
-    yield from attention.space(*_plain(q, k))
+    yield from attention.space(*_plain(q))
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
@@ -145,7 +147,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     values |= {"heads": heads, "share": heads // max(1, k.shape[1]), "sequences": sequences, "queries": queries}
     values |= {"keys": k.shape[0], "UNIT": step, "DIM": dim, "SINKS": sinks is not None, "CAUSAL": bool(causal)}
     values |= dict(zip(("D0", "D1"), widths(dim, config.split), strict=True))
-    values |= {"WINDOW": window, "CAP": softcap > 0, "STEPS": sequences.bit_length()}
+    values |= {"WINDOW": window, "CAP": softcap > 0, "MANY": min(power(sequences + 1), 1024)}
     values |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "PRECISION": config.precision}
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     tiles = queries // config.block_m + sequences + 1 if queries else 0

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 # What a stage weighs beside the others in the time they share; 1 where nothing is said.
 WEIGHTS = {"tune:attention": 3.0, "race:attention": 2.0, "model:emoji": 6.0, "model:stylegan2": 6.0, "model:sd15": 9.0}
-COMPILING, CHECKING = 0.25, 0.4  # the shares of the time at whose end the cases are compiled, and checked
+CHECKING = 0.4  # the share of the time at whose end the cases are compiled and checked
 ENDED = "stage ended"
 Timed = tuple[str, float]  # a stage, and when it should be through (time.time())
 
@@ -72,7 +72,6 @@ def stage_rows(stage: str, setting: Setting) -> Iterable[Row]:
 
     name, _, of = stage.partition(":")
     table: dict[str, Callable[[], Iterable[Row]]] = {
-        "compile": lambda: gpu_correct.precompile(setting),
         "correct": lambda: gpu_correct.correct(setting, of),
         "noise": lambda: gpu_correct.noise(setting),
         "batch": lambda: gpu_correct.batch(setting),
@@ -166,17 +165,15 @@ def run(chosen: Collection[str], path: Path, seconds: float, rehearse: bool) -> 
     checks, timed = ([stage for stage in part if stage in chosen] for part in stages())
     queue = deadlines(timed, began, seconds)
     share = 1.0 if timed else 1 / CHECKING  # with nothing to time, the checks have it all
-    compiled, checked = (began + min(1.0, part * share) * seconds for part in (COMPILING, CHECKING))
+    checked = began + min(1.0, CHECKING * share) * seconds
 
     def ended(stage: str) -> None:
         console.print(f"{time.time() - began:5.0f} s  {stage}")
 
     with tempfile.TemporaryDirectory() as cache:
         if rehearse:
-            queue = [(stage, began + seconds) for stage in ["compile", *checks, *timed] if stage in chosen]
+            queue = [(stage, began + seconds) for stage in [*checks, *timed] if stage in chosen]
         else:
-            if "compile" in chosen:
-                finish(start([("compile", compiled)], path, rehearse, cache), path, ended)
             for one in [start([(stage, checked)], path, rehearse, cache) for stage in checks]:
                 finish(one, path, ended)
         while queue:
@@ -186,7 +183,7 @@ def run(chosen: Collection[str], path: Path, seconds: float, rehearse: bool) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 1 where any row is not ok, but for peers that cannot run."""
-    every = ["compile", *stages()[0], *stages()[1]]
+    every = [*stages()[0], *stages()[1]]
     parser = argparse.ArgumentParser(prog="python -m fusegen.bench.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="the file of rows; a dated one under bench/results/ by default")
     parser.add_argument("--seconds", type=float, default=460.0, help="the time for all stages together")

@@ -28,37 +28,38 @@ from fusegen.bench.gpu_stages import (
 )
 from fusegen.bench.kernels import results
 from fusegen.bench.row import Row
-from fusegen.kernels import catalogue
 from fusegen.kernels import op as registry
 
+BESIDE = 4  # kernels that an op's stage compiles at a time, beside those of two dozen others
 
-def launches(setting: Setting) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
+
+def launches(setting: Setting, name: str) -> Iterator[tuple[str, tuple[Any, ...], Any]]:
     """(op, arguments, configuration) of every case that :func:`correct` will run."""
-    registered = load(setting)
-    for name in catalogue.triton_names():
-        op, module = registered[name], importlib.import_module(f"fusegen.kernels.gpu.{name}")
-        for case, dtype in cases(op, setting, bench=False):
-            args = registry.complete(op, case.build(torch.Generator().manual_seed(0), dtype))
-            if module.KERNELS[0].decline(*args) is None:
-                yield name, args, module.TUNABLE.default(*args) if hasattr(module, "TUNABLE") else None
+    op, module = load(setting)[name], importlib.import_module(f"fusegen.kernels.gpu.{name}")
+    for case, dtype in cases(op, setting, bench=False):
+        args = registry.complete(op, case.build(torch.Generator().manual_seed(0), dtype))
+        if module.KERNELS[0].decline(*args) is None:
+            yield name, args, module.TUNABLE.default(*args) if hasattr(module, "TUNABLE") else None
 
 
-def precompile(setting: Setting) -> Iterator[Row]:
-    """Compile what the cases of every op take, on every core, so that the stages that follow find it on disk."""
+def precompile(setting: Setting, name: str) -> Iterator[Row]:
+    """Compile what the cases of an op take side by side, so that this stage and the races find it on disk."""
     if setting.rehearse:
-        count = sum(1 for _ in launches(setting))
-        yield row(setting, "compile", f"{count} launches", "fusegen", ok=True, note="not in a rehearsal")
+        count = sum(1 for _ in launches(setting, name))
+        yield row(setting, f"{name} kernels", f"{count} launches", "fusegen", ok=True, note="not in a rehearsal")
         return
     start = time.time()
-    reasons = importlib.import_module("fusegen.kernels.gpu.warm").warm(launches(setting))
+    warm = importlib.import_module("fusegen.kernels.gpu.warm").warm
+    reasons = warm(launches(setting, name), most=BESIDE)
     bad = [why for why in reasons if why]
     note = f"{len(bad)} did not compile: {bad[0]}" if bad else f"{time.time() - start:.0f} s"
-    yield row(setting, "compile", f"{len(reasons)} kernels", "fusegen", ok=not bad, note=note[:300])
+    yield row(setting, f"{name} kernels", f"{len(reasons)} kernels", "fusegen", ok=not bad, note=note[:300])
 
 
 def correct(setting: Setting, name: str) -> Iterator[Row]:
-    """Every case in every dtype against the float64 reference; outputs start as NaN."""
+    """Every case in every dtype against the float64 reference; outputs start as NaN.  Compiled first, side by side."""
     op = load(setting)[name]
+    yield from precompile(setting, name)
     for case, dtype in cases(op, setting, bench=False):
         base = row(setting, f"{name} correct", case.name, "fusegen", name_of(dtype))
         if setting.over():

@@ -137,7 +137,7 @@ warm_worker.serve(1, orders, 2)
 
 def test_a_worker_ends_when_nobody_reads_its_answers(offline: Path) -> None:
     (wanted, *_) = warm.missing(pairs("rope"))
-    worker = warm.Worker(1)
+    worker = warm.Worker()
     assert worker.process.stdin is not None and worker.process.stdout is not None
     worker.process.stdout.close()
     warm._write(worker.process.stdin, json.dumps({"most": 1, "orders": [vars(wanted) | {"record": "{}"}] * 3}) + "\n")

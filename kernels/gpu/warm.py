@@ -60,14 +60,14 @@ class Gone(RuntimeError):
 
 
 class Worker:
-    """The process, and how many it compiles at a time."""
+    """The process."""
 
-    def __init__(self, most: int):
+    def __init__(self) -> None:
         # The same modules as here; -P: nothing of the current directory that is not on the path here.
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         extra = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         command = [sys.executable, "-P", "-W", "ignore", "-m", "fusegen.kernels.gpu.warm_worker"]
-        self.most, self.errors = most, tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  (it lives as long as the process)
         pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
         # A session of its own: Ctrl-C is this process's to answer.
         self.process = subprocess.Popen(command, env=os.environ | extra, start_new_session=True, **pipes)
@@ -75,11 +75,11 @@ class Worker:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def compile(self, wanted: Sequence[Wanted]) -> list[str]:
-        """For each an empty string, or why it did not compile; raises :class:`Gone`."""
+    def compile(self, wanted: Sequence[Wanted], most: int) -> list[str]:
+        """For each an empty string, or why it did not compile, ``most`` at a time; raises :class:`Gone`."""
         errors = [""] * len(wanted)
         try:
-            batch = {"most": self.most, "orders": [vars(w) for w in wanted]}
+            batch = {"most": most, "orders": [vars(w) for w in wanted]}
             _write(self.process.stdin, json.dumps(batch) + "\n")
             for answer in self._answers(len(wanted)):
                 errors[answer["order"]] = answer["error"]
@@ -205,8 +205,9 @@ def _launches(jobs: Iterable[Job], errors: list[str]) -> Iterator[tuple[Stage, S
             errors.append(f"{job[0]}: {type(error).__name__}: {error}".splitlines()[0])
 
 
-def warm(jobs: Iterable[Job]) -> list[str]:
-    """Compile what the launches of ``jobs`` on the current device want and is not on disk, where that pays.
+def warm(jobs: Iterable[Job], most: int = MOST) -> list[str]:
+    """Compile what the launches of ``jobs`` on the current device want and is not on disk, where that pays, ``most`` of
+    them at a time.
 
     For each kernel an empty string, or why it was not compiled: its launch will then compile it, and meet the error.
     """
@@ -214,13 +215,13 @@ def warm(jobs: Iterable[Job]) -> list[str]:
     with _LOCK:
         found = [] if knobs.compilation.always_compile else missing(_launches(jobs, errors))
         _WORKERS[:] = [w for w in _WORKERS if w.alive()]
-        most = min(MOST, _cores())
+        most = min(most, _cores())
         if _LOST or not hasattr(os, "fork") or not pays(len(found), most, bool(_WORKERS)):
             return errors
         try:
             if not _WORKERS:
-                _WORKERS.append(Worker(most))
-            return errors + _WORKERS[0].compile(found)
+                _WORKERS.append(Worker())
+            return errors + _WORKERS[0].compile(found, most)
         except (OSError, ValueError, Gone) as error:
             _LOST.append(f"the process that compiles them ended: {error}")
             _WORKERS.clear()

@@ -28,6 +28,10 @@ from fusegen.kernels.rows import rows_of
 
 WEIGHT, BIAS, RESIDUAL, MULTIPLIER = 1, 2, 3, 5  # positions of the tensors in the schema
 ROWS = 16  # the fewest that a product in the matrix units takes
+DEEP = (  # tiles of many steps
+    (16, 256, 2, 5), (16, 256, 4, 5), (16, 512, 4, 4), (32, 128, 4, 6), (32, 256, 4, 4), (32, 256, 4, 5),
+    (32, 256, 8, 5), (32, 512, 4, 3), (32, 512, 8, 4), (64, 128, 4, 6), (64, 256, 4, 3), (64, 256, 8, 4),
+)  # fmt: skip
 EXACT = 4  # rows of float32, which has no matrix units here, by what a thread's registers hold
 
 
@@ -113,24 +117,29 @@ def key(x: Tensor, weight: Tensor, *rest: Any) -> str:
 
 
 def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
-    """Narrow tiles, so that there are many, and enough steps ahead that a multiprocessor waits for 64 KiB or more."""
+    """Narrow tiles, so that there are many, and enough steps ahead that a multiprocessor waits for 64 KiB or more.  One
+    step alone goes through registers: to ask for steps ahead costs half as many instructions again."""
     n, k = weight.shape
     if x.dtype == torch.float32:
         return Config(8, max(16, min(512, power(k))), 4, 1)
     deep = max(16, min(256, power(k)))
+    if k <= deep:
+        return Config(16, deep, 4, 1)
     if n < 128 * 32:  # too few rows to go round in tiles of 32
-        return Config(16, deep, 2, 4)
+        return Config(16, deep, 4, 4)
     return Config(32, deep, 4, 5 if n <= 132 * 32 and limit >= SHARED_BYTES else 4)
 
 
 def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
-    """Narrow tiles of all depths."""
+    """Narrow tiles, of all depths where K is long."""
     if x.dtype == torch.float32:
         yield from (Config(n, 128 * warps, warps, 1) for n in (4, 8, 16) for warps in (2, 4, 8))
         return
-    for block_n, block_k, warps, depth in itertools.product((16, 32, 64), (128, 256, 512), (2, 4, 8), (3, 4, 5, 6)):
-        if (ROWS + block_n) * block_k * depth * x.element_size() <= SHARED_BYTES:
-            yield Config(block_n, block_k, warps, depth)
+    if weight.shape[1] <= 1024:  # a few steps, or one
+        steps = ((max(16, power(weight.shape[1])), 1), (256, 4), (128, 5))
+        yield from (Config(n, step, warps, depth) for n in (16, 32) for warps in (2, 4) for step, depth in steps)
+        return
+    yield from itertools.starmap(Config, DEEP)
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from fusegen.kernels.gpu.tune import SHARED_BYTES, Tunable
 from fusegen.kernels.op import Kernel
 
 WEIGHT, SCALE, BIAS, RESIDUAL = 1, 2, 3, 4  # positions of the tensors in the schema
-FILL = 528  # programs that keep a GPU's memory busy: four for each of 132 multiprocessors
+SMS = 132  # multiprocessors
+FILL = 4 * SMS  # programs that keep a GPU's memory busy
+# Tiles of many rows (rows of x, of the weight, warps), and how many programs' registers a multiprocessor holds of them.
+TILES = {(128, 128, 8): 1, (64, 128, 4): 3, (64, 64, 4): 4, (128, 128, 4): 2}
 FEW = 2  # the most rows whose codes every program makes again
 
 
@@ -34,10 +37,11 @@ FEW = 2  # the most rows whose codes every program makes again
 def product_kernel(
     codes, scale_x, weight, scale, bias, residual, out, sums, rows, n, k, padded, share,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A (BLOCK_M, BLOCK_N) tile over ``share`` columns of K: its output or, where SPLIT, its sums (splits, rows, n).
-    GROUP tiles of rows go before the next tile of n, so that the weight is read from cache again."""
+    GROUP tiles of rows go before the next tile of n, so that the weight is read from cache again.  WHOLE: K is whole
+    steps.  Rows past the last are the last once more: what guards their loads would cost registers and predicates."""
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(n, BLOCK_N)
     pid = tl.program_id(0)
     first = pid // (GROUP * tiles_n) * GROUP
@@ -47,13 +51,15 @@ def product_kernel(
     c = inside // high * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_K)
     begin = tl.program_id(1) * share
-    x_at = codes + m.to(tl.int64)[:, None] * padded + d[None, :]
-    w_at = weight + c.to(tl.int64)[:, None] * k + d[None, :]
+    x_at = codes + tl.minimum(m, rows - 1).to(tl.int64)[:, None] * padded + d[None, :]
+    w_at = weight + tl.minimum(c, n - 1).to(tl.int64)[:, None] * k + d[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     for start in range(begin, tl.minimum(begin + share, k), BLOCK_K):
-        left = k - start
-        x = tl.load(x_at + start, mask=(m < rows)[:, None] & (d < left)[None, :], other=0)
-        w = tl.load(w_at + start, mask=(c < n)[:, None] & (d < left)[None, :], other=0)
+        if WHOLE:
+            x, w = tl.load(x_at + start), tl.load(w_at + start)
+        else:
+            left = (d < k - start)[None, :]
+            x, w = tl.load(x_at + start, mask=left, other=0), tl.load(w_at + start, mask=left, other=0)
         acc = tl.dot(x, tl.trans(w), acc, out_dtype=tl.int32)
     keep = (m < rows)[:, None] & (c < n)[None, :]
     at = m.to(tl.int64)[:, None] * n + c[None, :]
@@ -112,13 +118,42 @@ def _split(n: int, k: int, block_n: int, block_k: int) -> int:
     return max(1, min(FILL // max(1, blocks(n, block_n)), k // (2 * block_k)))
 
 
+def _clocks(rows: int, n: int, k: int, c: Config) -> float:
+    """About what a GPU's clock counts until many rows are done, to rank configurations by.  A program waits for its
+    products before it asks for more (Triton leaves no sums of int32 in flight), which others beside it hide; a
+    multiprocessor has 4096 products a clock, and 40 bytes of the L2 cache where all of them ask."""
+    programs = blocks(rows, c.block_m) * blocks(n, c.block_n) * c.splits
+    together = max(1, min(blocks(programs, SMS), TILES[c.block_m, c.block_n, c.num_warps]))
+    products, moved = c.block_m * c.block_n * c.block_k / 4096, (c.block_m + c.block_n) * c.block_k
+    step = max(products + moved / 64 + 200, together * max(products, moved / 40))
+    steps = blocks(blocks(k, c.block_k), c.splits)
+    added = 4000 + 8 * rows * n * c.splits / (24 * SMS) if c.splits > 1 else 0
+    return blocks(programs, SMS * together) * (steps * step + 2500) + added
+
+
+def _ranked(rows: int, n: int, k: int, limit: int) -> list[Config]:
+    """Configurations of many rows, the best by :func:`_clocks` first, with the steps ahead that memory allows."""
+    found = []
+    for (m, c, warps), block_k, splits in itertools.product(TILES, (128, 256), (1, 2, 3, 4, 6, 8)):
+        tiles = blocks(rows, m) * blocks(n, c)
+        if splits == 1 and m * c > 64 * 32 * warps:
+            continue  # what follows the sums would not fit the registers beside them
+        if splits > 1 and (tiles >= SMS or splits > k // (2 * block_k)):
+            continue
+        together = max(1, min(blocks(tiles * splits, SMS), TILES[m, c, warps]))
+        depth = (limit // together - 2048) // ((m + c) * block_k)
+        if depth >= 2:
+            found.append(Config(m, c, block_k, splits, warps, min(depth, 6)))
+    return sorted(found, key=lambda config: _clocks(rows, n, k, config))
+
+
 def _by_words(weight: Tensor) -> bool:
     """Whether its rows are whole words of four columns and start at such."""
     return weight.shape[1] % 4 == 0 and weight.data_ptr() % 4 == 0
 
 
 def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = SHARED_BYTES) -> Config:
-    """Few rows: tall steps along K, split to fill the GPU; many: square tiles."""
+    """Few rows: tall steps along K, split to fill the GPU; many: what is first by :func:`_clocks`."""
     rows, (n, k) = rows_of(x), weight.shape
     if rows <= FEW and _by_words(weight):
         return Config(power(rows), 16 if k <= 4096 else 8, 4096, 0, 8, 1)
@@ -126,27 +161,25 @@ def default(x: Tensor, weight: Tensor, *rest: Any, limit: int = SHARED_BYTES) ->
         return Config(16, 32, 512, 1, 4, 5)
     if rows <= 32:
         return Config(16 if rows <= 16 else 32, 64, 256, _split(n, k, 64, 256), 4, 4 if limit >= SHARED_BYTES else 3)
-    if rows <= 128:
-        return Config(64, 64, 128, _split(n, k, 64, 128), 4, 4)
-    return Config(128, 128, 128, 1, 8, 3)
+    return _ranked(rows, n, k, limit)[0]
 
 
 def space(x: Tensor, weight: Tensor, *rest: Any) -> Iterator[Config]:
-    """Tiles by the number of rows, one to eight splits where these are few."""
+    """A few tiles for a few rows, with one to three splits; of many rows the best ranked, and a step less ahead."""
     rows, (n, k) = rows_of(x), weight.shape
     if rows <= 4 and _by_words(weight):
-        for block_n, block_k, warps in ((8, 4096, 8), (16, 4096, 8), (8, 2048, 4), (16, 2048, 4), (4, 2048, 4)):
-            yield from (
-                Config(block_m, block_n, block_k, 0, warps, 1) for block_m in (1, 2, 4) if block_m <= power(rows)
-            )
-    heights = (16,) if rows <= 16 else (32, 64) if rows <= 64 else (64, 128)
-    widths, depths = ((32, 64, 128), (128, 256, 512)) if rows <= 64 else ((64, 128, 256), (64, 128))
-    for block_m, block_n, block_k, warps, depth in itertools.product(heights, widths, depths, (4, 8), (3, 4, 5)):
-        most = _split(n, k, block_n, block_k) if rows <= 256 else 1
-        if (block_m + block_n) * block_k * depth > SHARED_BYTES or block_m * block_n > 64 * 32 * warps:
-            continue
-        for splits in sorted({1, max(1, most // 2), most}):
-            yield Config(block_m, block_n, block_k, splits, warps, depth)
+        for block_n, block_k, warps in ((8, 4096, 8), (16, 4096, 8), (8, 4096, 4), (8, 2048, 4), (16, 2048, 4)):
+            yield from (Config(m, block_n, block_k, 0, warps, 1) for m in (1, 2, 4) if m <= power(rows) <= 2 * m)
+    if rows > 32:
+        for c in _ranked(rows, n, k, SHARED_BYTES)[:10]:
+            yield c
+            if c.num_stages > 2:
+                yield replace(c, num_stages=c.num_stages - 1)
+    elif rows > FEW:
+        height = 16 if rows <= 16 else 32
+        for block_n, block_k, depth in ((32, 512, 4), (32, 512, 5), (32, 256, 6), (64, 256, 4)):
+            most = _split(n, k, block_n, block_k)
+            yield from (Config(height, block_n, block_k, s, 4, depth) for s in {1, max(1, most // 2), most})
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> tuple[Stage, ...]:
@@ -166,7 +199,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], config: Config) -> t
     splits = blocks(max(k, 1), share)
     sums = scratch(x, splits, rows, n, dtype=torch.int32) if splits > 1 else codes
     values = common | {"codes": codes, "scale_x": scale_x, "sums": sums, "padded": padded, "share": share}
-    values |= {"SPLIT": splits > 1, "BLOCK_K": config.block_k, "GROUP": 8}
+    values |= {"SPLIT": splits > 1, "BLOCK_K": config.block_k, "GROUP": 8, "WHOLE": k % config.block_k == 0}
     tiles = blocks(rows, config.block_m) * blocks(n, config.block_n)
     made = [quantize_stage(x, codes, scale_x, k), Stage(product_kernel, (tiles, splits), values, options)]
     if splits > 1:

@@ -62,9 +62,10 @@ def default(x: Tensor, weight: Tensor, scales: Tensor, *rest: Any, limit: int = 
         return Config(16, 64, 8, 2)
     if rows <= 32:
         return Config(16 if rows <= 16 else 32, 64, 4, 5 if deep else 4)
-    # Three sums at a time leave no registers for the largest.
-    for block_m, block_n, warps in ((64, 128, 8),) if rest[-1] == "int8" else ((128, 128, 8), (64, 128, 8)):
-        if rows > block_m and blocks(rows, block_m) * blocks(weight.shape[0] * ROWS, block_n) >= FILL:
+    # Three sums at a time, or operands that all lie in registers (sm_80), leave none for the largest.
+    tiles = ((128, 128, 8), (64, 128, 8), (64, 64, 4))[(not deep) + (rest[-1] == "int8") :]
+    for block_m, block_n, warps in tiles[:2]:
+        if rows >= block_m and blocks(rows, block_m) * blocks(weight.shape[0] * ROWS, block_n) >= FILL:
             return Config(block_m, block_n, warps, 4 if deep else 2, 0, False)
     return Config(64, 64, 4, 4 if deep else 3, 0, False)
 

@@ -125,7 +125,7 @@ def _order(x: Tensor, given: dict[str, Any]) -> Stage:
     groups = padded // group
     count = min(power(groups), 2048 // group)
     values = given | {
-        "out": scratch(x, rows, padded, dtype=torch.bfloat16 if int8 else x.dtype),
+        "out": scratch(x, blocks(rows, 128) * 128, padded, dtype=torch.bfloat16 if int8 else x.dtype),  # whole tiles
         "scale": scratch(x, groups, rows, dtype=torch.float32) if int8 else Use(0), "COUNT": count,
     }  # fmt: skip
     return Stage(order_kernel, (rows * blocks(groups, count),), values, {"num_warps": 4, "enable_fp_fusion": False})

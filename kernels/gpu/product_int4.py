@@ -165,7 +165,9 @@ def product_kernel(
                 w_at_step = w_at + tl.cast(step, tl.int64) * (COLUMNS * 2)
                 words = tl.load(w_at_step + near, mask=(panel * 16 < n_step)[:, None, None], other=0)
                 words = tl.reshape(tl.permute(words, (0, 2, 1)), (BLOCK_N, COLUMNS // 8))
-                if READY:
+                if READY and AT_ONCE == 1:  # rows past the last belong to columns that nobody stores
+                    tile = tl.load(x_at + step * COLUMNS + x_near)
+                elif READY:
                     tile = tl.load(x_at + step * COLUMNS + x_near, mask=(m < m_step)[:, None], other=0.0)
                 else:
                     column = step * COLUMNS + d

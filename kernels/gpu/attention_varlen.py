@@ -102,7 +102,7 @@ def varlen_kernel(
         tl.store(to + d, (acc1 * share_of[:, None]).to(out.dtype.element_ty), mask=keep & (d < DIM))
 
 
-def _plain(q: Tensor) -> tuple[Any, ...]:
+def _plain(q: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, bool, None]:
     """The arguments of ``attention`` with the same tiles: sequences of some length, which is data."""
     x = q.new_empty((1, q.shape[1], 1024, q.shape[2]), device="meta")
     return (x, x, x, None, None, False, None)

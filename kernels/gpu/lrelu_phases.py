@@ -7,6 +7,8 @@ add to the outputs along y that are not done yet.  What it writes is upsampled a
 downsamples that along x.
 """
 
+# mypy: disable-error-code="assignment, var-annotated"
+# Triton's tuples grow in unrolled loops, which a type of Python's does not.
 from __future__ import annotations
 
 import math
@@ -267,7 +269,7 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], along: Any, given: t
     }  # fmt: skip
     each, group = (1, 512) if last else (4, 128)  # four outputs a thread: of channels beside each other, or of rows
     tiles = blocks(across * (channels if last else blocks(fall_y.out, each)), group)
-    second = {f"y_{n}": s for n, s in zip("bcyx", y.stride(), strict=True)}
+    second: dict[str, Any] = {f"y_{n}": s for n, s in zip("bcyx", y.stride(), strict=True)}
     second |= {
         "y": y,
         "out_x": fall_x.out,

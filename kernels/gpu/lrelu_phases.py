@@ -27,8 +27,8 @@ LANES = 128  # of a program of the first launch: a thread each
 ROWS = 12  # upsampled rows of one round of its loop, at least: its code, and that few values change registers behind it
 LONGEST = 16  # and at most
 PROCESSORS = 132  # of an H200
-FULL = 4  # programs that a processor has at once for the speed to be that of its arithmetic
-HELD = 96  # numbers that live across the loop at most, the taps among them: what 128 registers leave
+REGISTERS = 65536  # of a processor
+HELD = 96  # numbers that live across the loop at most, the taps among them: what those registers leave
 
 
 @triton.jit
@@ -225,19 +225,31 @@ def suits(x: Tensor, up_filter: Tensor | None, down_filter: Tensor | None, along
     return rows <= LONGEST and held <= HELD and met(rise, rise.up)[1] < 32
 
 
-def _deep(up: int, down: int, taps: int, out: int, across: int) -> tuple[int, int]:
+def _deep(up: int, down: int, taps: int, out: int, across: int, full: int) -> tuple[int, int]:
     """Rounds of a program, and the rows of outputs that it completes; neither changes a bit of any of them.
 
-    Where ``across`` programs stand beside each other.  What is least is the rounds that a processor takes if all it has
-    is as long as its longest.  Below three rounds most of the rows that a program reads are read by others too.
+    Where ``across`` programs stand beside each other, and a processor has ``full`` at once.  What is least is the
+    rounds that a processor takes if all it has is as long as its longest.  Below three rounds most of the rows that a
+    program reads are read by others too.
     """
     rows, unit, found = rows_of_a_round(up, down), up // math.gcd(up, down), []
     most = blocks((blocks(out, unit) * unit - 1) * down + taps, rows)
     for rounds in range(min(most, max(3, blocks(taps + (unit - 1) * down, rows))), most + 1):
         deep = ((rounds * rows - taps) // down + 1) // unit * unit
-        waves = blocks(across * blocks(out, deep), PROCESSORS * FULL)
+        waves = blocks(across * blocks(out, deep), PROCESSORS * full)
         found.append(((rounds + 0.75) * waves, rounds, deep))
     return min(found)[1:]
+
+
+def _down(y: Tensor, shared: dict[str, Any], out_x: int, out_y: int) -> Stage:
+    """The second launch; four outputs a thread: of channels beside each other, or of rows."""
+    last, unit = shared["LAST"], shared["UP"] // math.gcd(shared["UP"], shared["DOWN"])
+    across, (each, group) = blocks(out_x, unit), (1, 512) if last else (4, 128)
+    tiles = blocks(across * (y.shape[1] if last else blocks(out_y, each)), group)
+    values = {f"y_{n}": s for n, s in zip("bcyx", y.stride(), strict=True)}
+    values |= {"y": y, "out_x": out_x, "across": across, "tiles": tiles, "UNIT": unit, "EACH": each, "LANES": group}
+    outer = y.shape[0] * (out_y if last else y.shape[1])
+    return Stage(down_kernel, (outer * tiles,), shared | values, {"num_warps": 4})
 
 
 def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], along: Any, given: tuple[Any, ...]) -> tuple[Stage, ...]:
@@ -251,7 +263,9 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], along: Any, given: t
     lanes, rows = x.shape[0] * channels * columns, rows_of_a_round(up, down)
     between = torch.empty((x.shape[0] * channels, fall_y.out, up, columns), dtype=torch.float32, device=x.device)
     (low_y, span_y), (low_x, span_x) = met(rise_y, rows), met(rise_x, up)
-    rounds, deep = _deep(up, down, fall_y.taps, fall_y.out, blocks(lanes, LANES))
+    registers = 128 if up <= 2 else 168  # what is least without spills
+    full = REGISTERS // (registers * LANES)
+    rounds, deep = _deep(up, down, fall_y.taps, fall_y.out, blocks(lanes, LANES), full)
     steps = [0 if f is None else f.stride(0) for f in (up_filter, down_filter)]
     shared = {
         "down_filter": given[2], "between": between, "channels": channels, "columns": columns, "out_y": fall_y.out,
@@ -262,30 +276,10 @@ def stages(outs: tuple[Tensor, ...], args: tuple[Any, ...], along: Any, given: t
     first |= {
         "x": given[0], "up_filter": given[1], "bias": given[3], "height": x.shape[2], "width": x.shape[3],
         "lanes": lanes, "rounds": rounds, "deep": deep, "up_step": steps[0], "gain": gain, "slope": gain * slope,
-        "clamp": 0.0 if clamp is None else clamp, "UP_TAPS": rise_x.taps,
-        "BEFORE_Y": rise_y.before, "BEFORE_X": rise_x.before, "LOW_Y": low_y, "LOW_X": low_x, "SPAN_Y": span_y,
-        "SPAN_X": span_x, "ROWS": rows, "UP_FILTER": up_filter is not None,
-        "BIAS": bias is not None, "CLAMP": clamp is not None, "LANES": LANES,
+        "clamp": 0.0 if clamp is None else clamp, "UP_TAPS": rise_x.taps, "BEFORE_Y": rise_y.before,
+        "BEFORE_X": rise_x.before, "LOW_Y": low_y, "LOW_X": low_x, "SPAN_Y": span_y, "SPAN_X": span_x, "ROWS": rows,
+        "UP_FILTER": up_filter is not None, "BIAS": bias is not None, "CLAMP": clamp is not None, "LANES": LANES,
     }  # fmt: skip
-    each, group = (1, 512) if last else (4, 128)  # four outputs a thread: of channels beside each other, or of rows
-    tiles = blocks(across * (channels if last else blocks(fall_y.out, each)), group)
-    second: dict[str, Any] = {f"y_{n}": s for n, s in zip("bcyx", y.stride(), strict=True)}
-    second |= {
-        "y": y,
-        "out_x": fall_x.out,
-        "across": across,
-        "tiles": tiles,
-        "UNIT": unit,
-        "EACH": each,
-        "LANES": group,
-    }
-    outer = x.shape[0] * (fall_y.out if last else channels)
-    return (
-        Stage(
-            columns_kernel,
-            (blocks(lanes, LANES), blocks(fall_y.out, deep)),
-            shared | first,
-            {"num_warps": 4, "maxnreg": 128},
-        ),
-        Stage(down_kernel, (outer * tiles,), shared | second, {"num_warps": 4}),
-    )
+    grid = blocks(lanes, LANES), blocks(fall_y.out, deep)
+    rise = Stage(columns_kernel, grid, shared | first, {"num_warps": 4, "maxnreg": registers})
+    return rise, _down(y, shared, fall_x.out, fall_y.out)

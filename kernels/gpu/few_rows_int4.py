@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -73,26 +74,33 @@ def _words(at, g, end, GROUP: tl.constexpr, STEP: tl.constexpr, MASKED: tl.const
 
 @triton.jit
 def _codes(
-    x, g, end, width, x_at, x_d,
-    GROUP: tl.constexpr, STEP: tl.constexpr,
+    x, scale_x, row, g, end, width, groups, x_at, x_d,
+    GROUP: tl.constexpr, STEP: tl.constexpr, CODED: tl.constexpr,
 ):  # fmt: skip
-    """A row's codes of STEP groups from g on, four to an integer, and their scales, each (LANES,)."""
-    column = (g * GROUP)[:, None] + tl.arange(0, STEP * GROUP)
-    inside = column < tl.minimum(end * GROUP, width)[:, None]
-    tile = tl.load(x + x_at + column.to(tl.int64) * x_d, mask=inside, other=0.0).to(tl.float32)
-    tile = tl.reshape(tile, (_LANES, STEP, GROUP))
-    inverse, _, by = factors(largest(tile))
-    four = packed(tl.reshape(coded(tile, inverse[:, :, None]), (_LANES, STEP * GROUP // 4, 4)))
+    """A row's codes of STEP groups from g on, four to an integer, and their scales, each (LANES,).  CODED: x holds such
+    integers; else they are made of it."""
+    if CODED:
+        FOUR: tl.constexpr = GROUP // 4
+        at, each = (g * FOUR)[:, None] + tl.arange(0, STEP * FOUR), g[:, None] + tl.arange(0, STEP)
+        four = tl.load(x + row * groups * FOUR + at, mask=at < (end * FOUR)[:, None], other=0)
+        by = tl.load(scale_x + row * groups + each, mask=each < end[:, None], other=0.0)
+    else:
+        column = (g * GROUP)[:, None] + tl.arange(0, STEP * GROUP)
+        inside = column < tl.minimum(end * GROUP, width)[:, None]
+        tile = tl.load(x + x_at + column.to(tl.int64) * x_d, mask=inside, other=0.0).to(tl.float32)
+        tile = tl.reshape(tile, (_LANES, STEP, GROUP))
+        inverse, _, by = factors(largest(tile))
+        four = packed(tl.reshape(coded(tile, inverse[:, :, None]), (_LANES, STEP * GROUP // 4, 4)))
     return _columns(four, STEP * GROUP // 4), _columns(by, STEP)
 
 
 @triton.jit
 def few_kernel(
-    x, weight, scales, zeros, bias, residual, out,
+    x, scale_x, weight, scales, zeros, bias, residual, out,
     rows, n, width, groups, share, inner, x_outer, x_inner, x_d,
     ZEROS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GROUP: tl.constexpr,
     STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
-    NATIVE: tl.constexpr,
+    CODED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N columns of the output for BLOCK_M rows of x.  Segment t of K has ``share`` groups, taken STEP at a time.
     EVEN: all segments have as many, and they are whole steps.  AHEAD: the next step's words are asked for before this
@@ -116,7 +124,7 @@ def few_kernel(
         for m in tl.static_range(BLOCK_M):
             row = tl.minimum(first + m, rows - 1).to(tl.int64)
             x_at = (row // inner) * x_outer + (row % inner) * x_inner
-            code_m, by_m = _codes(x, g, end, width, x_at, x_d, GROUP, STEP)
+            code_m, by_m = _codes(x, scale_x, row, g, end, width, groups, x_at, x_d, GROUP, STEP, CODED)
             code, by = code + code_m, by + by_m
         for s in tl.static_range(STEP):
             keep, here = (g + s < end)[:, None], g_at + ((g + s) * 16)[:, None]
@@ -157,47 +165,50 @@ def few_kernel(
 @dataclass(frozen=True)
 class Config:
     """``block_n`` rows of the weight by ``block_m`` of x.  In the kernel of few rows ``words`` of a row of the weight
-    are a step; 0: the kernel of the matrix units, for which a launch of its own gets x ready where it is not
-    ``fused``."""
+    are a step, and ``fused`` makes x's codes in its own launch; 0 words: the kernel of the matrix units."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     words: int = 0
-    fused: bool = True
+    fused: bool = False
 
 
 def default(rows: int, weight: Tensor, scales: Tensor) -> Config:
-    """One row has the most bytes asked for at a time, more have their codes in registers instead.  Two panels share
-    them where there are enough to go round."""
+    """One row has the most bytes asked for at a time, more have their codes in registers instead; of many it costs less
+    to make codes once than in every program.  Two panels share them where there are enough to go round."""
     group, panels = weight.shape[1] * 8 // max(1, scales.shape[1]), 2 if weight.shape[0] > 528 else 1
     words = max(group // 8, 8)
+    if rows > 4:
+        return Config(8, 16, 4, 1, group // 8)
     if rows > 1:
-        return Config(2, 16 * panels, 4 * panels, 1, words)
+        return Config(2 if group == 128 or rows == 2 else 4, 16 * panels, 4 * panels, 1, words, True)
     steps = blocks(blocks(scales.shape[1], LANES) * group // 8, 16)
     ahead = steps > 1 and words == 8
-    return Config(1, 16 * panels, 4 * panels, 2 if ahead else 1, words if ahead else 16)
+    return Config(1, 16 * panels, 4 * panels, 2 if ahead else 1, words if ahead else 16, True)
 
 
 def space(rows: int, weight: Tensor, scales: Tensor) -> Iterator[Config]:
-    """One panel or two a program, one row of x to four."""
+    """One panel or two a program, one row of x to eight, codes made here or before."""
     word, share = weight.shape[1] // max(1, scales.shape[1]), blocks(scales.shape[1], LANES)
-    for height, panels, words, depth in itertools.product((1, 2, 4), (1, 2), (4, 8, 16, 32), (1, 2)):
-        fits = height <= power(rows) <= 2 * height and word <= words <= max(word, 32 // height)
+    for height, panels, words, depth, fused in itertools.product(
+        (1, 2, 4, 8), (1, 2), (4, 8, 16, 32), (1, 2), (True, False)
+    ):
+        fits = height <= power(rows) <= 4 * height and word <= words <= max(word, 32 // height)
         steps = depth == 1 or (words * depth <= 32 and words < word * share)  # a step ahead takes registers
-        if fits and steps:
-            yield Config(height, 16 * panels, 4 * panels, depth, words)
+        if fits and steps and not (fused and rows > 8):
+            yield Config(height, 16 * panels, 4 * panels, depth, words, fused)
 
 
 def stage(values: Mapping[str, Any], scales: Tensor, config: Config) -> Stage:
     """The launch; ``values``: the parameters that the product by matrix units has too."""
-    group, groups, share = values["GROUP"], scales.shape[1], values["SHARE"]
+    group, groups, share = values["GROUP"], scales.shape[1], values["share"]
     step = config.words * 8 // group
+    x = values["x"] if config.fused or not groups else values["x"].view(torch.int32)
     even = groups == LANES * share and share % step == 0
-    more = {"groups": groups, "share": share, "STEP": step, "EVEN": even, "AHEAD": config.num_stages > 1}
-    more |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "NATIVE": isinstance(few_kernel, JITFunction)}
+    more = {"x": x, "groups": groups, "STEP": step, "EVEN": even, "AHEAD": config.num_stages > 1}
+    more |= {"CODED": not config.fused, "NATIVE": isinstance(few_kernel, JITFunction)}
     grid = (blocks(values["n"], config.block_n), blocks(values["rows"], config.block_m))
     options = {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": False}
-    values = {name: value for name, value in {**values, **more}.items() if name in few_kernel.arg_names}
-    return Stage(few_kernel, grid, values, options)
+    return Stage(few_kernel, grid, {**values, **more}, options)

@@ -246,7 +246,7 @@ def _down(y: Tensor, shared: dict[str, Any], out_x: int, out_y: int) -> Stage:
     last, unit = shared["LAST"], shared["UP"] // math.gcd(shared["UP"], shared["DOWN"])
     across, (each, group) = blocks(out_x, unit), (1, 512) if last else (4, 128)
     tiles = blocks(across * (y.shape[1] if last else blocks(out_y, each)), group)
-    values = {f"y_{n}": s for n, s in zip("bcyx", y.stride(), strict=True)}
+    values: dict[str, Any] = {f"y_{n}": s for n, s in zip("bcyx", y.stride(), strict=True)}
     values |= {"y": y, "out_x": out_x, "across": across, "tiles": tiles, "UNIT": unit, "EACH": each, "LANES": group}
     outer = y.shape[0] * (out_y if last else y.shape[1])
     return Stage(down_kernel, (outer * tiles,), shared | values, {"num_warps": 4})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,7 +105,8 @@ def fusegen(module: nn.Module, inputs: tuple[Tensor, ...], subject: Subject) -> 
     return lambda: first(session(*wide))
 
 
-CONTENDERS = {"eager": eager, "fusegen": fusegen, "compile": compiled}  # the slow one last, if time runs out
+CONTENDERS = {"eager": eager, "fusegen": fusegen, "compile": compiled}
+HEATS = (("eager", "fusegen"), ("compile",))  # the slow one last, if time runs out; it is timed beside both
 
 
 def prepare(setting: Setting, name: str) -> Iterator[Row]:
@@ -141,29 +142,36 @@ def race(setting: Setting, name: str) -> Iterator[Row]:
 
 
 def _dtype(setting: Setting, base: Row, subject: Subject, want: Tensor, dtype: torch.dtype) -> Iterator[Row]:
-    rows: dict[str, Row] = {}
+    """The contenders in one dtype; those before the slow one are timed, and their rows are kept, before it begins."""
     calls: dict[str, Callable[[], Any]] = {}
     module = copy.deepcopy(subject.module).to(setting.device, dtype)
     inputs = tuple(i.to(setting.device, dtype) for i in subject.inputs)
     limit = Tolerance(0.1, 0.5)  # eager's own: there to catch nonsense
-    for who, build in CONTENDERS.items():
-        if setting.over() or (setting.rehearse and who != "eager"):
+    for heat in HEATS:
+        rows: dict[str, Row] = {}
+        for who in heat:
             rows[who] = replace(base, contender=who, note="not reached: out of time", ok=setting.rehearse)
-            continue
-        try:
-            call = build(module, inputs, subject)
-            found = verify.check((call(),), (want,), limit)
-            rows[who] = replace(base, contender=who, ok=found.ok, error_rms=found.rms, error_peak=found.peak)
-            if who == "eager":
-                limit = Tolerance(MARGIN * found.rms + 1e-4, MARGIN * found.peak + 1e-4)
-            if not found.ok:
-                rows[who] = replace(rows[who], note="over its error bound")
-            elif not setting.rehearse:
-                calls[who] = call if who == "fusegen" else captured([call])
-        except Exception as error:
-            rows[who] = replace(base, contender=who, note=reason(error))
-    if calls:
+            if setting.over() or (setting.rehearse and who != "eager"):
+                continue
+            try:
+                call = CONTENDERS[who](module, inputs, subject)
+                found = verify.check((call(),), (want,), limit)
+                rows[who] = replace(rows[who], ok=found.ok, error_rms=found.rms, error_peak=found.peak, note="")
+                if who == "eager":
+                    limit = Tolerance(MARGIN * found.rms + 1e-4, MARGIN * found.peak + 1e-4)
+                if not found.ok:
+                    rows[who] = replace(rows[who], note="over its error bound")
+                elif not setting.rehearse:
+                    calls[who] = call if who == "fusegen" else captured([call])
+            except Exception as error:
+                rows[who] = replace(rows[who], ok=False, note=reason(error))
+        yield from _timed(rows, calls)
+
+
+def _timed(rows: dict[str, Row], calls: Mapping[str, Callable[[], Any]]) -> Iterable[Row]:
+    """``rows`` with the times of a race of all of ``calls``."""
+    if rows.keys() & calls.keys():
         for who, t in timing.interleave(calls, next(iter(calls)), seconds=0.5, device="cuda").items():
-            times: dict[str, Any] = dict(median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)
-            rows[who] = replace(rows[who], **times)
-    yield from rows.values()
+            if who in rows:
+                rows[who] = replace(rows[who], median_s=t.median, p20_s=t.p20, p80_s=t.p80, ratio=t.ratio)
+    return rows.values()

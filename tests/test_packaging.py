@@ -107,7 +107,9 @@ def test_without_a_compiler_it_installs_and_says_why(tmp_path: Path) -> None:
 
 
 def test_the_editable_install_gives_the_checkout(tmp_path: Path) -> None:
-    pip("install", "--no-build-isolation", "--prefix", str(tmp_path / "env"), "-e", str(ROOT), folder=tmp_path)
+    # Without --ignore-installed pip removes the environment's own install first, which tests beside this one run by.
+    given = ["--ignore-installed", "--no-build-isolation", "--prefix", str(tmp_path / "env"), "-e", str(ROOT)]
+    pip("install", *given, folder=tmp_path)
     (site,) = (tmp_path / "env").rglob("site-packages")
     code = f"import site; site.addsitedir({str(site)!r})\n{WHERE}"
     assert places(tmp_path, code=code) == [ROOT / "fusegen", *(ROOT / x for x in LAYERS)]

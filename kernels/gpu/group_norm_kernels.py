@@ -125,6 +125,20 @@ def slab_kernel(
 
 
 @triton.jit
+def _added(
+    tiles, near, first, pixels, total, squares, EVEN: tl.constexpr, BLOCK_S: tl.constexpr, DEPTH: tl.constexpr
+):  # fmt: skip
+    """``total`` and ``squares`` with the deviations from ``near`` of what :func:`_step` gave."""
+    for k in tl.static_range(DEPTH):
+        away = tiles[k].to(tl.float32) - near[:, None]
+        if not EVEN:
+            away = tl.where(first + k * BLOCK_S + tl.arange(0, BLOCK_S)[None, :] < pixels, away, 0.0)
+        total += away
+        squares += away * away
+    return total, squares
+
+
+@triton.jit
 def partial_kernel(
     x, other, joined, add, partial, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, add_b, add_c,
     split, channels, pixels, chunks, steps,
@@ -137,7 +151,7 @@ def partial_kernel(
     most n + 1 times those from the mean of one of them.  EVEN: every chunk is whole."""
     chunk, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    wide_c, s = c[:, None].to(tl.int64), tl.arange(0, BLOCK_S)[None, :]
+    wide_c = c[:, None].to(tl.int64)
     first, covered = chunk * steps * DEPTH * BLOCK_S, tl.minimum(steps * DEPTH * BLOCK_S, pixels)
     tiles = _step(
         x, other, joined, b, wide_c, first, channels, pixels, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split,
@@ -148,24 +162,14 @@ def partial_kernel(
         total += tiles[k].to(tl.float32)
     near = tl.sum(total, axis=1) / tl.cast(tl.minimum(DEPTH * BLOCK_S, pixels - first), tl.float32)
     total, squares = tl.zeros((BLOCK_C, BLOCK_S), tl.float32), tl.zeros((BLOCK_C, BLOCK_S), tl.float32)
-    for k in tl.static_range(DEPTH):
-        away = tiles[k].to(tl.float32) - near[:, None]
-        if not EVEN:
-            away = tl.where(first + k * BLOCK_S + s < pixels, away, 0.0)
-        total += away
-        squares += away * away
+    total, squares = _added(tiles, near, first, pixels, total, squares, EVEN, BLOCK_S, DEPTH)
     for i in range(1, steps):
         at = first + i * DEPTH * BLOCK_S
         tiles = _step(
             x, other, joined, b, wide_c, at, channels, pixels, x_b, x_c, x_s, o_b, o_c, o_s, j_b, j_c, j_s, split,
             JOIN, BLOCK_S, DEPTH,
         )  # fmt: skip
-        for k in tl.static_range(DEPTH):
-            away = tiles[k].to(tl.float32) - near[:, None]
-            if not EVEN:
-                away = tl.where(at + k * BLOCK_S + s < pixels, away, 0.0)
-            total += away
-            squares += away * away
+        total, squares = _added(tiles, near, at, pixels, total, squares, EVEN, BLOCK_S, DEPTH)
     count = tl.cast(tl.minimum(covered, pixels - first), tl.float32)
     off = tl.sum(total, axis=1) / count
     inside, mean = tl.sum(squares, axis=1) - count * off * off, near + off

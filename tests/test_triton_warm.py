@@ -100,7 +100,7 @@ def test_a_second_process_starts_no_worker(offline: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Offline, "get_current_device", lambda self: "nothing loaded")
     assert warm.missing(pairs("rope")) == []
     assert compiled(offline)
-    monkeypatch.setattr(warm, "Worker", lambda most: pytest.fail("started"))
+    monkeypatch.setattr(warm, "Worker", lambda: pytest.fail("started"))
     monkeypatch.setattr(warm, "pays", lambda count, *rest: count > 0)
     args = next(iter(compiler.specimens(["rope"]))).args()
     assert warm.warm([("rope", args, importlib.import_module("fusegen.kernels.gpu.rope").TUNABLE.default(*args))]) == []

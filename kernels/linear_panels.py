@@ -1,9 +1,9 @@
 """The weight of a linear layer in panels, as kernels for many rows read it: pairs of columns of 32 rows together, of
-int8 fours of columns, whole steps of 64.
+int8 fours of columns, whole steps of 64; of float32 columns of 16 rows.
 
 They depend on the weight alone: a session makes them once, and :mod:`.packed_linear` takes them.  With a second weight,
-the gate of a gated layer, a panel holds 16 rows of the gate and then the same 16 of the weight, so that
-:mod:`.packed_gated_linear` finds both factors of a product in one tile.
+the gate of a gated layer, the first half of a panel holds rows of the gate and the other the same rows of the weight,
+so that :mod:`.packed_gated_linear` finds both factors of a product in one tile.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from fusegen.kernels.draw import LAYOUTS, Draw, laid_out
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
 
 SCHEMA = "(Tensor weight, Tensor? gate=None, ScalarType? dtype=None) -> Tensor"
-PANEL = 32  # rows that lie together
+# dtype -> (rows that lie together, columns of a word, words of a step).  A tile of float32 is 6 rows by 16 outputs on
+# AVX2: 16 registers.
+_FORMS = {torch.float32: (16, 1, 1), torch.int8: (32, 4, 16)}
+_PAIRS = (32, 2, 1)
 
 
-def panels_of(outputs: int, gated: bool) -> int:
-    """How many panels hold ``outputs`` rows of the weight, and as many of the gate where there is one."""
-    return -(-outputs // (PANEL // 2 if gated else PANEL))
+def rows_of(dtype: torch.dtype) -> int:
+    """How many rows a panel of ``dtype`` holds."""
+    return _FORMS.get(dtype, _PAIRS)[0]
 
 
 def shape_of(outputs: int, width: int, gated: bool, dtype: torch.dtype) -> tuple[int, ...]:
-    """The panels' shape for a weight (N, K): (P, ceil(K / 2), 32, 2), of int8 (P, 16 ceil(K / 64), 32, 4)."""
-    if dtype == torch.int8:
-        return (panels_of(outputs, gated), -(-width // 64) * 16, PANEL, 4)
-    return (panels_of(outputs, gated), -(-width // 2), PANEL, 2)
+    """The panels' shape for a weight (N, K): (P, ceil(K / 2), 32, 2), of int8 (P, 16 ceil(K / 64), 32, 4), of float32
+    (P, K, 16, 1); P panels hold the N rows, and as many of the gate where there is one.
+    """
+    rows, word, step = _FORMS.get(dtype, _PAIRS)
+    return (-(-outputs // (rows // 2 if gated else rows)), -(-width // (word * step)) * step, rows, word)
 
 
 def allocate(
@@ -58,7 +62,7 @@ def reference(weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | N
     if not out.numel():
         return out
     parts = [t.flatten(1) for t in (gate, weight) if t is not None]
-    rows, columns = PANEL // len(parts), out.shape[1] * out.shape[3]
+    rows, columns = out.shape[2] // len(parts), out.shape[1] * out.shape[3]
     down, across = out.shape[0] * rows - weight.shape[0], columns - weight.shape[1]
     whole = [F.pad(t, (0, across, 0, down)) if down or across else t.contiguous() for t in parts]
     for i, part in enumerate(whole):
@@ -70,7 +74,7 @@ def reference(weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | N
 def unpacked(panels: Tensor, outputs: int, width: int, gated: bool = False) -> tuple[Tensor, ...]:
     """The weight (N, K) that the panels hold; with ``gated`` the gate's and the weight."""
     parts = 2 if gated else 1
-    rows = panels.transpose(1, 2).unflatten(1, (parts, PANEL // parts))
+    rows = panels.transpose(1, 2).unflatten(1, (parts, panels.shape[2] // parts))
     return tuple(rows[:, i].flatten(0, 1).flatten(1)[:outputs, :width] for i in range(parts))
 
 
@@ -109,6 +113,7 @@ CASES = [
     _case("int8, gated", (40, 128), gated=True, to=torch.int8),
     _case("one int8", (1, 1), to=torch.int8),
     _case("5120x1280 rounded", (5120, 1280), to=torch.bfloat16, bench=True),
+    _case("5120x1280", (5120, 1280), bench=True),
 ]
 
 

@@ -27,7 +27,7 @@ def allocate(
     x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None = None, gate_bias: Tensor | None = None,
     activation: str = "silu",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The uninitialised output (*, N), N = ``outputs``, for x (*, K), panels (P, ceil(K / 2), 32, 2) of x's dtype that
+    """The uninitialised output (*, N), N = ``outputs``, for x (*, K), panels (:mod:`.linear_panels`) of x's dtype that
     hold two weights, and biases (N,): x's dtype, contiguous.  Raises ValueError where arguments do not fit.
     """
     check("packed_gated_linear", x, panels, outputs, activation, gated=True)
@@ -65,7 +65,7 @@ def _case(
         biases = (random_tail(g, (*lead, n), dtype, which, False)[0] for which in (bias, gate_bias))
         return (x, panels, n, *biases, activation)
 
-    return Case(name, build, dtypes=(torch.bfloat16,) if bench else FLOATS, bench=bench)
+    return Case(name, build, dtypes=(torch.float32, torch.bfloat16) if bench else FLOATS, bench=bench)
 
 
 CASES = [

@@ -27,7 +27,7 @@ def check(name: str, x: Tensor, panels: Tensor, outputs: int, activation: str, g
     """Raises ValueError where x, panels or the activation do not fit the op called ``name``."""
     if x.dim() < 1 or outputs < 0 or panels.dtype != x.dtype:
         raise ValueError(f"{name}: x is {x.dtype} {tuple(x.shape)}, panels are {panels.dtype}, for {outputs} outputs")
-    want = (linear_panels.panels_of(outputs, gated), -(-x.shape[-1] // 2), linear_panels.PANEL, 2)
+    want = linear_panels.shape_of(outputs, x.shape[-1], gated, x.dtype)
     if tuple(panels.shape) != want:
         raise ValueError(f"{name}: panels have shape {tuple(panels.shape)}, for these x and outputs it is {want}")
     if activation not in ACTIVATIONS:
@@ -45,7 +45,7 @@ def allocate(
     x: Tensor, panels: Tensor, outputs: int, bias: Tensor | None = None, residual: Tensor | None = None,
     activation: str = "none",
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The uninitialised output (*, N), N = ``outputs``, for x (*, K), panels (P, ceil(K / 2), 32, 2) of x's dtype, bias
+    """The uninitialised output (*, N), N = ``outputs``, for x (*, K), panels (:mod:`.linear_panels`) of x's dtype, bias
     (N,) and residual (*, N): x's dtype, contiguous.  Raises ValueError where arguments do not fit.
     """
     check("packed_linear", x, panels, outputs, activation, gated=False)
@@ -95,7 +95,7 @@ def _case(
         x, panels = random_x(g, lead, k, dtype, kind), random_weights(g, n, k, dtype, gated=False)
         return (x, panels, n, *random_tail(g, (*lead, n), dtype, bias, residual), activation)
 
-    return Case(name, build, dtypes=(torch.bfloat16,) if bench else FLOATS, bench=bench)
+    return Case(name, build, dtypes=(torch.float32, torch.bfloat16) if bench else FLOATS, bench=bench)
 
 
 CASES = [
@@ -132,11 +132,17 @@ _UNARY = {"none": "", "relu": "", "silu": "", "gelu": "none", "gelu_tanh": "tanh
 _plain: Any = WeakTensorKeyDictionary()  # panels -> the weights they hold, in oneDNN's form on a CPU
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN as PyTorch ships it has products of the dtype on this CPU."""
+    half = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or bool(half)
+
+
 def plain_weights(x: Tensor, panels: Tensor, outputs: int, gated: bool) -> tuple[Tensor, ...]:
     """The weights of the panels as a user of PyTorch has them, made once: packed by oneDNN where it serves."""
     if panels not in _plain:
         weights = linear_panels.unpacked(panels, outputs, x.shape[-1], gated)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() and outputs:
+        if _packs(x.dtype) and x.device.type == "cpu" and x.numel() and outputs:
             rows = x.numel() // x.shape[-1]
             weights = tuple(torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), rows) for w in weights)
         _plain[panels] = weights

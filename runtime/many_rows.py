@@ -8,7 +8,7 @@ session makes them once.  As in :mod:`.upsample`, this is done once sizes and st
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +22,11 @@ from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, without_dead
 from fusegen.runtime.specialize import Strided, propagate, spec_of
 
-# Measured on a Zen 5 against oneDNN with packed weights: 1.02 to 1.5 times as fast, but for fewer rows than MANY on a
+# Measured on a Zen 5 against oneDNN with packed weights, in bfloat16: 1.02 to 1.5 times as fast, but for fewer rows than MANY on a
 # weight of more than LARGE elements, whose reading is the time (0.74 to 1.0), and for few inputs or outputs (from 0.8).
+# In float32 on a Zen 3 from MANY rows on 0.95 to 1.27 times, a gated layer 1.3 to 1.5; 16 rows 0.77, 64 0.92.
 FEW, MANY, LARGE, NARROW = 16, 128, 1 << 22, 64
+DTYPES = (torch.float32, torch.bfloat16)
 RULE = "products of many rows by packed weights"
 LINEAR = ("aten.linear.default", "runtime.linear")
 _CONV = "runtime.conv2d"
@@ -33,22 +35,25 @@ _PLAIN = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 Declined = Callable[[Op, tuple[Any, ...]], str | None]
 
 
-def folded(program: Program, declined: Declined, deterministic: bool, reason: str | None) -> Program:
+def folded(
+    program: Program, declined: Declined, deterministic: bool, unpacked: Callable[[torch.dtype], str | None]
+) -> Program:
     """The static ``program``, lowered and its strides known, with ``packed_linear`` or ``packed_gated_linear`` in the
-    place of each layer in bfloat16 of many rows, or of many a sample where the plan is ``deterministic``: then a
-    sample's layer is the same in any batch.  ``declined(op, args)``: why no kernel takes them, or None; ``reason``: why
-    the backend leaves them all to its library.
+    place of each layer of many rows, or of many a sample where the plan is ``deterministic``: then a sample's layer is
+    the same in any batch.  ``declined(op, args)``: why no kernel takes them, or None; ``unpacked(dtype)``: why the
+    backend leaves all those of a dtype to its library, or None.
     """
     if not registry.get("packed_linear").kernels:
         return program
-    folding = _Folding(program, declined, deterministic)
-    fit = [n for n in program.nodes if folding.fits(n)]
-    if not fit or reason is not None:
-        left = (Applied(RULE, 0, (f"{len(fit)} layers: {reason}",)),) if fit else ()
-        return replace(program, applied=(*program.applied, *left))
+    why = {dtype: unpacked(dtype) for dtype in DTYPES}
+    folding = _Folding(program, declined, deterministic, [dtype for dtype in DTYPES if why[dtype] is None])
+    stay = [dtype for n in program.nodes if (dtype := folding.many(n)) is not None and why[dtype] is not None]
+    left = tuple(f"{stay.count(dtype)} layers: {why[dtype]}" for dtype in DTYPES if dtype in stay)
+    if not any(folding.fits(n) for n in program.nodes):
+        return replace(program, applied=(*program.applied, *((Applied(RULE, 0, left),) if left else ())))
     for node in program.nodes:
         folding.node(node)
-    applied = Applied(RULE, folding.count, tuple(folding.left))
+    applied = Applied(RULE, folding.count, (*folding.left, *left))
     program = replace(program, nodes=tuple(folding.nodes), applied=(*program.applied, applied))
     return propagate(without_dead(program)[0]) if folding.count else program
 
@@ -56,8 +61,8 @@ def folded(program: Program, declined: Declined, deterministic: bool, reason: st
 class _Folding:
     """Walks the nodes in order and puts the op in the place of each layer that fits."""
 
-    def __init__(self, program: Program, declined: Declined, deterministic: bool):
-        self.program, self.declined, self.deterministic = program, declined, deterministic
+    def __init__(self, program: Program, declined: Declined, deterministic: bool, dtypes: Sequence[torch.dtype]):
+        self.program, self.declined, self.deterministic, self.dtypes = program, declined, deterministic, dtypes
         self.names, self.users = Names.of(program), program.users()
         self.by_output = {o: n for n in program.nodes for o in n.outputs}
         self.nodes: list[Node] = []
@@ -67,17 +72,21 @@ class _Folding:
         self.left: list[str] = []
 
     def fits(self, node: Node) -> bool:
-        """Whether it is a layer of many rows, by a weight of the program, all of it in bfloat16."""
+        """Whether it is a layer of many rows in a dtype that ours take."""
+        return self.many(node) in self.dtypes
+
+    def many(self, node: Node) -> torch.dtype | None:
+        """The dtype of a layer of many rows by a weight of the program, all of it in one of DTYPES, else None."""
         weight = node.args["weight"] if node.op in (*LINEAR, _CONV) else None
         if not isinstance(weight, Ref) or weight.name not in self.program.weights:
-            return False
+            return None
         x, shape = self._spec(node.args["input"]), self.program.weights[weight.name].shape
         if node.op == _CONV and (shape[2:] != (1, 1) or any(node.args[k] != v for k, v in _PLAIN.items())):
-            return False
+            return None
         rows = math.prod(x.sizes) // max(1, shape[1]) // (x.sizes[0] if self.deterministic and len(x.sizes) > 1 else 1)
-        half = x.dtype == self.program.weights[weight.name].dtype == torch.bfloat16
-        enough = rows >= MANY or (rows >= FEW and math.prod(shape) <= LARGE)
-        return half and enough and min(shape[:2]) >= NARROW
+        alike = x.dtype == self.program.weights[weight.name].dtype and x.dtype in DTYPES
+        enough = rows >= MANY or (x.dtype != torch.float32 and rows >= FEW and math.prod(shape) <= LARGE)
+        return x.dtype if alike and enough and min(shape[:2]) >= NARROW else None
 
     def node(self, node: Node) -> None:
         """Keep the node, or the op in its place."""
@@ -129,7 +138,8 @@ class _Folding:
                 return f"{name} is not channels-last"
             views.append(self._rows(node, name, ref))
             given[name] = Ref(views[-1].name)
-        rows = {v.name: torch.empty(v.args["size"], dtype=torch.bfloat16, device="meta") for v in views}
+        dtype = self._spec(x).dtype
+        rows = {v.name: torch.empty(v.args["size"], dtype=dtype, device="meta") for v in views}
         x_rows = given.pop("x")
         made = self._op("packed_linear", node, rows[x_rows.name], given, x=x_rows, metas=rows)
         if isinstance(made, str):

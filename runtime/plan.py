@@ -163,7 +163,7 @@ def _lowered(program: Program, backend: Backend, declined: Callable[..., str | N
         static = rule.folded(static, declined)
     if backend.few_rows:
         static = few_rows.folded(static, declined, deterministic, backend.few_rows)
-        static = many_rows.folded(static, declined, deterministic, backend.unpacked())
+        static = many_rows.folded(static, declined, deterministic, backend.unpacked)
     return stored.folded(static)
 
 

@@ -31,10 +31,11 @@ def data(*shape: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", many_rows.DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize(("m", "n", "k"), [(9, 37, 301), (131, 64, 96), (300, 70, 17)])
-def test_they_are_the_layers(level: str, activation: str, m: int, n: int, k: int) -> None:
-    x, weight, gate, bias, gate_bias, residual = data(m, n, k)
+def test_they_are_the_layers(level: str, dtype: torch.dtype, activation: str, m: int, n: int, k: int) -> None:
+    x, weight, gate, bias, gate_bias, residual = data(m, n, k, dtype=dtype)
     with library.forced(level):
         plain = torch.ops.fusegen.packed_linear(x, panels(weight), n, bias, residual, activation)
         gated = torch.ops.fusegen.packed_gated_linear(x, panels(weight, gate), n, bias, gate_bias, activation)
@@ -45,9 +46,10 @@ def test_they_are_the_layers(level: str, activation: str, m: int, n: int, k: int
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", many_rows.DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(3, 40), (21, 1101), (160, 256)])
-def test_a_rows_bits_are_its_own(level: str, n: int, k: int) -> None:
-    x, weight, gate, *_ = data(283, n, k)
+def test_a_rows_bits_are_its_own(level: str, dtype: torch.dtype, n: int, k: int) -> None:
+    x, weight, gate, *_ = data(283, n, k, dtype=dtype)
     packed, both = panels(weight), panels(weight, gate)
     with library.forced(level):
         plain = torch.ops.fusegen.packed_linear(x, packed, n)
@@ -58,9 +60,10 @@ def test_a_rows_bits_are_its_own(level: str, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", many_rows.DTYPES)
 @pytest.mark.parametrize("k", [1, 16, 33])
-def test_what_lies_behind_a_row_or_in_another_is_not_read_into_it(level: str, k: int) -> None:
-    x, weight, gate, *_ = data(20, 40, k)
+def test_what_lies_behind_a_row_or_in_another_is_not_read_into_it(level: str, dtype: torch.dtype, k: int) -> None:
+    x, weight, gate, *_ = data(20, 40, k, dtype=dtype)
     wide = torch.full((20, k + 1), float("nan"), dtype=x.dtype)
     wide[:, :k] = x
     wide[7, :k] = float("inf")
@@ -77,7 +80,8 @@ def test_what_lies_behind_a_row_or_in_another_is_not_read_into_it(level: str, k:
     [
         ("packed_linear", {"panels": torch.zeros(2, 4, 32, 2).double()}, "panels are torch.float64"),
         ("packed_linear", {"outputs": 65}, "panels have shape (2, 4, 32, 2)"),
-        ("packed_linear", {"x": torch.zeros(3, 9)}, "it is (2, 5, 32, 2)"),
+        ("packed_linear", {"x": torch.zeros(3, 9).bfloat16()}, "it is (2, 5, 32, 2)"),
+        ("packed_linear", {"x": torch.zeros(3, 8), "panels": torch.zeros(3, 7, 16, 1)}, "it is (3, 8, 16, 1)"),
         ("packed_linear", {"bias": torch.ones(5)}, "bias has shape (5,)"),
         ("packed_linear", {"residual": torch.ones(2, 40)}, "the output has (3, 40)"),
         ("packed_linear", {"activation": "swish"}, "none, relu, gelu, gelu_tanh, silu"),
@@ -88,7 +92,9 @@ def test_what_lies_behind_a_row_or_in_another_is_not_read_into_it(level: str, k:
     ],
 )
 def test_bad_arguments_are_refused_in_one_line(op: str, change: dict[str, Any], message: str) -> None:
-    given = {} if op == "linear_panels" else {"x": torch.zeros(3, 8), "panels": torch.zeros(2, 4, 32, 2), "outputs": 40}
+    half = {"dtype": torch.bfloat16}
+    x, held = torch.zeros(3, 8, **half), torch.zeros(2, 4, 32, 2, **half)
+    given = {} if op == "linear_panels" else {"x": x, "panels": held, "outputs": 40}
     with pytest.raises(ValueError) as caught:
         registry.get(op).allocate(**given | change)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -137,7 +143,7 @@ def packed(plan: Any) -> dict[str, int]:
 @pytest.fixture
 def at_any_level(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan takes the ops at this machine's level, where its library may be faster."""
-    monkeypatch.setattr(cpu.Cpu, "unpacked", lambda self: None)
+    monkeypatch.setattr(cpu.Cpu, "unpacked", lambda self, dtype: None)
 
 
 @needs_library
@@ -171,10 +177,26 @@ def test_panels_are_made_of_what_is_stored(at_any_level: None) -> None:
 
 
 @needs_library
-def test_float32_and_few_rows_stay(at_any_level: None) -> None:
-    for made, x in ((session(dtype="float32"), image(2)), (session(), image(1, 3))):
-        made(x)
-        assert packed(made.plan) == {"packed_linear": 0, "packed_gated_linear": 0}
+def test_few_rows_stay(at_any_level: None) -> None:
+    made = session()
+    made(image(1, 3))
+    assert packed(made.plan) == {"packed_linear": 0, "packed_gated_linear": 0}
+
+
+@needs_library
+@pytest.mark.parametrize("level", LEVELS)
+def test_float32_has_them_where_the_library_is_slower(level: str) -> None:
+    torch.manual_seed(1)
+    module = Block().eval()
+    with library.forced(level):
+        made = session(dtype="float32")
+        got = made(image(2))
+        assert relative(got, plainly(module, image(2))) <= 1e-6
+        assert torch.equal(made(image(2)), got)
+        (left,) = [a.left for a in made.plan.applied if a.rule == many_rows.RULE]
+    counts = (3, 1) if level == "avx2" else (0, 0)
+    assert packed(made.plan) == dict(zip(("packed_linear", "packed_gated_linear"), counts, strict=True))
+    assert not left if level == "avx2" else left == (f"5 layers: at level {level} they are oneDNN's",)
 
 
 @needs_library

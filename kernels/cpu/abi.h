@@ -132,7 +132,7 @@ struct fg_linear_args {
 struct fg_linear_panels_args {
   const void *weight, *gate;  // dense
   void *out;
-  int64_t dtype, outputs, width;  // float32 or bfloat16 to bfloat16, or int8
+  int64_t dtype, out_dtype, outputs, width;  // of float32 panels of float32 or bfloat16, else of its own dtype
 };
 
 // Linear layers of many rows by a weight in panels; see packed_linear.h.  All but x are dense, biases and residual may be

@@ -11,8 +11,8 @@ from torch import Tensor
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.op import Kernel
 
-_HALF = torch.bfloat16
-_SERVED = ((torch.float32, _HALF), (_HALF, _HALF), (torch.int8, torch.int8))  # the weight's dtype, and the panels'
+_FULL, _HALF = torch.float32, torch.bfloat16
+_SERVED = ((_FULL, _FULL), (_FULL, _HALF), (_HALF, _HALF), (torch.int8, torch.int8))  # the weight's, and the panels'
 
 
 class Args(ctypes.Structure):
@@ -20,7 +20,7 @@ class Args(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "gate", "out")),
-        *((name, ctypes.c_int64) for name in ("dtype", "outputs", "width")),
+        *((name, ctypes.c_int64) for name in ("dtype", "out_dtype", "outputs", "width")),
     ]
 
 
@@ -33,7 +33,8 @@ def decline(weight: Tensor, gate: Tensor | None, dtype: torch.dtype | None) -> s
 def bind(outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunch:
     weight = args[0]
     struct = Args(
-        out=outs[0].data_ptr(), dtype=DTYPES[weight.dtype], outputs=weight.shape[0], width=weight.shape[1]
+        out=outs[0].data_ptr(), dtype=DTYPES[weight.dtype], out_dtype=DTYPES[outs[0].dtype],
+        outputs=weight.shape[0], width=weight.shape[1],
     )  # fmt: skip
     return CpuLaunch("linear_panels", struct, {0: "weight", 1: "gate"}, outs, args)
 

@@ -1,11 +1,11 @@
-// Many rows of x by a weight in panels (kernels/linear_panels.py): products of bfloat16, sums in float32.
+// Many rows of x by a weight in panels (kernels/linear_panels.py): products of bfloat16 or float32, sums in float32.
 //
-// A tile is kRows rows of x by one panel, its sums in registers from the first column of x to the last: an element is
+// A tile is some rows of x by one panel, its sums in registers from the first column of x to the last: an element is
 // the same sum whatever the other rows are, and is rounded once.  x is read where it lies, a pair of neighbours for all
 // lanes; a block of its rows stays in the second-level cache while the panels go past it, each asked for while the one
 // before it is used.
 #pragma once
-#include "panel.h"
+#include "packed_linear_float.h"
 #include "quantized.h"
 
 namespace {
@@ -17,10 +17,8 @@ constexpr int kRows = 2;
 #else
 constexpr int kRows = 1;
 #endif
-constexpr int64_t kTall = 128;       // rows of x in a block, and their bytes, at the most
-constexpr int64_t kBlock = 5 << 17;
+constexpr int64_t kTall = 128;       // rows of x in a block at the most
 constexpr int64_t kGroup = 1 << 18;  // bytes of panels that a block goes through before the next block does
-constexpr int64_t kChunk = 16;       // pairs of columns between two requests: a line of x
 constexpr int64_t kItem = 1 << 21;   // multiply-adds that are worth a thread
 
 using Sums = vf[kRows * kParts];  // row by row
@@ -51,62 +49,66 @@ FG_INLINE void step(const bf16 *panel, const uint32_t (&x)[kRows], Sums &sums) {
 #endif
 }
 
-// sums = rows x by the panel.  Each kChunk pairs, a line of x, ask for `lines` lines of memory from `next` on and for what
-// lies `below` elements behind these of x: the rows that come next, where they were not read before.
-FG_INLINE void multiply(const bf16 *panel, const bf16 *const (&x)[kRows], int64_t width, int64_t below, const bf16 *next,
-                        int64_t lines, Sums &sums) {
+// A panel of bfloat16: pairs of columns of 32 rows of the weight.
+struct Pairs {
+  using T = bf16;
+  static constexpr int ROWS = kRows, PARTS = kParts, PER = 2;  // PER: columns of a word
+  static constexpr int64_t BLOCK = 5 << 17;                        // bytes of x in a block
+
+  // As Floats has it.
+  FG_INLINE void multiply(const bf16 *panel, const bf16 *const (&x)[kRows], int64_t width, int64_t below,
+                          const bf16 *next, int64_t lines, Sums &sums) {
 #pragma GCC unroll 32
-  for (vf &sum : sums) sum = set1(0.0f);
-  const int64_t pairs = width / 2;
-  uint32_t both[kRows];
-  for (int64_t from = 0; from < pairs; from += kChunk) {
-    for (int64_t line = 0; line < lines; ++line, next += 32) __builtin_prefetch(next, 0, 2);
-    for (int r = 0; below && r < kRows; ++r) __builtin_prefetch(x[r] + 2 * from + below);
-    const int64_t end = from + kChunk < pairs ? from + kChunk : pairs;
-    for (int64_t i = from; i < end; ++i) {
+    for (vf &sum : sums) sum = set1(0.0f);
+    const int64_t pairs = width / 2;
+    uint32_t both[kRows];
+    for (int64_t from = 0; from < pairs; from += kChunk) {
+      for (int64_t line = 0; line < lines; ++line, next += 32) __builtin_prefetch(next, 0, 2);
+      for (int r = 0; below && r < kRows; ++r) __builtin_prefetch(x[r] + 2 * from + below);
+      const int64_t end = from + kChunk < pairs ? from + kChunk : pairs;
+      for (int64_t i = from; i < end; ++i) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) memcpy(both + r, x[r] + 2 * i, 4);
-      step(panel + i * 2 * kPanel, both, sums);
+        for (int r = 0; r < kRows; ++r) memcpy(both + r, x[r] + 2 * i, 4);
+        step(panel + i * 2 * kPanel, both, sums);
+      }
+    }
+    if (width % 2) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) both[r] = x[r][2 * pairs].bits;
+      step(panel + pairs * 2 * kPanel, both, sums);
     }
   }
-  if (width % 2) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) both[r] = x[r][2 * pairs].bits;
-    step(panel + pairs * 2 * kPanel, both, sums);
-  }
+};
+
+template <class T = bf16, class A>
+FG_INLINE const T *row_of(const A *a, int64_t far, int64_t near) {
+  return static_cast<const T *>(a->x) + far * a->x_outer + near * a->x_inner;
 }
 
-template <class A>
-FG_INLINE const bf16 *row_of(const A *a, int64_t far, int64_t near) {
-  return static_cast<const bf16 *>(a->x) + far * a->x_outer + near * a->x_inner;
-}
-
-#if defined(FG_LEVEL_AMX)
-}  // namespace
-#include "packed_linear_amx.h"
-namespace {
-#else
-// Rows [m, last) of x, kRows of them at a time, by one panel, the `first` of a block or not, with `more` behind it.  Tail
+// Rows [m, last) of x, ROWS of them at a time, by one panel, the `first` of a block or not, with `more` behind it.  Tail
 // says how many COLUMNS of the output it makes, and puts the sums there.
-template <class Tail, class A>
+template <class Form, class Tail, class A>
 inline void panel_by(const A *a, int64_t p, int64_t m, int64_t last, bool first, bool more) {
-  const int64_t pairs = (a->width + 1) / 2, chunks = (a->width / 2 + kChunk - 1) / kChunk;
-  const int64_t tiles = (last - m + kRows - 1) / kRows, lines = more ? (2 * kChunk + tiles - 1) / tiles : 0;
-  const bf16 *panel = static_cast<const bf16 *>(a->panels) + p * pairs * 2 * kPanel, *next = panel + pairs * 2 * kPanel;
-  const int64_t below = first ? kRows * a->x_inner : 0;
+  using T = typename Form::T;
+  constexpr int ROWS = Form::ROWS, LINE = 64 / sizeof(T);
+  constexpr int64_t WORD = Form::PARTS * W * Form::PER, LINES = kChunk * WORD / LINE;  // elements; of a chunk of words
+  const int64_t words = (a->width + Form::PER - 1) / Form::PER, chunks = (a->width / Form::PER + kChunk - 1) / kChunk;
+  const int64_t tiles = (last - m + ROWS - 1) / ROWS, lines = more ? (LINES + tiles - 1) / tiles : 0;
+  const T *panel = static_cast<const T *>(a->panels) + p * words * WORD, *next = panel + words * WORD;
+  const int64_t below = first ? ROWS * a->x_inner : 0;
   const int64_t column = p * Tail::COLUMNS, left = a->out_features - column;
-  for (int64_t far = m / a->inner, near = m % a->inner; m < last; m += kRows, next += chunks * lines * 32) {
-    const int rows = static_cast<int>(last - m < kRows ? last - m : kRows);
-    const bf16 *x[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      x[r] = r < rows ? row_of(a, far, near) : x[0];
+  for (int64_t far = m / a->inner, near = m % a->inner; m < last; m += ROWS, next += chunks * lines * LINE) {
+    const int rows = static_cast<int>(last - m < ROWS ? last - m : ROWS);
+    const T *x[ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      x[r] = r < rows ? row_of<T>(a, far, near) : x[0];
       if (r < rows && ++near == a->inner) near = 0, ++far;
     }
     const int64_t at = m * a->out_features + column;
     for (int r = 0; r < rows; ++r) Tail::ahead(a, at + r * a->out_features);
-    Sums sums;
-    multiply(panel, x, a->width, below, next, lines, sums);
+    vf sums[ROWS * Form::PARTS];
+    Form::multiply(panel, x, a->width, below, next, lines, sums);
     if (left >= Tail::COLUMNS)
       Tail::put(a, sums, rows, at, column, static_cast<int64_t>(Tail::COLUMNS));
     else
@@ -114,30 +116,41 @@ inline void panel_by(const A *a, int64_t p, int64_t m, int64_t last, bool first,
   }
 }
 
-template <class Tail, class A>
-int product(const A *a) {
+template <class Form, class Tail, class A>
+int in_blocks(const A *a) {
+  constexpr int64_t SIZE = sizeof(typename Form::T), PANEL = Form::PARTS * W, ROWS = Form::ROWS;
   const int64_t rows = a->outer * a->inner, threads = fg_threads();
-  const int64_t panels = (a->out_features + Tail::COLUMNS - 1) / Tail::COLUMNS, bytes = 2 * kPanel * a->width + 1;
-  int64_t tall = kBlock / (2 * a->width + 1);
-  tall = tall < kRows ? kRows : tall > kTall ? kTall : tall;
+  const int64_t panels = (a->out_features + Tail::COLUMNS - 1) / Tail::COLUMNS, bytes = SIZE * PANEL * a->width + 1;
+  int64_t tall = Form::BLOCK / (SIZE * a->width + 1);
+  tall = tall < ROWS ? ROWS : tall > kTall ? kTall : tall;
   tall = (rows + (rows + tall - 1) / tall - 1) / ((rows + tall - 1) / tall);  // blocks of one size
-  tall = (tall + kRows - 1) / kRows * kRows;
+  tall = (tall + ROWS - 1) / ROWS * ROWS;
   const int64_t blocks = (rows + tall - 1) / tall;
   // What is larger is read from memory once: the weight group by group, each by all blocks, or x.
-  const bool by_group = panels * kPanel > rows;
+  const bool by_group = panels * PANEL > rows;
   int64_t groups = by_group ? panels * bytes / kGroup : 1;
   groups = groups * blocks < 8 * threads ? (8 * threads + blocks - 1) / blocks : groups;
   const int64_t some = groups > panels ? 1 : (panels + groups - 1) / groups;
   groups = (panels + some - 1) / some;
-  const int64_t grain = 1 + kItem / (tall * some * kPanel * a->width + 1);
+  const int64_t grain = 1 + kItem / (tall * some * PANEL * a->width + 1);
   return parallel_for(blocks * groups, grain, [&](int64_t item) {
     const int64_t block = by_group ? item % blocks : item / groups, group = by_group ? item / blocks : item % groups;
     const int64_t first = block * tall, last = first + tall < rows ? first + tall : rows;
     for (int64_t p = group * some; p < (group + 1) * some && p < panels; ++p)
-      panel_by<Tail>(a, p, first, last, p == group * some, p + 1 < panels);
+      panel_by<Form, Tail>(a, p, first, last, p == group * some, p + 1 < panels);
     return 0;
   });
 }
-#endif
 
 }  // namespace
+
+#if defined(FG_LEVEL_AMX)
+#include "packed_linear_amx.h"
+#else
+namespace {
+template <class Tail, class A>
+int product(const A *a) {
+  return in_blocks<Pairs, Tail>(a);
+}
+}  // namespace
+#endif

@@ -25,8 +25,8 @@ class Args(ctypes.Structure):
 
 
 def decline(x: Tensor, panels: Tensor, outputs: int, bias: Any, residual: Any, activation: str) -> str | None:
-    if x.dtype != torch.bfloat16:
-        return f"x is {x.dtype}, not torch.bfloat16"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {x.dtype}, neither torch.float32 nor torch.bfloat16"
     return unserved(x, bias, residual, panels=panels)
 
 

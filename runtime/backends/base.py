@@ -41,8 +41,8 @@ class Backend:
         planned = self.plans and aten.has_out(node.op, self.device)
         return self.hold(Binding("aten", node.op, planned=planned), node.op, metas, deterministic)
 
-    def unpacked(self) -> str | None:
-        """Why our kernels do not take layers of many rows in bfloat16, or None where they do."""
+    def unpacked(self, dtype: torch.dtype) -> str | None:
+        """Why our kernels do not take layers of many rows in ``dtype``, or None where they do."""
         return None
 
     def unpacked_convolutions(self) -> str | None:

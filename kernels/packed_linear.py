@@ -136,7 +136,8 @@ def plain_weights(x: Tensor, panels: Tensor, outputs: int, gated: bool) -> tuple
     """The weights of the panels as a user of PyTorch has them, made once: packed by oneDNN where it serves."""
     if panels not in _plain:
         weights = linear_panels.unpacked(panels, outputs, x.shape[-1], gated)
-        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() and outputs:
+        served = x.dtype == torch.bfloat16 and x.device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        if served and x.numel() and outputs:
             rows = x.numel() // x.shape[-1]
             weights = tuple(torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), rows) for w in weights)
         _plain[panels] = weights

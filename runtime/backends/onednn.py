@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusegen.kernels.cpu import bias_act, library
 from fusegen.kernels.linear_int8 import ACTIVATIONS
+from fusegen.kernels.op import Declined
 from fusegen.runtime import specialize
 from fusegen.runtime.backends.binding import Binding, Call
 from fusegen.runtime.derived import Weight, converted, stored
@@ -79,7 +80,8 @@ def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | No
     name = "onednn " + " + ".join([node.op.split(".")[1], *extra])
     if widened(weight.dtype):  # what rounds the result writes it where it shall lie
         short = str(weight.dtype).removeprefix("torch.")
-        return Binding("library", f"{name} in float32: no {short} products here", planned=True)
+        declined = Declined(f"onednn in {short}", "as PyTorch ships it, it has no such products on this CPU")
+        return Binding("library", f"{name} in float32", (declined,), planned=True)
     if node.op in LINEAR:
         return Binding("library", name, planned=out.nbytes <= COPIED)
     return Binding("library", name, planned=out.nbytes >= MAPPED and extra in ([], ["residual"]))

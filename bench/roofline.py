@@ -104,7 +104,10 @@ def measure(device: str = "cpu") -> Roofline:
     """Measure once a process; takes a few seconds."""
     size = 8192 if device == "cuda" else 2048
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        del names["bfloat16"]  # its products are made in float32, PyTorch's own are slower: that rate is the ceiling
     peak = {name: _matmul(dtype, size, device) for name, dtype in names.items()}
+    peak.setdefault("bfloat16", peak["float32"])
     if device == "cuda":
         peak["float16"] = _matmul(torch.float16, size, device)
     else:

@@ -204,7 +204,8 @@ def _plain_weight(image: Tensor, taps: Tensor, outputs: int, stride: int, double
         found = upsample2x_conv.unfolded(conv_taps.phases_of(taps, image.shape[1])) if doubled else None
         weight = weight_of(taps, outputs, image.shape[1]) if found is None else found[:outputs]
         weight = weight.to(image.dtype).contiguous(memory_format=torch.channels_last)
-        if image.dtype == torch.bfloat16 and image.device.type == "cpu" and image.numel() and outputs:
+        half = image.dtype == torch.bfloat16 and image.device.type == "cpu"
+        if half and torch.ops.mkldnn._is_mkldnn_bf16_supported() and image.numel() and outputs:
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
             weight = reorder(weight.to_mkldnn(), [1, 1], [stride] * 2, [1, 1], 1, list(image.shape))
         _plain[taps] = weight

@@ -9,7 +9,9 @@ import torch
 
 from fusegen.bench import contenders, kernels, roofline
 from fusegen.bench.roofline import Roofline
+from fusegen.kernels import linear_int8
 from fusegen.kernels import op as registry
+from fusegen.kernels.linear_int8 import saturates
 from fusegen.kernels.op import Case, Cost
 
 ROOF = Roofline(copy=10.0, read=20.0, peak={"float32": 100.0, "bfloat16": 200.0, "int8": 400.0})
@@ -47,10 +49,31 @@ def test_a_contender_without_a_form_of_the_op_has_no_row() -> None:
 
 @pytest.mark.parametrize("case", ["gelu_tanh", "silu", "prime sizes"])
 def test_onednn_is_gated_by_a_bound_of_its_own(case: str) -> None:
-    rows = kernels.run(_job("linear_int8", case), ["onednn"], seconds=0.01)
-    assert [(r.contender, r.ok) for r in rows] == [("onednn", True)], rows
-    bound = registry.get("linear_int8").tolerance[torch.float32]
-    assert bound.rms * kernels.PEER_MARGIN < (rows[0].error_rms or 0.0) < contenders.BOUNDS["linear_int8", "onednn"].rms
+    (row,) = kernels.run(_job("linear_int8", case), ["onednn"], seconds=0.01)
+    bound, own = registry.get("linear_int8").tolerance[torch.float32], contenders.BOUNDS["linear_int8", "onednn"]
+    assert (row.contender, row.ok) == ("onednn", not saturates()), row
+    error = row.error_rms or 0.0
+    assert error > own.rms if saturates() else bound.rms * kernels.PEER_MARGIN < error < own.rms
+
+
+@pytest.mark.parametrize("case", ["gelu_tanh", "silu", "prime sizes"])
+@pytest.mark.parametrize("found", [True, False])
+def test_eager_int8_is_right_where_onednns_sums_saturate_too(
+    case: str, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_int8, "saturates", lambda: found or saturates())
+    (row,) = kernels.run(_job("linear_int8", case), ["eager"], seconds=0.01)
+    assert row.ok, row
+
+
+def test_without_bfloat16_products_the_ceiling_is_that_of_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[torch.dtype] = []
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(roofline, "_matmul", lambda dtype, size, device: measured.append(dtype) or 7.0)
+    monkeypatch.setattr(roofline, "_int8", lambda size: 9.0)
+    monkeypatch.setattr(roofline, "_rate", lambda stream, device: 1.0)
+    assert roofline.measure.__wrapped__().peak == {"float32": 7.0, "bfloat16": 7.0, "int8": 9.0}
+    assert measured == [torch.float32]
 
 
 def test_memory_is_timed_beside_what_goes_beyond_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:

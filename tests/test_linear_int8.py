@@ -40,7 +40,7 @@ def test_agrees_with_integer_arithmetic_in_numpy() -> None:
 
 def test_agrees_with_pytorchs_quantized_product() -> None:
     x, weight, scale = data(33, 48, 512)
-    codes, by = codes_of(x)
+    weight, (codes, by) = weight // 2, codes_of(x)  # of seven bits: without VNNI sums of more saturate
     packed = torch.ops.onednn.qlinear_prepack(weight, [33, 512])
     zero = torch.zeros(48, dtype=torch.int64)
     unsigned = codes.view(torch.uint8) ^ 128

@@ -147,6 +147,8 @@ def decline_library(*args: Any) -> str | None:
         return "PyTorch was built without oneDNN"
     if x.dtype == torch.float16:
         return "oneDNN has no fast float16 on every CPU"
+    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bfloat16 products here"  # in float32 they are no faster than ours (Zen 3)
     work = s.channels * s.outputs * s.taps_y * s.taps_x * s.height * s.width
     if work < LEAST or min(s.channels, s.outputs) < FEW:
         return "the convolution is too small to be worth a library's call"

@@ -2,7 +2,8 @@
 
 ``runtime.linear`` and ``runtime.conv2d`` mean ``activation(product + bias + residual) * multiplier``; oneDNN takes one
 of the three with the product, and what is left, or what it does not know, is done in place on its output.
-Convolutions give channels-last.
+Convolutions give channels-last.  Where oneDNN has no products of the node's dtype on this CPU the same call is made in
+float32, its epilogues included, and what it returns is rounded once.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from fusegen.kernels.cpu import bias_act, library
 from fusegen.kernels.linear_int8 import ACTIVATIONS
+from fusegen.kernels.op import Declined
 from fusegen.runtime import specialize
 from fusegen.runtime.backends.binding import Binding, Call
+from fusegen.runtime.derived import Weight, converted, stored
 from fusegen.runtime.program import Node, Program, Ref
 from fusegen.runtime.weights import Weights
 
@@ -57,6 +60,13 @@ _conv_onto = torch.ops.mkldnn._convolution_pointwise_.binary._op
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def widened(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has no products of ``dtype`` on this CPU, so that they are made in float32."""
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | None:
     """oneDNN's binding of the node, or None where it does not serve."""
     constant = isinstance(node.args["weight"], Ref) and node.args["weight"].name in program.weights
@@ -68,6 +78,10 @@ def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | No
     if node.op in LINEAR and not extra and weight.dtype == torch.float32 and x.numel() * weight.shape[0] <= SMALL:
         return None
     name = "onednn " + " + ".join([node.op.split(".")[1], *extra])
+    if widened(weight.dtype):  # what rounds the result writes it where it shall lie
+        short = str(weight.dtype).removeprefix("torch.")
+        declined = Declined(f"onednn in {short}", "as PyTorch ships it, it has no such products on this CPU")
+        return Binding("library", f"{name} in float32", (declined,), planned=True)
     if node.op in LINEAR:
         return Binding("library", name, planned=out.nbytes <= COPIED)
     return Binding("library", name, planned=out.nbytes >= MAPPED and extra in ([], ["residual"]))
@@ -80,15 +94,19 @@ def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Ca
     shape = (1, *spec.sizes[1:]) if binding.by_sample else spec.sizes  # packed for the product that will be made
     others = args.get("residual"), args.get("multiplier")
     activation = args.get("activation", "none")
+    wide = widened(spec.dtype)
     if node.op in LINEAR:
         packed = _pack_linear(args["weight"].name, program, weights, math.prod(shape[:-1]))
         function: Callable[..., Any] = _linear_call(activation, others)
-        if binding.planned:
-            function = functools.partial(_into, function)
-        return Call(function, (args["input"], packed, args["bias"], *others), _NAMES)
-    packed = _pack_conv(node, program, weights, shape)
-    where: list[Any] = [*(list(args[k]) for k in ("padding", "stride", "dilation")), args["groups"]]
-    function = functools.partial(_conv_into, where) if binding.planned else _conv_call(activation, others, where)
+    else:
+        packed = _pack_conv(node, program, weights, shape)
+        where: list[Any] = [*(list(args[k]) for k in ("padding", "stride", "dilation")), args["groups"]]
+        onto = binding.planned and not wide
+        function = functools.partial(_conv_into, where) if onto else _conv_call(activation, others, where)
+    if wide:
+        function = functools.partial(_in_float32, function, None if binding.planned else spec.dtype)
+    if binding.planned and (wide or node.op in LINEAR):
+        function = functools.partial(_into, function)
     return Call(function, (args["input"], packed, args["bias"], *others), _NAMES)
 
 
@@ -96,7 +114,7 @@ _NAMES = ("input", "weight", "bias", "residual", "multiplier")
 
 
 def _pack_linear(name: str, program: Program, weights: Weights, rows: int) -> Tensor:
-    weight = program.weights[name]
+    weight = _packable(program.weights[name])
 
     def pack(weight: Tensor) -> tuple[Tensor, bytes]:
         made = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
@@ -107,7 +125,7 @@ def _pack_linear(name: str, program: Program, weights: Weights, rows: int) -> Te
 
 def _pack_conv(node: Node, program: Program, weights: Weights, shape: tuple[int, ...]) -> Tensor:
     name = node.args["weight"].name
-    weight = program.weights[name]
+    weight = _packable(program.weights[name])
     where = [list(node.args[k]) for k in ("padding", "stride", "dilation")]
 
     def pack(weight: Tensor) -> tuple[Tensor, bytes]:
@@ -116,6 +134,14 @@ def _pack_conv(node: Node, program: Program, weights: Weights, shape: tuple[int,
         return made, _layout(made)
 
     return weights.packed(("conv2d", name, str(where), shape), ("conv2d", name, str(where)), weight, pack)
+
+
+def _packable(weight: Weight) -> Weight:
+    """What oneDNN packs of a weight: in float32, of what is stored, where it has no products of the weight's dtype."""
+    if not widened(weight.dtype):
+        return weight
+    source = stored(weight)
+    return converted(weight if source is None else source, torch.float32)
 
 
 def _layout(packed: Tensor) -> bytes:
@@ -144,6 +170,14 @@ def _after(activation: str) -> Callable[[Tensor], Tensor] | None:
     if activation == "quick_gelu" and library.available():
         return bias_act.InPlace(activation)
     return _IN_PLACE.get(activation)
+
+
+def _in_float32(
+    function: Callable[..., Tensor], dtype: torch.dtype | None, x: Tensor, w: Tensor, *others: Tensor | None
+) -> Tensor:
+    """The call with all it reads in float32, ``w`` packed so; what it returns in ``dtype``, or as it is for None."""
+    out = function(x.float(), w, *(None if other is None else other.float() for other in others))
+    return out if dtype is None else out.to(dtype)
 
 
 def _into(function: Callable[..., Tensor], *args: Any, out: Tensor) -> None:

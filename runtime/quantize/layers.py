@@ -27,7 +27,9 @@ def errors(
 ) -> dict[str, float]:
     """Layer -> the relative root mean square error of its output in int8 on these ``inputs``, the largest first.
 
-    The layers are those that :func:`~fusegen.runtime.quantize.quantize` makes int8; it raises what that raises.
+    Each runs as this machine runs it: where that has no int8 products for a convolution, its error is that of the
+    weight's codes alone.  The layers are those that :func:`~fusegen.runtime.quantize.quantize` makes int8; it raises
+    what that raises.
     """
     probing, layers = _probe(program, quantize(program, bits, keep))
     if not layers:

@@ -26,8 +26,8 @@ KEEP = "FUSEGEN_BENCH_FILES"  # a folder to keep the networks' files in, gigabyt
 FULL, HALF, QUANTIZED = "float32 peers", "bfloat16 peers", "int8 peers"
 WHO: Mapping[str, tuple[tuple[str, str], ...]] = {
     FULL: (
-        ("eager", "float32"), ("onnxruntime", "float32"), ("openvino", "float32"), ("fusegen", "float32"),
-        ("fusegen", "bfloat16"),
+        ("eager", "float32"), ("compile", "float32"), ("onnxruntime", "float32"), ("openvino", "float32"),
+        ("fusegen", "float32"), ("fusegen", "bfloat16"),
     ),
     HALF: (
         ("eager", "bfloat16"), ("compile", "bfloat16"), ("aotinductor", "bfloat16"), ("openvino", "bfloat16"),

@@ -4,7 +4,7 @@ Tiles of 6 x 6 pixels, four apart, and the filters (:mod:`.winograd_filters`) ar
 (Lavin & Gray 2015, F(4 x 4, 3 x 3)), in float32: these transforms amplify what the products round.  In bfloat16 tiles
 are 4 x 4 pixels, two apart (F(2 x 2, 3 x 3), 16 products for four pixels, not 36), and the filters are made here, and
 rounded, of the weight's taps (:mod:`.conv_taps`), whose shape says so; a kernel may round a transformed tile to
-bfloat16.
+bfloat16.  In float32 too they are made here of taps (:mod:`.winograd_taps`) where their shape says so.
 
 Where x is ``doubled``, a nearest 2x upsampling of it is convolved.  Of tiles of 4 x 4 pixels the two middle rows and
 columns are then the same, and 7 of the 16 points, which are their differences, zero: 9 products are left.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusegen.kernels import conv_taps, winograd_filters
+from fusegen.kernels import conv_taps, winograd_filters, winograd_taps
 from fusegen.kernels.conv_taps import GROUP
 from fusegen.kernels.op import Cost, Op, Tolerance, is_channels_last, register
 from fusegen.kernels.winograd_conv2d_cases import CASES, draw
@@ -56,8 +56,8 @@ def allocate(
     doubled: bool = False,
 ) -> tuple[Tensor, ...]:
     """The uninitialised output (B, O, H, W), or (B, O, 2 H, 2 W) where x is ``doubled``, for x (B, I, H, W), filters
-    (6, 6, P, I, 16) or taps (P, ceil(I / 2), 3, 3, 32, 2), bias (O,) and a residual of the output's shape, which is
-    added: channels-last where x is that and not also contiguous, else contiguous.
+    (6, 6, P, I, 16) or taps (P, I, 9, 16) or (P, ceil(I / 2), 3, 3, 32, 2), bias (O,) and a residual of the output's
+    shape, which is added: channels-last where x is that and not also contiguous, else contiguous.
 
     Raises ValueError where they do not fit.
     """
@@ -83,11 +83,12 @@ def check_filters(op: str, x: Tensor, filters: Tensor, outputs: int) -> None:
     """Raises ValueError, which names ``op``, where filters of neither kind fit the images."""
     if x.dim() != 4 or tuple(filters.shape) not in (
         (6, 6, -(-outputs // PANEL), x.shape[1], PANEL),
+        winograd_taps.shape_of(outputs, x.shape[1]),
         (-(-outputs // GROUP), -(-x.shape[1] // 2), 3, 3, GROUP, 2),
     ):
         raise ValueError(
             f"{op}: x {tuple(x.shape)}, filters {tuple(filters.shape)} and {outputs} outputs are not (B, I, H, W), "
-            "(6, 6, P, I, 16) or (P, ceil(I / 2), 3, 3, 32, 2), and at most 16 P or 32 P"
+            "(6, 6, P, I, 16), (P, I, 9, 16) or (P, ceil(I / 2), 3, 3, 32, 2), and at most 16 P or 32 P"
         )
 
 
@@ -130,7 +131,9 @@ def convolved(padded: Tensor, filters: Tensor, outputs: int) -> Tensor:
 
 
 def flat(filters: Tensor, inputs: int) -> Tensor:
-    """The filters of either layout as (6, 6, I, O) or (4, 4, I, O), with what pads the outputs."""
+    """The filters of any layout as (6, 6, I, O) or (4, 4, I, O), with what pads the outputs."""
+    if filters.dim() == 4:
+        filters = winograd_filters.reference(winograd_taps.weight_of(filters))
     return filters.transpose(2, 3).flatten(3) if filters.dim() == 5 else conv_taps.filters_of(filters, inputs)
 
 
@@ -155,6 +158,8 @@ def cost(
 @functools.lru_cache(maxsize=1)
 def unfolded(filters: Tensor, outputs: int, inputs: int, transposed: bool = False) -> Tensor:
     """The weight (O, I, 3, 3) that the filters were made of; kept, as the filters are."""
+    if filters.dim() == 4:
+        return winograd_taps.weight_of(filters)[:outputs].float().contiguous(memory_format=torch.channels_last)
     if filters.dim() == 6:
         return conv_taps.weight_of(filters, inputs)[:outputs].float().contiguous(memory_format=torch.channels_last)
     g = torch.linalg.pinv(torch.tensor(winograd_filters.TRANSPOSED if transposed else winograd_filters.FILTER).double())

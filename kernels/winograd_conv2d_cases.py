@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from fusegen.kernels import conv_taps, winograd_filters
+from fusegen.kernels import conv_taps, winograd_filters, winograd_taps
 from fusegen.kernels.draw import Draw, laid_out
 from fusegen.kernels.op import Case, is_channels_last
 
 
 def _arguments(
-    g: Generator, x: Tensor, outputs: int, bias: bool, residual: bool, doubled: bool = False
+    g: Generator, x: Tensor, outputs: int, bias: bool, residual: bool, doubled: bool = False, taps: bool = False
 ) -> tuple[Any, ...]:
     inputs = x.shape[1]
     weight = torch.randn(outputs, inputs, 3, 3, generator=g) / (9 * max(inputs, 1)) ** 0.5
-    pairs = x.dtype == torch.bfloat16
-    filters = (conv_taps if pairs else winograd_filters).reference(weight.to(x.dtype))
+    form = conv_taps if x.dtype == torch.bfloat16 else winograd_taps if taps else winograd_filters
+    filters = form.reference(weight.to(x.dtype))
     offset = torch.randn(outputs, generator=g).to(x.dtype) if bias else None
     size = (n * (2 if doubled else 1) for n in x.shape[2:])
     more = torch.randn(x.shape[0], outputs, *size, generator=g).to(x.dtype) if residual else None
@@ -36,23 +36,24 @@ def _case(
     bias: bool = True,
     residual: bool = False,
     doubled: bool = False,
+    taps: bool = False,
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
     bench: bool = False,
     small: bool = True,
 ) -> Case:
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         x = laid_out(torch.randn(shape, generator=g).to(dtype), layout)
-        return _arguments(g, x, outputs, bias, residual, doubled)
+        return _arguments(g, x, outputs, bias, residual, doubled, taps)
 
     return Case(name, build, dtypes=dtypes, bench=bench, small=small)
 
 
 def _bench(*shape: int, **more: Any) -> Case:
-    name = "x".join(map(str, shape)) + (", doubled" if more.get("doubled") else "")
+    name = "x".join(map(str, shape)) + "".join(f", {k}" for k in ("doubled", "taps") if more.get(k))
     return _case(name, shape, shape[1], bench=True, small=False, **more)
 
 
-_HALF = (torch.bfloat16,)
+_HALF, _FULL = (torch.bfloat16,), (torch.float32,)
 
 
 CASES = [
@@ -74,6 +75,11 @@ CASES = [
     _case("contiguous", (2, 16, 6, 6), 16, layout="contiguous"),
     _case("strided", (2, 16, 3, 5), 16, layout="strided"),
     _case("several blocks", (3, 33, 33, 19), 70, residual=True, small=False),
+    _case("taps", (2, 5, 3, 4), 7, taps=True, dtypes=_FULL),
+    _case("taps, no inputs", (2, 0, 3, 3), 4, taps=True, dtypes=_FULL, small=False),
+    _case("taps, inputs in parts", (3, 137, 7, 11), 37, taps=True, residual=True, dtypes=_FULL, small=False),
+    _case("taps, several panels", (2, 64, 9, 8), 70, taps=True, bias=False, residual=True, dtypes=_FULL, small=False),
+    _case("taps, several chunks", (1, 2570, 33, 33), 17, taps=True, dtypes=_FULL, small=False),
     _case("doubled", (2, 34, 3, 5), 37, doubled=True, residual=True),
     _case("doubled, one pixel", (1, 3, 1, 1), 5, doubled=True, bias=False),
     _case("doubled, several blocks", (2, 24, 19, 13), 70, doubled=True, small=False),
@@ -81,6 +87,7 @@ CASES = [
     _case("inputs in parts, doubled", (1, 259, 5, 3), 40, doubled=True, dtypes=_HALF, small=False),
     *(_bench(*shape) for shape in ((2, 48, 64, 64), (2, 128, 16, 16), (2, 320, 64, 64), (2, 640, 32, 32))),
     _bench(1, 256, 256, 256),
+    *(_bench(*shape, dtypes=_FULL, taps=True) for shape in ((2, 1280, 16, 16), (2, 1280, 8, 8), (2, 640, 32, 32))),
     *(_bench(*shape, dtypes=_HALF) for shape in ((2, 1280, 16, 16), (2, 1280, 8, 8))),
     *(_bench(*shape, dtypes=_HALF, doubled=True) for shape in ((2, 1280, 8, 8), (2, 640, 32, 32), (1, 512, 128, 128))),
 ]
@@ -90,5 +97,5 @@ def draw(choices: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
     """Arguments of winograd_conv2d that nobody chose."""
     shape = (*choices.shape(2, 40), *choices.shape(11, 11))
     x = choices.tensor(shape, dtype, layouts=("channels_last", "contiguous"))
-    bias, residual, doubled = (choices.choice((True, False)) for _ in range(3))
-    return _arguments(choices.generator(), x, choices.integer(0, 70), bias, residual, doubled)
+    bias, residual, doubled, taps = (choices.choice((True, False)) for _ in range(4))
+    return _arguments(choices.generator(), x, choices.integer(0, 70), bias, residual, doubled, taps)

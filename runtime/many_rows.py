@@ -22,9 +22,9 @@ from fusegen.runtime.program import Applied, Node, Program, Ref
 from fusegen.runtime.rewrite.graph import Names, without_dead
 from fusegen.runtime.specialize import Strided, propagate, spec_of
 
-# Measured on a Zen 5 against oneDNN with packed weights, in bfloat16: 1.02 to 1.5 times as fast, but for fewer rows than MANY on a
-# weight of more than LARGE elements, whose reading is the time (0.74 to 1.0), and for few inputs or outputs (from 0.8).
-# In float32 on a Zen 3 from MANY rows on 0.95 to 1.27 times, a gated layer 1.3 to 1.5; 16 rows 0.77, 64 0.92.
+# Measured on a Zen 5 against oneDNN on packed weights, in bfloat16: 1.02 to 1.5 times as fast, but for fewer rows than
+# MANY on a weight of more than LARGE elements, whose reading is the time (0.74 to 1.0), and for few inputs or outputs
+# (0.8).  In float32 on a Zen 3 from MANY rows on 0.95 to 1.27, a gated layer 1.3 to 1.5; 16 rows 0.77, 64 0.92.
 FEW, MANY, LARGE, NARROW = 16, 128, 1 << 22, 64
 DTYPES = (torch.float32, torch.bfloat16)
 RULE = "products of many rows by packed weights"

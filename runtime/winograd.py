@@ -48,10 +48,14 @@ class _Form:
 
 # Larger tiles where products are of float32.  On a Zen 5 in bfloat16 16 channels took up to twice as long as oneDNN, 24
 # 0.87 times; in int8 32 up to 1.6 times, 48 0.8 to 1.3 times, 64 0.2 (8 x 8 pixels) to 1.0 (64 x 64).
+# Where filters of 36 points would take too much memory, they are made of taps in every call.
 _FORMS = {
-    torch.float32: _Form(RULE, "winograd_conv2d", "winograd_filters", FEW, more=(("transposed", False),)),
-    torch.bfloat16: _Form(RULE, "winograd_conv2d", "conv_taps", 24, more=(("doubled", False),)),
-    torch.int8: _Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale")),
+    torch.float32: (
+        _Form(RULE, "winograd_conv2d", "winograd_filters", FEW, more=(("transposed", False),)),
+        _Form(RULE, "winograd_conv2d", "winograd_taps", FEW),
+    ),
+    torch.bfloat16: (_Form(RULE, "winograd_conv2d", "conv_taps", 24, more=(("doubled", False),)),),
+    torch.int8: (_Form(RULE_INT8, "winograd_conv2d_int8", "winograd_int8_filters", 64, ("weight", "scale")),),
 }
 
 
@@ -95,18 +99,19 @@ class _Folding:
 
     def nodes_of(self, node: Node) -> list[Node]:
         """The node, or what takes its place: its form, behind the filters where they are not made yet."""
-        form, x = self._form(node), what_it_reads(node, self.sources)
-        if form is None or x is None:
+        forms, x = self._forms(node), what_it_reads(node, self.sources)
+        if not forms or x is None:
             return [node]
         outputs = int(self.program.weights[node.args["weight"].name].shape[0])
-        doubled = form.rule == RULE_INT8 and x.name in self.sources and doubles(self.sources[x.name], self.program)
+        doubled = forms[0].rule == RULE_INT8 and x.name in self.sources and doubles(self.sources[x.name], self.program)
         if doubled:
             x = self.sources[x.name].args["input"]
         tail = {"outputs": outputs, "bias": node.args["bias"], "residual": node.args["residual"], "doubled": doubled}
-        why = self._stays(node, form, x, tail)
-        if why is not None:
-            self.left.setdefault(form.rule, []).append(f"{node.name}: {why}")
+        reasons = [self._stays(node, form, x, tail) for form in forms]
+        if None not in reasons:
+            self.left.setdefault(forms[0].rule, []).append(f"{node.name}: {'; '.join(map(str, reasons))}")
             return [node]
+        form = forms[reasons.index(None)]
         self.counts[form.rule] = self.counts.get(form.rule, 0) + 1
         weight, before = node.args["weight"].name, list[Node]()
         if weight not in self.made:
@@ -116,17 +121,17 @@ class _Folding:
             before = [Node(parts[0], f"fusegen.{form.filters}.default", given | dict(form.more), parts)]
         return [*before, replace(node, op=f"fusegen.{form.op}.default", args={"x": x, **self.made[weight], **tail})]
 
-    def _form(self, node: Node) -> _Form | None:
-        """The form of a plain 3x3 convolution of enough channels by a weight of the program, else None."""
+    def _forms(self, node: Node) -> tuple[_Form, ...]:
+        """The forms of a plain 3x3 convolution of enough channels by a weight of the program, the first the best."""
         plain = _CONVOLUTIONS.get(node.op)
         if plain is None or any(node.args[k] != v for k, v in plain.items()):
-            return None
+            return ()
         given = node.args["weight"]
         weight = self.program.weights.get(given.name) if isinstance(given, Ref) else None
-        form = _FORMS.get(weight.dtype) if weight is not None else None
-        if weight is None or form is None or tuple(weight.shape[2:]) != (3, 3) or weight.shape[1] < form.few:
-            return None
-        return form if registry.get(form.op).kernels else None
+        if weight is None or tuple(weight.shape[2:]) != (3, 3):
+            return ()
+        forms = _FORMS.get(weight.dtype, ())
+        return tuple(f for f in forms if weight.shape[1] >= f.few and registry.get(f.op).kernels)
 
     def _stays(self, node: Node, form: _Form, x: Ref, tail: Mapping[str, Any]) -> str | None:
         """Why no kernel takes the node's form, or None."""

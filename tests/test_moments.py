@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not library.available(), reason=library.missing(
 registry.ops()
 LEVELS = library.levels() if library.available() else ()
 PAIRS = pytest.mark.skipif("avx512_bf16" not in LEVELS, reason="this CPU has no products of bfloat16")
-FORMS = [("winograd_conv2d", torch.float32), ("packed_conv2d", torch.bfloat16)]
+FORMS = [("winograd_conv2d", torch.float32), ("winograd_taps", torch.float32), ("packed_conv2d", torch.bfloat16)]
 FORMS = [*FORMS, pytest.param("winograd_conv2d", torch.bfloat16, marks=PAIRS)]  # type: ignore[list-item]
 LEAVES, PLAIN = "kernel winograd_conv2d_moments C++", "kernel winograd_conv2d C++"
 
@@ -29,6 +29,7 @@ def last(x: Tensor) -> Tensor:
 
 
 def levels(op: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Those at which the op takes the dtype."""
     return ("avx512_bf16",) if (op, dtype) == ("winograd_conv2d", torch.bfloat16) else LEVELS
 
 
@@ -41,16 +42,21 @@ def arguments(
     if op == "packed_conv2d":
         filters = {"taps": torch.ops.fusegen.conv_taps(weight, doubled)}
     else:
-        pairs = dtype == torch.bfloat16
-        filters = {"filters": (torch.ops.fusegen.conv_taps if pairs else torch.ops.fusegen.winograd_filters)(weight)}
+        form = op if op == "winograd_taps" else "winograd_filters"
+        filters = {"filters": getattr(torch.ops.fusegen, "conv_taps" if dtype == torch.bfloat16 else form)(weight)}
     x, bias = last(torch.randn(shape, generator=g).to(dtype)), 100 * torch.randn(outputs, generator=g)
     residual = torch.randn(shape[0], outputs, *(n * (2 if doubled else 1) for n in shape[2:]), generator=g)
     more = {"outputs": outputs, "bias": bias.to(dtype), "residual": last(residual.to(dtype)), "doubled": doubled}
     return {"x": x, **filters, **more}
 
 
+def plain(op: str) -> str:
+    """The op of a form: "winograd_taps" is winograd_conv2d by such."""
+    return "winograd_conv2d" if op == "winograd_taps" else op
+
+
 def both(op: str, args: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    made: tuple[Tensor, Tensor] = getattr(torch.ops.fusegen, f"{op}_moments")(**args)
+    made: tuple[Tensor, Tensor] = getattr(torch.ops.fusegen, f"{plain(op)}_moments")(**args)
     return made
 
 
@@ -70,13 +76,13 @@ def test_they_are_those_of_what_was_stored(op: str, dtype: torch.dtype, kind: st
             elif kind == "same":
                 args["x"].zero_(), args["residual"].zero_()
             out, got = both(op, args)
-            assert torch.equal(out, getattr(torch.ops.fusegen, op)(**args))
+            assert torch.equal(out, getattr(torch.ops.fusegen, plain(op))(**args))
             (mean, variance), (true, spread) = got.unbind(1), moments_of(out).unbind(1)
             assert float(((mean - true).abs() / (spread.sqrt() + 1e-12)).max()) < bounds[0], (level, "mean")
             assert float(((variance - spread).abs() / (spread + 1e-24)).max()) < bounds[1], (level, "variance")
 
 
-@pytest.mark.parametrize(("op", "dtype"), FORMS[1:])
+@pytest.mark.parametrize(("op", "dtype"), FORMS[2:])
 @pytest.mark.parametrize("shape", [(2, 32, 9, 31), (1, 70, 37, 40)])
 def test_of_a_doubled_image(op: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     for level in levels(op, dtype):

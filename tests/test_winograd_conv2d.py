@@ -17,6 +17,7 @@ from fusegen.runtime.winograd import RULE
 pytestmark = pytest.mark.skipif(not library.available(), reason=library.missing() or "")
 registry.ops()
 FUSED = "kernel winograd_conv2d C++"
+FORMS = ("winograd_filters", "winograd_taps")
 LEVELS = library.levels() if library.available() else ()
 needs_pairs = pytest.mark.skipif("avx512_bf16" not in LEVELS[-1:], reason="bfloat16 is served at avx512_bf16 alone")
 
@@ -26,24 +27,29 @@ def last(x: Tensor) -> Tensor:
 
 
 def convolved(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, doubled: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    doubled: bool = False,
+    form: str = "winograd_filters",
 ) -> Tensor:
-    pairs = weight.dtype == torch.bfloat16
-    filters = (torch.ops.fusegen.conv_taps if pairs else torch.ops.fusegen.winograd_filters)(weight)
+    filters = getattr(torch.ops.fusegen, "conv_taps" if weight.dtype == torch.bfloat16 else form)(weight)
     return torch.ops.fusegen.winograd_conv2d(x, filters, weight.shape[0], bias, residual, doubled)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("shape", [(2, 24, 12, 20), (3, 17, 7, 9), (1, 64, 1, 1), (5, 33, 4, 3)])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(2, 24, 12, 20), (3, 17, 7, 9), (1, 64, 1, 1), (5, 33, 4, 3), (2, 150, 5, 9)])
 @pytest.mark.parametrize("outputs", [1, 16, 40, 144])
-def test_it_is_the_convolution(level: str, shape: tuple[int, ...], outputs: int) -> None:
+def test_it_is_the_convolution(level: str, form: str, shape: tuple[int, ...], outputs: int) -> None:
     g = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=g).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(outputs, shape[1], 3, 3, generator=g) / 10, torch.randn(outputs, generator=g)
     residual = torch.randn(shape[0], outputs, *shape[2:], generator=g).contiguous(memory_format=torch.channels_last)
     want = F.conv2d(x.double(), weight.double(), bias.double(), padding=1) + residual.double()
     with library.forced(level):
-        got = convolved(x, weight, bias, residual)
+        got = convolved(x, weight, bias, residual, form=form)
     assert_close("y", got, want, registry.get("winograd_conv2d").tolerance[torch.float32])
 
 
@@ -88,18 +94,21 @@ def test_few_tiles_have_the_bits_of_many(doubled: bool) -> None:
     assert torch.equal(convolved(x, weight, doubled=doubled)[:1], convolved(last(x[:1]), weight, doubled=doubled))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_pairs)])
-def test_bits_do_not_depend_on_threads_or_batch(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [*((torch.float32, form) for form in FORMS), pytest.param(torch.bfloat16, "conv_taps", marks=needs_pairs)],
+)
+def test_bits_do_not_depend_on_threads_or_batch(dtype: torch.dtype, form: str) -> None:
     g = torch.Generator().manual_seed(0)
     x = last(torch.randn(5, 48, 19, 23, generator=g).to(dtype))
     weight, threads = torch.randn(80, 48, 3, 3, generator=g).to(dtype), torch.get_num_threads()
-    whole = convolved(x, weight)
+    whole = convolved(x, weight, form=form)
     try:
         torch.set_num_threads(1)
-        assert torch.equal(convolved(x, weight), whole)
+        assert torch.equal(convolved(x, weight, form=form), whole)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(convolved(last(x[2:3]), weight), whole[2:3])
+    assert torch.equal(convolved(last(x[2:3]), weight, form=form), whole[2:3])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +125,7 @@ def test_what_does_not_fit_is_refused(change, message: str) -> None:
     x, filters = torch.zeros(1, 16, 4, 4), torch.zeros(6, 6, 2, 16, 16)
     with pytest.raises(ValueError, match=f"winograd_conv2d: .*{message}"):
         torch.ops.fusegen.winograd_conv2d(*change(x, filters))
-    for name in ("winograd_filters", "conv_taps"):
+    for name in ("winograd_filters", "winograd_taps", "conv_taps"):
         with pytest.raises(ValueError, match=name):
             getattr(torch.ops.fusegen, name)(torch.zeros(3, 3, 1, 1))
 
@@ -217,5 +226,15 @@ def test_where_no_kernel_takes_it_the_plan_says_why(monkeypatch: pytest.MonkeyPa
     from fusegen.kernels.cpu import winograd_conv2d
 
     monkeypatch.setattr(winograd_conv2d, "MOST_FILTERS", 1)
+    monkeypatch.setattr(winograd_conv2d, "MANY_FILTERS", 1)  # an image has 9 tiles
     counts, left = planned(Block())
-    assert FUSED not in counts and len(left) == 1 and "MiB" in left[0]
+    assert FUSED not in counts and len(left) == 1 and "MiB" in left[0] and "9 tiles of a sample are too few" in left[0]
+
+
+def test_where_filters_would_take_too_much_memory_they_are_made_of_taps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusegen.kernels.cpu import winograd_conv2d
+
+    monkeypatch.setattr(winograd_conv2d, "MOST_FILTERS", 1)
+    counts, left = planned(Block())
+    assert counts[FUSED] == 1 and left == [] and any("winograd_taps" in name for name in counts)
+    assert not any("winograd_filters" in name for name in counts)

@@ -8,5 +8,5 @@ extern "C" int FG_EXPORT(winograd_conv2d)(const fg_winograd_conv2d_args *a) {
   if (a->dtype == FG_BFLOAT16) return convolve_pairs(a, Unseen());
 #endif
   if (a->dtype != FG_FLOAT32 || a->doubled) return FG_BAD_ARGUMENT;
-  return convolve_floats(a, [](int64_t, int64_t, int64_t, const vf *) {});
+  return convolve_floats(a, [](int64_t, int64_t, int64_t, int64_t, const vf *) {});
 }

@@ -2,7 +2,7 @@
 // by tile.
 #pragma once
 #include "abi.h"
-#include "winograd.h"
+#include "winograd_taps.h"
 #if defined(FG_HAS_AVX512_BF16)
 #include "winograd_bf16.h"
 #endif
@@ -34,7 +34,6 @@ int convolve_pairs(const fg_winograd_conv2d_args *a, const Seen &seen) {
 
 template <class Seen>
 int convolve_floats(const fg_winograd_conv2d_args *a, const Seen &seen) {
-  const Winograd problem(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width, !a->moments);
   const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
     const float *image = static_cast<const float *>(a->x) + sample * a->height * a->width * a->inputs;
     const float *pixel[POINTS];
@@ -47,10 +46,11 @@ int convolve_floats(const fg_winograd_conv2d_args *a, const Seen &seen) {
     }
   };
   const float *bias = static_cast<const float *>(a->bias), *residual = static_cast<const float *>(a->residual);
-  const auto take = [&](int64_t sample, int64_t y, int64_t x, const auto &get) {
+  // Of the outputs [first, last).
+  const auto put = [&](int64_t sample, int64_t y, int64_t x, int64_t first, int64_t last, const auto &get) {
     const int64_t start = ((sample * a->height + y) * a->width + x) * a->outputs;
     const int64_t rows = a->height - y < 4 ? a->height - y : 4, wide = a->width - x < 4 ? a->width - x : 4;
-    for (int64_t o = 0; o < a->outputs; o += W) {
+    for (int64_t o = first; o < last; o += W) {
       const int some = lanes_left(a->outputs - o);
       const vf offset = bias ? load_n(bias + o, some) : set1(0.0f);
       vf z[16];
@@ -62,10 +62,14 @@ int convolve_floats(const fg_winograd_conv2d_args *a, const Seen &seen) {
           if (residual) value = add(value, load_n(residual + at, some));
           store_n(static_cast<float *>(a->out) + at, value, some);
         }
-      seen(y, x, o, z);
+      seen(sample, y, x, o, z);
     }
   };
-  return problem.run(fill, take);
+  if (a->taps) return TapWinograd(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width).run(fill, put);
+  const auto take = [&](int64_t sample, int64_t y, int64_t x, const auto &get) {
+    put(sample, y, x, int64_t{0}, a->outputs, get);
+  };
+  return Winograd(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width, !a->moments).run(fill, take);
 }
 
 }  // namespace

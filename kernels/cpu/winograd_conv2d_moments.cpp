@@ -1,8 +1,8 @@
 // levels: scalar avx2 avx512 avx512_bf16 neon
 // winograd_conv2d, and the moments of what it writes, taken from its registers band by band of tiles.
 //
-// A sample is convolved by itself and its bands depend on its size alone, and they are merged in order: neither threads
-// nor batch change a bit.
+// A sample's bands depend on its size alone, each is of one thread, and they are merged in order: neither threads nor
+// batch change a bit.
 #include <algorithm>
 #include <cstdlib>
 
@@ -11,20 +11,25 @@
 
 namespace {
 
-// The bands of an image of tiles of `side` x `side` pixels, `band` tiles each.
+// The bands of images of tiles of `side` x `side` pixels, `band` tiles each.
 struct Bands {
-  int64_t height, width, channels, side, band;
+  int64_t samples, height, width, channels, side, band;
   int64_t across, tiles, bands;
-  float *partial;  // [kColumns channels][band]: centres, sums and squares
+  float *partial;  // [sample][kColumns channels][band]: centres, sums and squares
 
   Bands(const fg_winograd_conv2d_args *a, int64_t side, int64_t band)
-      : height(a->height), width(a->width), channels(a->outputs), side(side), band(band) {
+      : samples(a->batch), height(a->height), width(a->width), channels(a->outputs), side(side), band(band) {
     across = (width + side - 1) / side, tiles = (height + side - 1) / side * across, bands = (tiles + band - 1) / band;
   }
 
   int64_t strips() const { return (channels + kColumns - 1) / kColumns; }
   float *at(int64_t strip, int64_t i) const { return partial + (strip * bands + i) * kBand; }
   float *of(int64_t tile, int64_t o) const { return at(o / kColumns, tile / band) + o % kColumns; }
+  Bands sample(int64_t b) const {
+    Bands own = *this;
+    own.partial += b * strips() * bands * kBand;
+    return own;
+  }
 
   // The pixels of the tiles before one.
   int64_t before(int64_t tile) const {
@@ -71,22 +76,26 @@ struct TileSums : PairSums {
 };
 #endif
 
-// One sample.
 int convolve(const fg_winograd_conv2d_args *a, Bands bands) {
-  const int64_t floats = bands.strips() * bands.bands * kBand;
+  const int64_t strips = bands.strips(), floats = bands.samples * strips * bands.bands * kBand;
   bands.partial = static_cast<float *>(std::calloc(static_cast<size_t>(floats), sizeof(float)));
   if (!bands.partial) return FG_NO_MEMORY;
   int code = FG_BAD_ARGUMENT;
   if (a->dtype == FG_FLOAT32)
-    code = convolve_floats(a, [&](int64_t y, int64_t x, int64_t o, const vf *z) { add_tile(bands, y, x, o, z); });
+    code = convolve_floats(a, [&](int64_t sample, int64_t y, int64_t x, int64_t o, const vf *z) {
+      add_tile(bands.sample(sample), y, x, o, z);
+    });
 #if defined(FG_HAS_AVX512_BF16)
   if (a->dtype == FG_BFLOAT16) code = convolve_pairs(a, TileSums(&bands));
 #endif
   double *moments = static_cast<double *>(a->moments);
   if (!code)
-    parallel_for(bands.strips(), 1, [&](int64_t strip) {
-      if (a->dtype == FG_BFLOAT16) return bands.merge<true>(strip, moments, moments + a->outputs), 0;
-      return bands.merge<false>(strip, moments, moments + a->outputs), 0;
+    parallel_for(bands.samples * strips, 1, [&](int64_t item) {
+      const int64_t sample = item / strips, strip = item % strips;
+      const Bands own = bands.sample(sample);
+      double *mean = moments + sample * 2 * a->outputs;
+      if (a->dtype == FG_BFLOAT16) return own.merge<true>(strip, mean, mean + a->outputs), 0;
+      return own.merge<false>(strip, mean, mean + a->outputs), 0;
     });
   std::free(bands.partial);
   return code;
@@ -96,6 +105,7 @@ Bands bands_of(const fg_winograd_conv2d_args *a) {
 #if defined(FG_HAS_AVX512_BF16)
   if (a->dtype == FG_BFLOAT16) return Bands(a, 2, kBlock);
 #endif
+  if (a->taps) return Bands(a, 4, kRows);
   return Bands(a, 4, Winograd(a->filters, 1, a->inputs, a->outputs, a->height, a->width, false).block);
 }
 
@@ -106,7 +116,9 @@ extern "C" int FG_EXPORT(winograd_conv2d_moments)(const fg_winograd_conv2d_momen
   const int64_t read = pixels / (a->doubled ? 4 : 1) * a->inputs * element, written = pixels * a->outputs * element;
   double *moments = static_cast<double *>(a->moments);
   if (!pixels) std::fill_n(moments, a->batch * 2 * a->outputs, __builtin_nan(""));
-  for (int64_t b = 0; pixels && a->outputs && b < a->batch; ++b) {
+  if (!pixels || !a->outputs || !a->batch) return FG_OK;
+  if (a->taps) return convolve(a, bands_of(a));  // filters are made for all samples
+  for (int64_t b = 0; b < a->batch; ++b) {
     fg_winograd_conv2d_args one = *a;
     one.batch = 1;
     one.x = static_cast<const char *>(a->x) + b * read;

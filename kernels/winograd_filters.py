@@ -53,10 +53,11 @@ def reference(weight: Tensor, transposed: bool = False) -> Tensor:
     """G w G^T for every pair of channels, in float64, rounded once."""
     (out,) = allocate(weight)
     g = torch.tensor(TRANSPOSED if transposed else FILTER, dtype=torch.float64, device=weight.device)
-    made = torch.einsum("ak,oikl,bl->abio", g, weight.double(), g)
-    filled = torch.zeros((6, 6, weight.shape[1], out.shape[2] * PANEL), dtype=torch.float64, device=weight.device)
-    filled[..., : weight.shape[0]] = made
-    return out.copy_(filled.unflatten(-1, (out.shape[2], PANEL)).transpose(2, 3))
+    outputs, inputs = weight.shape[:2]
+    lines = weight.new_zeros((9, inputs, out.shape[2] * PANEL), dtype=torch.float64)
+    lines[..., :outputs] = weight.flatten(2).permute(2, 1, 0)
+    made = torch.kron(g, g) @ lines.flatten(1)  # one product by 36 x 9: einsum took three times as long
+    return out.copy_(made.view(6, 6, inputs, out.shape[2], PANEL).transpose(2, 3))
 
 
 def cost(weight: Tensor, transposed: bool = False) -> Cost:

@@ -55,11 +55,12 @@ struct TapWinograd {
       }
   }
 
-  // m[MR][PANEL] = v[MR][n] . u, added to what is there but for the first inputs.
+  // m[MR][PANEL] = v[MR][n] . u, added to what is there but for the first inputs: parts by themselves, so that a sum of
+  // thousands is rounded in two short chains.
   FG_INLINE void multiply(const float *v, int64_t row, int64_t n, const float *u, bool first, float *m) {
     vf sum[MR * VP];
 #pragma GCC unroll 32
-    for (int i = 0; i < MR * VP; ++i) sum[i] = first ? set1(0.0f) : load(m + i / VP * PANEL + i % VP * W);
+    for (int i = 0; i < MR * VP; ++i) sum[i] = set1(0.0f);
     for (int64_t k = 0; k < n; ++k) {
       vf f[VP];
 #pragma GCC unroll 16
@@ -72,7 +73,10 @@ struct TapWinograd {
       }
     }
 #pragma GCC unroll 32
-    for (int i = 0; i < MR * VP; ++i) store(m + i / VP * PANEL + i % VP * W, sum[i]);
+    for (int i = 0; i < MR * VP; ++i) {
+      float *to = m + i / VP * PANEL + i % VP * W;
+      store(to, first ? sum[i] : add(load(to), sum[i]));
+    }
   }
 
   // A panel of outputs of the tiles [first, first + count), v[point][room][step] being theirs.

@@ -18,22 +18,17 @@ from fusegen.kernels.draw import LAYOUTS, Draw, laid_out
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
 
 SCHEMA = "(Tensor weight, Tensor? gate=None, ScalarType? dtype=None) -> Tensor"
-# dtype -> (rows that lie together, columns of a word, words of a step).  A tile of float32 is 6 rows by 16 outputs on
-# AVX2: 16 registers.
-_FORMS = {torch.float32: (16, 1, 1), torch.int8: (32, 4, 16)}
-_PAIRS = (32, 2, 1)
+# What products are of -> (rows that lie together, columns of a word, words of a step).  A tile of float32 is 6 rows by
+# 16 outputs on AVX2: 16 registers.
+_FORMS = {torch.float32: (16, 1, 1), torch.bfloat16: (32, 2, 1), torch.int8: (32, 4, 16)}
 
 
-def rows_of(dtype: torch.dtype) -> int:
-    """How many rows a panel of ``dtype`` holds."""
-    return _FORMS.get(dtype, _PAIRS)[0]
-
-
-def shape_of(outputs: int, width: int, gated: bool, dtype: torch.dtype) -> tuple[int, ...]:
-    """The panels' shape for a weight (N, K): (P, ceil(K / 2), 32, 2), of int8 (P, 16 ceil(K / 64), 32, 4), of float32
-    (P, K, 16, 1); P panels hold the N rows, and as many of the gate where there is one.
+def shape_of(outputs: int, width: int, gated: bool, products: torch.dtype) -> tuple[int, ...]:
+    """The panels' shape for a weight (N, K): for ``products`` of bfloat16 (P, ceil(K / 2), 32, 2), of int8
+    (P, 16 ceil(K / 64), 32, 4), of float32 (P, K, 16, 1); P panels hold the N rows, and as many of the gate where there
+    is one.
     """
-    rows, word, step = _FORMS.get(dtype, _PAIRS)
+    rows, word, step = _FORMS[products]
     return (-(-outputs // (rows // 2 if gated else rows)), -(-width // (word * step)) * step, rows, word)
 
 
@@ -41,8 +36,8 @@ def allocate(
     weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The uninitialised panels (:func:`shape_of`) of weight (N, K) or (N, K, 1, 1), a convolution's, and a gate of
-    its shape and dtype: contiguous, in ``dtype`` or weight's, zeros behind the last row and column.  Raises ValueError
-    for anything else.
+    its shape and dtype: contiguous, in ``dtype`` or weight's, zeros behind the last row and column; for products of
+    float32 where that is asked for, of int8 where weight is, else in pairs.  Raises ValueError for anything else.
     """
     if weight.dim() not in (2, 4) or any(size != 1 for size in weight.shape[2:]):
         raise ValueError(f"linear_panels: weight has shape {tuple(weight.shape)}, not (N, K) or (N, K, 1, 1)")
@@ -52,7 +47,9 @@ def allocate(
         )
     if weight.dtype == torch.int8 and dtype not in (None, torch.int8):
         raise ValueError(f"linear_panels: codes stay torch.int8, {dtype} is asked for")
-    shape = shape_of(weight.shape[0], weight.shape[1], gate is not None, dtype or weight.dtype)
+    whole = dtype if dtype == torch.float32 else torch.bfloat16
+    products = torch.int8 if weight.dtype == torch.int8 else whole
+    shape = shape_of(weight.shape[0], weight.shape[1], gate is not None, products)
     return (torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device),)
 
 
@@ -72,10 +69,10 @@ def reference(weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | N
 
 
 def unpacked(panels: Tensor, outputs: int, width: int, gated: bool = False) -> tuple[Tensor, ...]:
-    """The weight (N, K) that the panels hold; with ``gated`` the gate's and the weight."""
+    """The weight (N, K) that the panels hold, row by row; with ``gated`` the gate's and the weight."""
     parts = 2 if gated else 1
     rows = panels.transpose(1, 2).unflatten(1, (parts, panels.shape[2] // parts))
-    return tuple(rows[:, i].flatten(0, 1).flatten(1)[:outputs, :width] for i in range(parts))
+    return tuple(rows[:, i].flatten(0, 1).flatten(1).contiguous()[:outputs, :width] for i in range(parts))
 
 
 def cost(weight: Tensor, gate: Tensor | None = None, dtype: torch.dtype | None = None) -> Cost:
@@ -107,13 +104,16 @@ CASES = [
     _case("no columns", (4, 0), gated=True),
     _case("whole panels", (64, 32)),
     _case("strided", (31, 9), layout="transposed"),
+    _case("of float32", (70, 147), to=torch.float32),
+    _case("of float32, gated", (40, 64), gated=True, to=torch.float32),
+    _case("one of float32", (1, 1, 1, 1), to=torch.float32),
     _case("rounded", (70, 147), to=torch.bfloat16),
     _case("rounded, gated", (40, 64), gated=True, to=torch.bfloat16),
     _case("int8", (70, 147), to=torch.int8),
     _case("int8, gated", (40, 128), gated=True, to=torch.int8),
     _case("one int8", (1, 1), to=torch.int8),
     _case("5120x1280 rounded", (5120, 1280), to=torch.bfloat16, bench=True),
-    _case("5120x1280", (5120, 1280), bench=True),
+    _case("5120x1280 of float32", (5120, 1280), to=torch.float32, bench=True),
 ]
 
 

@@ -27,9 +27,12 @@ def check(name: str, x: Tensor, panels: Tensor, outputs: int, activation: str, g
     """Raises ValueError where x, panels or the activation do not fit the op called ``name``."""
     if x.dim() < 1 or outputs < 0 or panels.dtype != x.dtype:
         raise ValueError(f"{name}: x is {x.dtype} {tuple(x.shape)}, panels are {panels.dtype}, for {outputs} outputs")
-    want = linear_panels.shape_of(outputs, x.shape[-1], gated, x.dtype)
-    if tuple(panels.shape) != want:
-        raise ValueError(f"{name}: panels have shape {tuple(panels.shape)}, for these x and outputs it is {want}")
+    known = (linear_panels.shape_of(outputs, x.shape[-1], gated, d) for d in (torch.bfloat16, torch.float32))
+    want = list(known)
+    if tuple(panels.shape) not in want:
+        raise ValueError(
+            f"{name}: panels have shape {tuple(panels.shape)}, for these x and outputs it is {want[0]} or {want[1]}"
+        )
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: no activation is called {activation!r}; there are {', '.join(ACTIVATIONS)}")
 
@@ -82,9 +85,10 @@ def cost_of(x: Tensor, outputs: int, products: int, *more: Tensor | None) -> Cos
 
 
 def random_weights(g: Generator, n: int, k: int, dtype: torch.dtype, gated: bool) -> Tensor:
-    """Panels of a weight (N, K), and of a gate."""
+    """Panels of a weight (N, K), and of a gate, for products of the dtype where it is float32, else in pairs."""
     weights = [(torch.randn(n, k, generator=g) / max(k, 1) ** 0.5).to(dtype) for _ in range(2 if gated else 1)]
-    return linear_panels.reference(*weights)
+    gate = weights[1] if gated else None
+    return linear_panels.reference(weights[0], gate, torch.float32 if dtype == torch.float32 else None)
 
 
 def _case(

@@ -161,7 +161,8 @@ class _Folding:
         """The panels where nobody has made them yet, and the op of that name on ``x``; or why no kernel takes it."""
         weights = {"weight": node.args["weight"], "gate": None if gate is None else gate.args["weight"]}
         specs = [None if w is None else self._spec(w).meta() for w in weights.values()]
-        (panels_meta,) = registry.get("linear_panels").allocate(*specs)
+        of = torch.float32 if x_meta.dtype == torch.float32 else None
+        (panels_meta,) = registry.get("linear_panels").allocate(*specs, of)
         outputs = self._weight(node).shape[0]
         rest = (self._meta(v, metas or {}) if isinstance(v, Ref) else v for v in given.values())
         reason = self.declined(registry.get(name), (x_meta, panels_meta, outputs, *rest))
@@ -170,7 +171,7 @@ class _Folding:
         before = []
         if tuple(weights.values()) not in self.panels:
             panels = self.panels[tuple(weights.values())] = self.names.fresh(f"{node.args['weight'].name}.panels")
-            before = [Node(panels, "fusegen.linear_panels.default", {**weights, "dtype": None}, (panels,))]
+            before = [Node(panels, "fusegen.linear_panels.default", {**weights, "dtype": of}, (panels,))]
         found = Ref(self.panels[tuple(weights.values())])
         args = {"x": x or node.args["input"], "panels": found, "outputs": outputs, **given}
         return [*before, replace(node, op=f"fusegen.{name}.default", args=args)]

@@ -12,7 +12,8 @@ from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.op import Kernel
 
 _FULL, _HALF = torch.float32, torch.bfloat16
-_SERVED = ((_FULL, _FULL), (_FULL, _HALF), (_HALF, _HALF), (torch.int8, torch.int8))  # the weight's, and the panels'
+# The weight's dtype and the one asked for.
+_SERVED = ((_FULL, _FULL), (_FULL, _HALF), (_HALF, _HALF), (_HALF, None), (torch.int8, torch.int8), (torch.int8, None))
 
 
 class Args(ctypes.Structure):
@@ -25,8 +26,8 @@ class Args(ctypes.Structure):
 
 
 def decline(weight: Tensor, gate: Tensor | None, dtype: torch.dtype | None) -> str | None:
-    if (weight.dtype, dtype or weight.dtype) not in _SERVED:
-        return f"weight is {weight.dtype}, the panels {dtype or weight.dtype}"
+    if (weight.dtype, dtype) not in _SERVED:
+        return f"weight is {weight.dtype}, the panels {dtype or f'{weight.dtype}, in pairs'}"
     return None if all(t is None or t.is_contiguous() for t in (weight, gate)) else "weight or gate is strided"
 
 

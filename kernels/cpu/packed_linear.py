@@ -27,6 +27,8 @@ class Args(ctypes.Structure):
 def decline(x: Tensor, panels: Tensor, outputs: int, bias: Any, residual: Any, activation: str) -> str | None:
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"x is {x.dtype}, neither torch.float32 nor torch.bfloat16"
+    if (panels.shape[-1] == 1) != (x.dtype == torch.float32):
+        return f"x is {x.dtype}, the panels are in {'columns' if panels.shape[-1] == 1 else 'pairs'}"
     return unserved(x, bias, residual, panels=panels)
 
 

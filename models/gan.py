@@ -106,6 +106,11 @@ class Gan:
         return self.last.backend.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What its synthesis takes and gives."""
+        return next(iter(self.last.program.inputs.values())).dtype
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What a caller should know of the choices made."""
         return self.last.notes

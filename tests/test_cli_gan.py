@@ -232,3 +232,17 @@ def test_the_model_in_the_box(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "emoji-gan", "--verify", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["family"] == "gan" and set(said["components"]) == set(made["plan"]) and said["licence"] == "OFL-1.1"
+
+
+@pytest.mark.parametrize("model", ["gan", "emoji"])
+def test_the_dtype_told_is_the_one_it_computed_in(
+    file: str, model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """float16 was told, beside a note that this CPU has no such arithmetic and what was taken instead."""
+    from fusegen.runtime import compile as compiling
+
+    monkeypatch.setattr(compiling, "native", lambda dtype: False)
+    more = ["-m", file] if model == "gan" else ["-m", "emoji", "--steps", "1", "-p", "pig face"]
+    assert main(["generate", *more, "--dtype", "float16", "--json", "-o", "x.png"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["dtype"] == "float32" and any("computes in float32" in note for note in made["notes"])

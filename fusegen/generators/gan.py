@@ -125,8 +125,6 @@ def _destination(args: argparse.Namespace) -> Path:
 
 def _facts(args: argparse.Namespace, model: Gan, seeds: list[int]) -> dict[str, Any]:
     """What was asked, with the model's own choices filled in."""
-    from fusegen.runtime.compile import default_dtype
-
     scale = args.scale or 1
     if args.walk is not None:
         scale = video.enlargement(model.image.width, model.image.height, args.scale)
@@ -136,7 +134,7 @@ def _facts(args: argparse.Namespace, model: Gan, seeds: list[int]) -> dict[str, 
     if args.walk is not None:
         space = args.space or ("w" if model.space.layers else "z")
         facts |= {"walk": args.walk, "space": space, "loop": not args.no_loop, "fps": args.fps or video.RATE}
-    dtype = args.dtype or str(default_dtype(model.device)).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     facts |= {"edit": args.edit or {}, "width": model.image.width, "height": model.image.height, "scale": scale}
     return facts | {"device": model.device, "dtype": dtype, "notes": model.notes}
 

@@ -41,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
     seeds = list(range(first, first + count))
     with picture.progress("denoising") as bar:
         import fusegen
-        from fusegen.runtime.compile import default_dtype
 
         options = {"device": args.device, "dtype": args.dtype, "deterministic": bool(args.deterministic)}
         model = fusegen.load(args.model, **options)
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model, "prompt": args.prompt, "negative": args.negative or "", "seeds": seeds,
         "width": images[0].width, "height": images[0].height, "scheduler": args.scheduler,
         **model.settings(args.sampler, args.steps, args.cfg_scale),
-        "device": model.device, "dtype": args.dtype or str(default_dtype(model.device)).removeprefix("torch."),
+        "device": model.device, "dtype": str(model.dtype).removeprefix("torch."),
         "notes": model.denoiser.notes,
     }  # fmt: skip
     files = picture.save(images, seeds, output, facts)

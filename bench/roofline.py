@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fusegen.bench.timing import once
+from fusegen.kernels import onednn
 from fusegen.kernels.op import Cost
 
 
@@ -104,7 +105,7 @@ def measure(device: str = "cpu") -> Roofline:
     """Measure once a process; takes a few seconds."""
     size = 8192 if device == "cuda" else 2048
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device == "cpu" and not onednn.serves(torch.bfloat16):
         del names["bfloat16"]  # its products are made in float32, PyTorch's own are slower: that rate is the ceiling
     peak = {name: _matmul(dtype, size, device) for name, dtype in names.items()}
     peak.setdefault("bfloat16", peak["float32"])

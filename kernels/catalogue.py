@@ -15,7 +15,7 @@ import torch
 
 _HERE = Path(__file__).parent
 GPU = _HERE / "gpu"
-NOT_OPS = {"__init__", "op", "catalogue", "channel_moments", "draw", "kv_cache", "rows", "strides"}
+NOT_OPS = {"__init__", "op", "catalogue", "channel_moments", "draw", "kv_cache", "onednn", "rows", "strides"}
 
 
 def names() -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fusegen.kernels import onednn
 from fusegen.kernels.draw import LAYOUTS, Draw, laid_out
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, Tolerance, register
 
@@ -223,22 +224,11 @@ CASES = [
 _prepacked: Any = WeakTensorKeyDictionary()  # weight -> the form of it that is multiplied by, made once as a user would
 
 
-@functools.cache
-def saturates() -> bool:
-    """Whether sums of oneDNN's int8 products saturate on this CPU, pair by pair in int16: as on x86 without VNNI."""
-    codes, weight = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((8, 64), 127, dtype=torch.int8)
-    packed, zero = torch.ops.onednn.qlinear_prepack(weight, [4, 64]), torch.zeros(8, dtype=torch.int64)
-    y = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 0, packed, torch.ones(8), zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return bool((y != 64 * 255 * 127).any())
-
-
 def _eager(x: Tensor, weight: Tensor, scale: Tensor, bias: Any, residual: Any, activation: str) -> Tensor:
     """PyTorch's own int8 product over the same codes: oneDNN's with a prepacked weight on a CPU (the codes unsigned:
     signed ones took it seconds with VNNI and no AMX), in float32 where its sums saturate, cuBLAS's on a GPU."""
     codes, scales = codes_of(x.reshape(-1, x.shape[-1]))
-    if x.device.type == "cpu" and saturates():
+    if x.device.type == "cpu" and onednn.saturates():
         if weight not in _prepacked:
             _prepacked[weight] = weight.float()
         y = F.linear(codes.float(), _prepacked[weight]) * scale

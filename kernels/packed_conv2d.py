@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusegen.kernels import conv_taps, linear, upsample2x_conv
+from fusegen.kernels import conv_taps, linear, onednn, upsample2x_conv
 from fusegen.kernels.draw import Draw, laid_out
 from fusegen.kernels.op import Case, Cost, Op, is_channels_last, register
 
@@ -205,7 +205,7 @@ def _plain_weight(image: Tensor, taps: Tensor, outputs: int, stride: int, double
         weight = weight_of(taps, outputs, image.shape[1]) if found is None else found[:outputs]
         weight = weight.to(image.dtype).contiguous(memory_format=torch.channels_last)
         half = image.dtype == torch.bfloat16 and image.device.type == "cpu"
-        if half and torch.ops.mkldnn._is_mkldnn_bf16_supported() and image.numel() and outputs:
+        if half and onednn.serves(image.dtype) and image.numel() and outputs:
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
             weight = reorder(weight.to_mkldnn(), [1, 1], [stride] * 2, [1, 1], 1, list(image.shape))
         _plain[taps] = weight

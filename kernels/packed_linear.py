@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fusegen.kernels import linear, linear_panels
+from fusegen.kernels import linear, linear_panels, onednn
 from fusegen.kernels.draw import Draw
 from fusegen.kernels.linear_int8 import ACTIVATIONS, random_tail, random_x
 from fusegen.kernels.op import FLOATS, Case, Cost, Op, register
@@ -136,17 +136,11 @@ _UNARY = {"none": "", "relu": "", "silu": "", "gelu": "none", "gelu_tanh": "tanh
 _plain: Any = WeakTensorKeyDictionary()  # panels -> the weights they hold, in oneDNN's form on a CPU
 
 
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN as PyTorch ships it has products of the dtype on this CPU."""
-    half = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32 or bool(half)
-
-
 def plain_weights(x: Tensor, panels: Tensor, outputs: int, gated: bool) -> tuple[Tensor, ...]:
     """The weights of the panels as a user of PyTorch has them, made once: packed by oneDNN where it serves."""
     if panels not in _plain:
         weights = linear_panels.unpacked(panels, outputs, x.shape[-1], gated)
-        if _packs(x.dtype) and x.device.type == "cpu" and x.numel() and outputs:
+        if onednn.serves(x.dtype) and x.device.type == "cpu" and x.numel() and outputs:
             rows = x.numel() // x.shape[-1]
             weights = tuple(torch.ops.mkldnn._reorder_linear_weight(w.contiguous(), rows) for w in weights)
         _plain[panels] = weights

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import torch
 
 from fusegen.kernels import op as registry
+from fusegen.kernels.onednn import serves
 from fusegen.runtime import backends
 from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import RequestError
@@ -93,7 +94,7 @@ def native(dtype: str) -> bool:
     oneDNN takes bfloat16 on any x86 CPU with AVX-512; one without such products widens it, slower than float32.
     """
     if dtype == "float16":
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+        return serves(torch.float16)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     missing = x86 and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return not missing and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return not missing and serves(torch.bfloat16)

@@ -126,7 +126,9 @@ def plan(
     made deterministic where that is asked.
     """
     find = partial(_find, backend, without)
-    static = _lowered(specialize(state.check(program), given), backend, partial(_declined, find), deterministic)
+    static = _lowered(
+        specialize(state.check(program), given), backend, partial(_declined, find, deterministic), deterministic
+    )
     metas = metas_of(static)
     depends = _dependence(static)
     steps = []
@@ -236,9 +238,10 @@ def _pick(
     return backend.hold(Binding("reference", f"{op.name} reference", picked.declined), node.op, values, deterministic)
 
 
-def _declined(find: _Find, op: registry.Op, args: tuple[Any, ...]) -> str | None:
-    """Why no kernel takes the op on these arguments, or None where one does."""
-    picked = find(op, args)
+def _declined(find: _Find, deterministic: bool, op: registry.Op, args: tuple[Any, ...]) -> str | None:
+    """Why no kernel takes the op on these arguments, or None where one does; a deterministic plan asks for a sample, so
+    that a batch is given the forms that its samples have."""
+    picked = find(op, op.alone(args, 0) if deterministic and op.alone is not None else args)
     return None if picked.kernel else "; ".join(f"{d.kernel}: {d.reason}" for d in picked.declined) or "no kernel"
 
 

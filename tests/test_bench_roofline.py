@@ -9,9 +9,9 @@ import torch
 
 from fusegen.bench import contenders, kernels, roofline
 from fusegen.bench.roofline import Roofline
-from fusegen.kernels import linear_int8
+from fusegen.kernels import onednn
 from fusegen.kernels import op as registry
-from fusegen.kernels.linear_int8 import saturates
+from fusegen.kernels.onednn import saturates
 from fusegen.kernels.op import Case, Cost
 
 ROOF = Roofline(copy=10.0, read=20.0, peak={"float32": 100.0, "bfloat16": 200.0, "int8": 400.0})
@@ -61,7 +61,7 @@ def test_onednn_is_gated_by_a_bound_of_its_own(case: str) -> None:
 def test_eager_int8_is_right_where_onednns_sums_saturate_too(
     case: str, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_int8, "saturates", lambda: found or saturates())
+    monkeypatch.setattr(onednn, "saturates", lambda: found or saturates())
     (row,) = kernels.run(_job("linear_int8", case), ["eager"], seconds=0.01)
     assert row.ok, row
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from interpret import interpret
 from torch import Tensor, nn
 
+from fusegen.kernels import onednn
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
 from fusegen.kernels.modulated_conv2d import alone
@@ -187,7 +188,7 @@ def test_through_a_library(up: int, dtype: torch.dtype, layout: torch.memory_for
     rest = (make(2, 69), make(2, 1, *out), make(70), True, up, padding, "lrelu", None, None, 256.0, 1e-8)
     args = (x, weight, *rest)
     assert THROUGH is not None
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not onednn.serves(dtype):
         assert THROUGH.decline(*args) == "oneDNN has no bfloat16 products here"
         return
     assert THROUGH.decline(*args) is None

@@ -226,9 +226,10 @@ def test_where_no_kernel_takes_it_the_plan_says_why(monkeypatch: pytest.MonkeyPa
     from fusegen.kernels.cpu import winograd_conv2d
 
     monkeypatch.setattr(winograd_conv2d, "MOST_FILTERS", 1)
-    monkeypatch.setattr(winograd_conv2d, "MANY_FILTERS", 1)  # an image has 9 tiles
+    monkeypatch.setattr(winograd_conv2d, "FEW_MADE", 19)
+    monkeypatch.setattr(winograd_conv2d, "MANY_FILTERS", 1)  # there are 18 tiles
     counts, left = planned(Block())
-    assert FUSED not in counts and len(left) == 1 and "MiB" in left[0] and "9 tiles of a sample are too few" in left[0]
+    assert FUSED not in counts and len(left) == 1 and "MiB" in left[0] and "18 tiles are too few" in left[0]
 
 
 def test_where_filters_would_take_too_much_memory_they_are_made_of_taps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,3 +239,21 @@ def test_where_filters_would_take_too_much_memory_they_are_made_of_taps(monkeypa
     counts, left = planned(Block())
     assert counts[FUSED] == 1 and left == [] and any("winograd_taps" in name for name in counts)
     assert not any("winograd_filters" in name for name in counts)
+
+
+def test_a_deterministic_plan_takes_the_form_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch had enough tiles for filters that a sample made of taps: other bits."""
+    from fusegen.kernels.cpu import winograd_conv2d
+
+    monkeypatch.setattr(winograd_conv2d, "MANY_FILTERS", 1)
+    monkeypatch.setattr(winograd_conv2d, "FEW_TILES", 18)  # a sample has 9
+    monkeypatch.setattr(winograd_conv2d, "FEW_MADE", 1)
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 11)
+    program = api.capture(Block().eval(), (x,), dynamic={"x": {0: ("batch", 1, 9)}})
+    plain, sure = (api.compile(program, deterministic=d) for d in (False, True))
+    plain(x)
+    assert any("winograd_filters" in name for name in plain.plan.counts())
+    whole = sure(x)
+    assert any("winograd_taps" in name for name in sure.plan.counts())
+    assert all(torch.equal(sure(x[i : i + 1])[0], whole[i]) for i in range(2))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusegen.kernels import onednn
 from fusegen.kernels.cpu.library import DTYPES, CpuLaunch
 from fusegen.kernels.modulated_conv2d import Sizes, alone, finish, sizes
 from fusegen.kernels.op import FLOATS, Kernel, Launch, is_channels_last
@@ -147,7 +148,7 @@ def decline_library(*args: Any) -> str | None:
         return "PyTorch was built without oneDNN"
     if x.dtype == torch.float16:
         return "oneDNN has no fast float16 on every CPU"
-    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not onednn.serves(x.dtype):
         return "oneDNN has no bfloat16 products here"  # in float32 they are no faster than ours (Zen 3)
     work = s.channels * s.outputs * s.taps_y * s.taps_x * s.height * s.width
     if work < LEAST or min(s.channels, s.outputs) < FEW:

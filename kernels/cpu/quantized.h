@@ -144,6 +144,7 @@ FG_INLINE vf activate(vf y, int64_t kind) {
 template <class T, int N>
 FG_INLINE void activate_all(vf (&sums)[N], int64_t kind) {
   constexpr int TOGETHER = N < kAtOnce / 2 ? N : kAtOnce / 2;
+  static_assert(N % TOGETHER == 0, "the last vectors would be others'");
   if (kind == NONE) return;
 #pragma GCC unroll 32
   for (int i = 0; i < N; i += TOGETHER) {

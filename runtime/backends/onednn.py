@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fusegen.kernels.cpu import bias_act, library
 from fusegen.kernels.linear_int8 import ACTIVATIONS
+from fusegen.kernels.onednn import serves
 from fusegen.kernels.op import Declined
 from fusegen.runtime import specialize
 from fusegen.runtime.backends.binding import Binding, Call
@@ -60,13 +61,6 @@ _conv_onto = torch.ops.mkldnn._convolution_pointwise_.binary._op
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def widened(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has no products of ``dtype`` on this CPU, so that they are made in float32."""
-    if dtype == torch.bfloat16:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
-
-
 def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | None:
     """oneDNN's binding of the node, or None where it does not serve."""
     constant = isinstance(node.args["weight"], Ref) and node.args["weight"].name in program.weights
@@ -78,7 +72,7 @@ def bind(node: Node, program: Program, metas: Mapping[str, Any]) -> Binding | No
     if node.op in LINEAR and not extra and weight.dtype == torch.float32 and x.numel() * weight.shape[0] <= SMALL:
         return None
     name = "onednn " + " + ".join([node.op.split(".")[1], *extra])
-    if widened(weight.dtype):  # what rounds the result writes it where it shall lie
+    if not serves(weight.dtype):  # what rounds the result writes it where it shall lie
         short = str(weight.dtype).removeprefix("torch.")
         declined = Declined(f"onednn in {short}", "as PyTorch ships it, it has no such products on this CPU")
         return Binding("library", f"{name} in float32", (declined,), planned=True)
@@ -94,7 +88,7 @@ def call(node: Node, binding: Binding, program: Program, weights: Weights) -> Ca
     shape = (1, *spec.sizes[1:]) if binding.by_sample else spec.sizes  # packed for the product that will be made
     others = args.get("residual"), args.get("multiplier")
     activation = args.get("activation", "none")
-    wide = widened(spec.dtype)
+    wide = not serves(spec.dtype)
     if node.op in LINEAR:
         packed = _pack_linear(args["weight"].name, program, weights, math.prod(shape[:-1]))
         function: Callable[..., Any] = _linear_call(activation, others)
@@ -138,7 +132,7 @@ def _pack_conv(node: Node, program: Program, weights: Weights, shape: tuple[int,
 
 def _packable(weight: Weight) -> Weight:
     """What oneDNN packs of a weight: in float32, of what is stored, where it has no products of the weight's dtype."""
-    if not widened(weight.dtype):
+    if serves(weight.dtype):
         return weight
     source = stored(weight)
     return converted(weight if source is None else source, torch.float32)

@@ -43,7 +43,7 @@ def code_of(argv: list[str]) -> int:
 class FakeModel:
     """Draws plain pictures; says what it was asked for."""
 
-    device = "cpu"
+    device, dtype = "cpu", torch.bfloat16
     text_encoder = denoiser = SimpleNamespace(notes=("a note",), plan=SimpleNamespace(counts=lambda: {"kernel x": 3}))
 
     def __init__(self) -> None:
@@ -135,8 +135,8 @@ def test_several_pictures_make_one_grid(model: FakeModel, capsys: pytest.Capture
     out, err = capsys.readouterr()
     made = json.loads(out)
     assert err == "note: a note\n"
-    assert {k: made[k] for k in ("sampler", "steps", "guidance", "device")} == {
-        "sampler": "ddim", "steps": 9, "guidance": 2.5, "device": "cpu"
+    assert {k: made[k] for k in ("sampler", "steps", "guidance", "device", "dtype")} == {
+        "sampler": "ddim", "steps": 9, "guidance": 2.5, "device": "cpu", "dtype": "bfloat16"
     }  # fmt: skip
     assert made["plan"]["denoiser"] == {"kernel x": 3}
     assert made["files"] == ["out.png"]

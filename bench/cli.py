@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--seconds", type=float, default=0.5, help="about how long each contender is timed, per case")
         one.add_argument("--json", type=Path, help="append the rows to this file of JSON lines")
         one.add_argument("--plot", type=Path, help="write a PNG of the ratios")
+        one.add_argument("-v", "--verbose", action="store_true", help="on an error, show the traceback")
     return p
 
 
@@ -92,9 +93,8 @@ def _kept(rows: list[Row], args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmarks; 1 when any row failed its gate, else 0."""
-    args = parser().parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmarks that :func:`parser` understood; 1 when any row failed its gate, else 0."""
     rows = _kernels(args) if args.what == "kernels" else _models(args)
     title = f"{args.what} on {rows_file.processor()}, {torch.get_num_threads()} threads"
     report.show(rows, title)

@@ -69,11 +69,8 @@ def run(job: Job, names: Iterable[str] = contenders.KERNELS, seconds: float = 0.
     expected = reference(job)
     calls: dict[str, Callable[[], Any]] = {}
     rows: dict[str, Row] = {}
-    bound = job.op.tolerance[job.dtype]
     for name in names:
-        margin = 1.0 if name == "fusegen" else PEER_MARGIN
-        limit = contenders.BOUNDS.get((job.op.name, name)) or Tolerance(bound.rms * margin, bound.peak * margin)
-        row, call = _gate(job, name, expected, limit)
+        row, call = _gate(job, name, expected)
         if row is not None:
             rows[name] = row
         if call is not None:
@@ -100,9 +97,13 @@ def _streams() -> dict[str, roofline.Stream]:
     return {"copy": roofline.copying(), "read": roofline.reading()}
 
 
-def _gate(
-    job: Job, name: str, expected: tuple[Tensor, ...], bound: Tolerance
-) -> tuple[Row | None, Callable[[], Any] | None]:
+def _bound(op: Op, name: str, dtype: torch.dtype) -> Tolerance:
+    """What an output of ``dtype`` by the contender ``name`` is held to."""
+    own, margin = op.tolerance[dtype], 1.0 if name == "fusegen" else PEER_MARGIN
+    return contenders.BOUNDS.get((op.name, name)) or Tolerance(own.rms * margin, own.peak * margin)
+
+
+def _gate(job: Job, name: str, expected: tuple[Tensor, ...]) -> tuple[Row | None, Callable[[], Any] | None]:
     args = job.args()
     base: dict[str, Any] = dict(what=job.op.name, case=job.case.name, contender=name)
     base |= dict(dtype=str(job.dtype).removeprefix("torch."), device=job.device)
@@ -114,7 +115,8 @@ def _gate(
             return None, None
         if call is None:
             return Row(**base, ok=False, note="no kernel serves these arguments"), None
-        verdict = verify.check(results(job.op, call(), args), expected, bound)
+        outs = results(job.op, call(), args)
+        verdict = verify.check(outs, expected, [_bound(job.op, name, o.dtype) for o in outs])
         call()
     except Exception as error:  # a peer that cannot build or run is a result, not the end of the run
         return Row(**base, ok=False, note=f"{type(error).__name__}: {error}".splitlines()[0][:300]), None

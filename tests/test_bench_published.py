@@ -172,7 +172,7 @@ def test_aotinductor_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch
 
     real = suites.SUITES["clip-l"]
     monkeypatch.setattr(models, "MODELS", {"clip-l": dataclasses.replace(real, run=run), "emoji": whole.Suite((), run)})
-    cli.main(["models", *(f"--contender={name}" for name in named)])
+    cli.run(cli.parser().parse_args(["models", *(f"--contender={name}" for name in named)]))
     assert ran == (named or [name for name in peers.PEERS if name != "aotinductor"])
 
 

@@ -16,4 +16,6 @@ def add(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from fusegen.bench import cli
 
-    return cli.main(args.rest)
+    own = cli.parser().parse_args(args.rest)
+    args.verbose = own.verbose
+    return cli.run(own)

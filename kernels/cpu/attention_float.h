@@ -5,8 +5,8 @@
 namespace {
 
 struct FloatEngine {
-  static constexpr int NB = 128;                                   // keys of a block
-  static constexpr int M = W == 1 || W == 8 ? 4 : 8;               // rows of a register block
+  static constexpr int M = W == 1 ? 4 : W == 8 ? 6 : 8;             // rows of a register block
+  static constexpr int NB = 128 / M * M;                           // keys of a block
   static constexpr int64_t SCORES = static_cast<int64_t>(NB) * TQ;  // elements of S
 
   static int64_t q_size(int64_t dim) { return dim * TQ * 4; }
@@ -17,11 +17,18 @@ struct FloatEngine {
   static void begin() {}
   static void end() {}
 
+  // Rows are asked for before they are read, since they lie too far apart to be guessed.
+  template <class T>
+  FG_INLINE void ask(const T *row, int dim) {
+    for (int d = 0; d < dim; d += static_cast<int>(64 / sizeof(T))) __builtin_prefetch(row + d);
+  }
+
   // Q[dim][TQ], times sign; zeros past the last query.
   template <class T>
   static void pack_q(const T *q, int64_t stride, int rows, int dim, float sign, void *to) {
     float *out = static_cast<float *>(to);
     for (int i = 0; i < TQ; i += W) {
+      for (int r = 0; r < W; ++r) ask(q + (i + r + TQ) * stride, dim);
       for (int d = 0; d < dim; d += W) {
         alignas(64) float block[W * W], turned[W * W];
         int n = dim - d < W ? dim - d : W;
@@ -41,6 +48,7 @@ struct FloatEngine {
     for (int r = 0; r < n; ++r) {
       const T *row = from + r * stride;
       float *out = to + static_cast<int64_t>(r) * dim;
+      ask(row + 12 * stride, dim);
       int d = 0;
       for (; d + W <= dim; d += W) store(out + d, load(row + d));
       if (d < dim) store_n(out + d, load_n(row + d, dim - d), dim - d);
@@ -125,15 +133,28 @@ struct FloatEngine {
       for (int j = 0; j < 2; ++j) store(o + m * TQ + j * W, acc[m][j]);
   }
 
+  // How many of the rows of O that are left to take: as few parts as possible, of nearly one size.
+  static int next_rows(int left) {
+    if (M == 6 && left != 6 && left <= 10) return left > 8 || left == 5 ? 5 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    return left >= M ? M : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+  }
+
   // O[dim][query] = alpha O + v p
   static void gather_all(const float *s, const void *, const void *packed_v, int n, int dim, const State *state,
                          bool first, bool, float *o) {
     const float *v = static_cast<const float *>(packed_v);
-    int d = 0;
-    for (; d + M <= dim; d += M) gather<M>(s, v + d, n, dim, state->alpha, first, o + d * TQ);
-    if (M == 8 && d + 4 <= dim) gather<4>(s, v + d, n, dim, state->alpha, first, o + d * TQ), d += 4;
-    if (d + 2 <= dim) gather<2>(s, v + d, n, dim, state->alpha, first, o + d * TQ), d += 2;
-    if (d < dim) gather<1>(s, v + d, n, dim, state->alpha, first, o + d * TQ);
+    for (int d = 0, rows; d < dim; d += rows) {
+      rows = next_rows(dim - d);
+      float *out = o + d * TQ;
+      switch (rows) {
+        case 8: gather<8>(s, v + d, n, dim, state->alpha, first, out); break;
+        case 6: gather<6>(s, v + d, n, dim, state->alpha, first, out); break;
+        case 5: gather<5>(s, v + d, n, dim, state->alpha, first, out); break;
+        case 4: gather<4>(s, v + d, n, dim, state->alpha, first, out); break;
+        case 2: gather<2>(s, v + d, n, dim, state->alpha, first, out); break;
+        default: gather<1>(s, v + d, n, dim, state->alpha, first, out);
+      }
+    }
   }
 };
 

@@ -8,6 +8,7 @@
 //   select_gt(a, b, x, y)     a > b ? x : y
 //   swap_pairs(a)             lanes 0 and 1 change places, 2 and 3 ...; not at scalar
 //   scale2(a, n)              a 2^n for integral n in [-252, 254], exact save for overflow and underflow
+//   power2_in(m)              2^n where the last nine bits of m are n + 127; not at avx512
 //   interleave(a, b, low, high)   a0 b0 a1 b1 ... in low, then high;  deinterleave(low, high, even, odd) undoes it
 //   hsum hmax                 over the lanes, always in the same order
 //   exp(x), exp2(x)           within 2 units in the last place; exp(-inf) = 0; NaN stays NaN

@@ -66,6 +66,7 @@ FG_INLINE vf scale2(vf a, vf n) {  // in two factors, so that neither overflows 
   __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
   return mul(mul(a, power2(half)), power2(_mm256_sub_epi32(whole, half)));
 }
+FG_INLINE vf power2_in(vf m) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(m), 23)); }
 FG_INLINE void interleave(vf a, vf b, vf &low, vf &high) {
   vf x = _mm256_unpacklo_ps(a, b), y = _mm256_unpackhi_ps(a, b);
   low = _mm256_permute2f128_ps(x, y, 0x20);
@@ -77,6 +78,27 @@ FG_INLINE vf quarters(vf a) {  // 64-bit lanes 0 2 1 3
 FG_INLINE void deinterleave(vf low, vf high, vf &even, vf &odd) {
   even = quarters(_mm256_shuffle_ps(low, high, 0x88));
   odd = quarters(_mm256_shuffle_ps(low, high, 0xdd));
+}
+FG_INLINE void transpose(__m256 (&x)[8]) {
+  __m256 pairs[8], fours[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0x44);
+      fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + j + 2], 0xee);
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(fours[i], fours[i + 4], 0x31);
+  }
 }
 FG_INLINE float hsum(vf a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

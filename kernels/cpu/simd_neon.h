@@ -58,6 +58,7 @@ FG_INLINE vf scale2(vf a, vf n) {  // in two factors, so that neither overflows 
   int32x4_t whole = vcvtnq_s32_f32(n), half = vshrq_n_s32(whole, 1);
   return mul(mul(a, power2(half)), power2(vsubq_s32(whole, half)));
 }
+FG_INLINE vf power2_in(vf m) { return vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(m), 23)); }
 FG_INLINE void interleave(vf a, vf b, vf &low, vf &high) {
   low = vzip1q_f32(a, b);
   high = vzip2q_f32(a, b);

@@ -77,6 +77,7 @@ FG_INLINE vf scale2(vf a, vf n) {
   int whole = static_cast<int>(n), half = whole >> 1;
   return a * from_bits(static_cast<uint32_t>(half + 127) << 23) * from_bits(static_cast<uint32_t>(whole - half + 127) << 23);
 }
+FG_INLINE vf power2_in(vf m) { return from_bits(to_bits(m) << 23); }
 FG_INLINE void interleave(vf a, vf b, vf &low, vf &high) {
   low = a;
   high = b;

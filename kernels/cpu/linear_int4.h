@@ -70,6 +70,26 @@ inline void quantize_groups(const T *x, int64_t group, int8_t *codes, float *sca
 // Weights are read once and in order: far enough ahead that the next pages are on their way.
 FG_INLINE void ahead(const uint8_t *w, int64_t by = 16384) { __builtin_prefetch(w + by, 0, 2); }
 
+FG_INLINE int64_t panel_of(const Job &job, int64_t panel) {
+  const int64_t last = (job.a->out_features + 15) / 16 - 1;
+  return panel < last ? panel : last;  // what is beyond is worked out and not written
+}
+
+FG_INLINE const uint8_t *weights_at(const Job &job, int64_t panel, int64_t k) {
+  return static_cast<const uint8_t *>(job.a->weight) + (panel_of(job, panel) * job.padded + k) * 8;
+}
+
+// The zero points of a vector of a group, the first of which is at `at`.
+FG_INLINE vf zeros_of(const Job &job, int64_t at) {
+  return job.a->zeros ? load_zeros(static_cast<const uint8_t *>(job.a->zeros) + at) : set1(8.0f);
+}
+
+// Column J of each of a vector's words, less its zero point.
+template <int J>
+FG_INLINE vf column(vi words, vf zero) {
+  return sub(to_float(code_at<8 * (J % 4) + 4 * (J / 4)>(words)), zero);
+}
+
 // Row m of the output where it meets the panel, from its sixteen sums.
 template <class T>
 FG_INLINE void write(const Job &job, int64_t panel, int64_t m, const float *y) {

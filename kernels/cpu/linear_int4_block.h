@@ -34,15 +34,6 @@ FG_INLINE void each(const F &f) {
   }
 }
 
-FG_INLINE int64_t panel_of(const Job &job, int64_t panel) {
-  const int64_t last = (job.a->out_features + 15) / 16 - 1;
-  return panel < last ? panel : last;  // what is beyond is worked out and not written
-}
-
-FG_INLINE const uint8_t *weights_at(const Job &job, int64_t panel, int64_t k) {
-  return static_cast<const uint8_t *>(job.a->weight) + (panel_of(job, panel) * job.padded + k) * 8;
-}
-
 // Eight columns of sixteen rows, to the steps that begin with `to`.
 template <Kind KIND>
 FG_INLINE void unpack_word(const uint8_t *w, __m512i zero, uint8_t (*to)[kWide][64]) {

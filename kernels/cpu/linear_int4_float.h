@@ -1,66 +1,98 @@
-// 4-bit weights by x in floating point: a panel's codes become float32 in registers, by one to four rows of x.
+// 4-bit weights by x in floating point.
 //
-// A group is summed without its scale, then scaled into the row's sum; the order is that of the columns.  With
-// AVX512_BF16, x in bfloat16 stays so, however many rows there are, and its products are summed two by two; the other
-// types' rows, where there are some, share what is unpacked, in the same order.
+// A group is summed without its scale, then scaled into the row's sum; the order is that of the columns, however many
+// rows of x there are.  Up to four rows take codes as they become float32 in registers, more share a block of them.  With
+// AVX512_BF16, x in bfloat16 stays so, and its products are summed two by two.
 #pragma once
 #include "linear_int4.h"
 #if defined(FG_HAS_AVX512_BF16)
 #include "linear_int4_block.h"
+#else
+#include "linear_int4_strip.h"
 #endif
 
 namespace {
 
-// Column J of each of a vector's words, less its zero point.
-template <int J>
-FG_INLINE vf column(vi words, vf zero) {
-  return sub(to_float(code_at<8 * (J % 4) + 4 * (J / 4)>(words)), zero);
-}
+constexpr int SIDE = PARTS < 4 ? PARTS : 4;  // vectors of a panel that are summed at a time
 
-template <int J, int ROWS>
-FG_INLINE void gather(vi words, vf zero, const float *x, int64_t stride, vf (&sum)[ROWS]) {
+template <int J, int N, int ROWS>
+FG_INLINE void gather(const vi (&words)[N], const vf (&zero)[N], const float *x, int64_t stride, vf (&sum)[ROWS][N]) {
   if constexpr (J < 8) {
-    const vf w = column<J>(words, zero);
-    for (int r = 0; r < ROWS; ++r) sum[r] = fma(w, set1(x[r * stride + J]), sum[r]);
-    gather<J + 1, ROWS>(words, zero, x, stride, sum);
+    vf w[N];
+    for (int v = 0; v < N; ++v) w[v] = column<J>(words[v], zero[v]);
+    for (int r = 0; r < ROWS; ++r) {
+      const vf one = set1(x[r * stride + J]);
+      for (int v = 0; v < N; ++v) sum[r][v] = fma(w[v], one, sum[r][v]);
+    }
+    gather<J + 1, N, ROWS>(words, zero, x, stride, sum);
   }
 }
 
-// y[row][16] of ROWS rows of x, from row m on; x in float32, rows of job.stride bytes, zero past their ends.
-template <int ROWS, class S>
-inline void few_float(const Job &job, const float *x, int64_t panel, int64_t m, float *y) {
+// y[row][panel][16] of x by PANELS panels; x in float32, rows of job.stride bytes, zero past their ends.
+template <int ROWS, int PANELS, class S>
+inline void few_float(const Job &job, const float *x, int64_t panel, float (*y)[PANELS][16]) {
   const fg_linear_int4_args *a = job.a;
-  for (int64_t v = 0; v < 16; v += W) {
-    const uint8_t *w = static_cast<const uint8_t *>(a->weight) + panel * job.padded * 8 + v * 4;
-    const int64_t at = panel * a->groups * 16 + v;
-    const int64_t stride = job.stride / 4;
-    const float *row = x + m * stride;
-    vf acc[ROWS];
-    for (int r = 0; r < ROWS; ++r) acc[r] = set1(0.0f);
-    for (int64_t g = 0; g < a->groups; ++g) {
-      const vf scale = load(static_cast<const S *>(a->scales) + at + g * 16);
-      const vf zero = a->zeros ? load_zeros(static_cast<const uint8_t *>(a->zeros) + at + g * 16) : set1(8.0f);
-      vf sum[ROWS];
-      for (int r = 0; r < ROWS; ++r) sum[r] = set1(0.0f);
-      for (int64_t i = 0; i < a->group; i += 8, w += 64, row += 8) {
-        ahead(w);
-        gather<0, ROWS>(load_i(reinterpret_cast<const int32_t *>(w)), zero, row, stride, sum);
-      }
-      for (int r = 0; r < ROWS; ++r) acc[r] = fma(sum[r], scale, acc[r]);
+  const int64_t stride = job.stride / 4;
+  constexpr int N = PANELS * SIDE;
+  for (int side = 0; side < 16; side += SIDE * W) {
+    const uint8_t *w[N];
+    int64_t at[N];
+    for (int v = 0; v < N; ++v) {
+      const int64_t p = panel_of(job, panel + v / SIDE), lane = side + v % SIDE * W;
+      w[v] = weights_at(job, p, 0) + lane * 4;
+      at[v] = p * a->groups * 16 + lane;
     }
-    for (int r = 0; r < ROWS; ++r) store(y + r * 16 + v, acc[r]);
+    const float *row = x;
+    vf acc[ROWS][N];
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < N; ++v) acc[r][v] = set1(0.0f);
+    for (int64_t g = 0; g < a->groups; ++g) {
+      vf zero[N], sum[ROWS][N];
+      for (int v = 0; v < N; ++v) zero[v] = zeros_of(job, at[v] + g * 16);
+      for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < N; ++v) sum[r][v] = set1(0.0f);
+      for (int64_t i = 0; i < a->group; i += 8, row += 8) {
+        vi words[N];
+        for (int v = 0; v < N; ++v, w[v - 1] += 64) {
+          if (v % SIDE == 0) ahead(w[v]);
+          words[v] = load_i(reinterpret_cast<const int32_t *>(w[v]));
+        }
+        gather<0, N, ROWS>(words, zero, row, stride, sum);
+      }
+      for (int v = 0; v < N; ++v) {
+        const vf scale = load(static_cast<const S *>(a->scales) + at[v] + g * 16);
+        for (int r = 0; r < ROWS; ++r) acc[r][v] = fma(sum[r][v], scale, acc[r][v]);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int v = 0; v < N; ++v) store(y[r][v / SIDE] + side + v % SIDE * W, acc[r][v]);
   }
+}
+
+// The output's columns of PANELS panels.
+template <int ROWS, int PANELS, class T, class S>
+inline int rows_float(const Job &job, const float *x, int64_t panel) {
+  float y[ROWS][PANELS][16];
+  few_float<ROWS, PANELS, S>(job, x, panel, y);
+  for (int r = 0; r < ROWS; ++r)
+    for (int p = 0; p < PANELS && (panel + p) * 16 < job.a->out_features; ++p) write<T>(job, panel + p, r, y[r][p]);
+  return 0;
 }
 
 template <class T, class S>
 int products_float(const Job &job, const float *x) {
-  const int64_t panels = (job.a->out_features + 15) / 16, work = job.padded * 128 * job.rows;
-  return parallel_for(panels, 1 + (1 << 17) / (work + 1), [&](int64_t panel) {
-    float y[4 * 16];
-    for (int64_t m = 0, rows; m < job.rows; m += rows) {
-      rows = job.rows - m >= 4 ? 4 : 1;
-      rows == 4 ? few_float<4, S>(job, x, panel, m, y) : few_float<1, S>(job, x, panel, m, y);
-      for (int64_t r = 0; r < rows; ++r) write<T>(job, panel, m + r, y + r * 16);
+  constexpr int PANELS = 4 / SIDE;  // four chains of sums hide what an addition waits for
+  const int64_t items = (job.a->out_features + 16 * PANELS - 1) / (16 * PANELS);
+  const int64_t work = job.padded * 128 * PANELS * job.rows;
+  return parallel_for(items, 1 + (1 << 17) / (work + 1), [&](int64_t item) {
+    const int64_t first = item * PANELS;
+    if (job.rows == 1) return rows_float<1, PANELS, T, S>(job, x, first);
+    for (int64_t panel = first; panel < first + PANELS && panel * 16 < job.a->out_features; ++panel) {
+      switch (job.rows) {
+        case 2: rows_float<2, 1, T, S>(job, x, panel); break;
+        case 3: rows_float<3, 1, T, S>(job, x, panel); break;
+        default: rows_float<4, 1, T, S>(job, x, panel);
+      }
     }
     return 0;
   });
@@ -78,11 +110,12 @@ FG_INLINE void lay_row(const T *x, int64_t width, float *to) {
 
 template <class T, class S>
 int float_by(const Job &job, const float *x) {
+  if (job.rows <= 4) return products_float<T, S>(job, x);
 #if defined(FG_HAS_AVX512_BF16)
-  if (job.rows > 4)
-    return job.a->zeros ? blocked<FLOATS, T, S, true>(job, x) : blocked<FLOATS, T, S, false>(job, x);
+  return job.a->zeros ? blocked<FLOATS, T, S, true>(job, x) : blocked<FLOATS, T, S, false>(job, x);
+#else
+  return in_strips<T, S>(job, x);
 #endif
-  return products_float<T, S>(job, x);
 }
 #if defined(FG_HAS_AVX512_BF16)
 template <class T, class S>

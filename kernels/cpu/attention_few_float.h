@@ -26,6 +26,13 @@ FG_INLINE void hsum4(const vf (&x)[4], float *to) {
   four = add(four, _mm512_permute_ps(four, 0x4e));
   four = add(four, _mm512_permute_ps(four, 0xb1));
   _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, four)));
+#elif defined(FG_LEVEL_AVX2)
+  vf ab = add(_mm256_permute2f128_ps(x[0], x[1], 0x20), _mm256_permute2f128_ps(x[0], x[1], 0x31));
+  vf cd = add(_mm256_permute2f128_ps(x[2], x[3], 0x20), _mm256_permute2f128_ps(x[2], x[3], 0x31));
+  vf four = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));  // a a c c, b b d d
+  four = add(four, _mm256_movehdup_ps(four));
+  __m128 acbd = _mm_shuffle_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1), 0x88);
+  _mm_storeu_ps(to, _mm_permute_ps(acbd, 0xd8));
 #else
   for (int i = 0; i < 4; ++i) to[i] = hsum(x[i]);
 #endif
@@ -40,13 +47,22 @@ FG_INLINE void dots(const float *q, const T *k, Ahead &ahead, int64_t stride, in
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) sum[m][r] = set1(0.0f);
   int whole = dim / W * W;
+  // Row after row: memory is read in its own order.  Four queries of eight lanes are bound by the products, whose sums
+  // wait for each other unless there are eight.
+  constexpr int TOGETHER = W == 8 && M == 4 && R == 4 ? 2 : 1;
 #pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)  // row after row: memory is read in its own order
+  for (int r = 0; r < R; r += TOGETHER)
     for (int d = 0; d < whole; d += W) {
-      ahead.ask(W * sizeof(T));
-      vf x = load(k + r * stride + d);
+      ahead.ask(TOGETHER * W * sizeof(T));
+      vf x[TOGETHER];
+#pragma GCC unroll 2
+      for (int i = 0; i < TOGETHER; ++i) x[i] = load(k + (r + i) * stride + d);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) sum[m][r] = fma(load(q + m * WIDE + d), x, sum[m][r]);
+      for (int m = 0; m < M; ++m) {
+        vf own = load(q + m * WIDE + d);
+#pragma GCC unroll 2
+        for (int i = 0; i < TOGETHER; ++i) sum[m][r + i] = fma(own, x[i], sum[m][r + i]);
+      }
     }
   if (whole < dim) {
 #pragma GCC unroll 4
@@ -137,7 +153,7 @@ struct FloatFew : Vectors {
   // All dims of the n keys from the piece's key r on; of one or two queries whole rows, as far as registers hold them.
   template <int M>
   static void blends(const float *p, int r, const T *v, Ahead &ahead, int64_t stride, int n, int dim, float *o) {
-    constexpr int MOST = W == 16 && M <= 2 ? 8 : 4;
+    constexpr int MOST = W == 16 && M <= 2 ? 8 : W == 8 && M == 4 ? 2 : 4;
     p += r;
     Ahead own = ahead;
     int d = 0;

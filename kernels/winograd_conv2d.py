@@ -4,7 +4,8 @@ Tiles of 6 x 6 pixels, four apart, and the filters (:mod:`.winograd_filters`) ar
 (Lavin & Gray 2015, F(4 x 4, 3 x 3)), in float32: these transforms amplify what the products round.  In bfloat16 tiles
 are 4 x 4 pixels, two apart (F(2 x 2, 3 x 3), 16 products for four pixels, not 36), and the filters are made here, and
 rounded, of the weight's taps (:mod:`.conv_taps`), whose shape says so; a kernel may round a transformed tile to
-bfloat16.  In float32 too they are made here of taps (:mod:`.winograd_taps`) where their shape says so.
+bfloat16.  In float32 too they are made here of taps (:mod:`.winograd_taps`) where their shape says so; a kernel may
+then take tiles of either size.
 
 Where x is ``doubled``, a nearest 2x upsampling of it is convolved.  Of tiles of 4 x 4 pixels the two middle rows and
 columns are then the same, and 7 of the 16 points, which are their differences, zero: 9 products are left.

@@ -79,6 +79,10 @@ CASES = [
     _case("taps, no inputs", (2, 0, 3, 3), 4, taps=True, dtypes=_FULL, small=False),
     _case("taps, inputs in parts", (3, 137, 7, 11), 37, taps=True, residual=True, dtypes=_FULL, small=False),
     _case("taps, several panels", (2, 64, 9, 8), 70, taps=True, bias=False, residual=True, dtypes=_FULL, small=False),
+    _case("taps, larger tiles", (2, 5, 13, 14), 7, taps=True, dtypes=_FULL, small=False),
+    _case(
+        "taps, larger tiles, inputs in parts", (2, 137, 15, 18), 37, taps=True, residual=True, dtypes=_FULL, small=False
+    ),
     _case("taps, several chunks", (1, 2570, 33, 33), 17, taps=True, dtypes=_FULL, small=False),
     _case("doubled", (2, 34, 3, 5), 37, doubled=True, residual=True),
     _case("doubled, one pixel", (1, 3, 1, 1), 5, doubled=True, bias=False),
@@ -87,7 +91,7 @@ CASES = [
     _case("inputs in parts, doubled", (1, 259, 5, 3), 40, doubled=True, dtypes=_HALF, small=False),
     *(_bench(*shape) for shape in ((2, 48, 64, 64), (2, 128, 16, 16), (2, 320, 64, 64), (2, 640, 32, 32))),
     _bench(1, 256, 256, 256),
-    *(_bench(*shape, dtypes=_FULL, taps=True) for shape in ((2, 1280, 16, 16), (2, 640, 32, 32))),
+    *(_bench(*shape, dtypes=_FULL, taps=True) for shape in ((2, 1280, 8, 8), (2, 1280, 16, 16), (2, 640, 32, 32))),
     *(_bench(*shape, dtypes=_HALF) for shape in ((2, 1280, 16, 16), (2, 1280, 8, 8))),
     *(_bench(*shape, dtypes=_HALF, doubled=True) for shape in ((2, 1280, 8, 8), (2, 640, 32, 32), (1, 512, 128, 128))),
 ]

@@ -31,7 +31,7 @@ struct fg_winograd_conv2d_args {
   int64_t dtype, bias_dtype;  // float32 and the filters of 6 x 6 points, or bfloat16 and taps
   int64_t batch, inputs, outputs, height, width;
   int64_t doubled;  // in bfloat16 alone
-  int64_t taps;     // whether the filters of float32 are taps (winograd_taps.py)
+  int64_t taps;     // those of float32 are taps (winograd_taps.py): outputs of a tile's side, 2 or 4; else 0
   void *moments;    // null: none; doubles (batch, 2, outputs): each channel's mean and variance
 };
 struct fg_winograd_conv2d_moments_args : fg_winograd_conv2d_args {};

@@ -38,6 +38,19 @@ FG_INLINE void gather(const vf *m, int s, vf *o, int t) {
   o[3 * t] = add(fma(set1(8.0f), d, b), m[5 * s]);
 }
 
+// Of F(2 x 2, 3 x 3): B^T d for four vectors, `s` apart in d and in o.
+FG_INLINE void spread_small(const vf *d, vf *o, int s) {
+  const vf first = sub(d[0], d[2 * s]), second = add(d[s], d[2 * s]), third = sub(d[2 * s], d[s]);
+  o[3 * s] = sub(d[s], d[3 * s]);
+  o[0] = first, o[s] = second, o[2 * s] = third;
+}
+
+// Of it: A^T m for four vectors `s` apart; two come out, `t` apart.
+FG_INLINE void gather_small(const vf *m, int s, vf *o, int t) {
+  o[0] = add(add(m[0], m[s]), m[2 * s]);
+  o[t] = sub(sub(m[s], m[2 * s]), m[3 * s]);
+}
+
 // Some panels of filters, one after the other.
 struct Panels {
   const float *filters;

@@ -32,44 +32,68 @@ int convolve_pairs(const fg_winograd_conv2d_args *a, const Seen &seen) {
 }
 #endif
 
-template <class Seen>
-int convolve_floats(const fg_winograd_conv2d_args *a, const Seen &seen) {
-  const auto fill = [&](int64_t sample, int64_t y, int64_t x, const auto &put) {
+// In float32, tiles of SIDE x SIDE pixels: what fills them, and what becomes of those that come out.
+template <int SIDE, class Seen>
+struct FloatTiles {
+  static constexpr int OUT = SIDE - 2;
+  const fg_winograd_conv2d_args *a;
+  const Seen &seen;
+
+  template <class Put>
+  void fill(int64_t sample, int64_t y, int64_t x, const Put &put) const {
     const float *image = static_cast<const float *>(a->x) + sample * a->height * a->width * a->inputs;
-    const float *pixel[POINTS];
-    pixels_at<6>(image, a->height, a->width, a->inputs, y - 1, x - 1, pixel);
+    const float *pixel[SIDE * SIDE];
+    pixels_at<SIDE>(image, a->height, a->width, a->inputs, y - 1, x - 1, pixel);
     for (int64_t c = 0; c < a->inputs; c += W) {
       const int some = lanes_left(a->inputs - c);
-      vf d[POINTS];
-      for (int i = 0; i < POINTS; ++i) d[i] = channels_of(pixel[i], c, some, 4 * a->inputs);
+      vf d[SIDE * SIDE];
+      for (int i = 0; i < SIDE * SIDE; ++i) d[i] = channels_of(pixel[i], c, some, 4 * a->inputs);
       put(c, d);
     }
-  };
-  const float *bias = static_cast<const float *>(a->bias), *residual = static_cast<const float *>(a->residual);
+  }
+
   // Of the outputs [first, last).
-  const auto put = [&](int64_t sample, int64_t y, int64_t x, int64_t first, int64_t last, const auto &get) {
+  template <class Get>
+  void put(int64_t sample, int64_t y, int64_t x, int64_t first, int64_t last, const Get &get) const {
+    const float *bias = static_cast<const float *>(a->bias), *residual = static_cast<const float *>(a->residual);
     const int64_t start = ((sample * a->height + y) * a->width + x) * a->outputs;
-    const int64_t rows = a->height - y < 4 ? a->height - y : 4, wide = a->width - x < 4 ? a->width - x : 4;
+    const int64_t rows = a->height - y < OUT ? a->height - y : OUT, wide = a->width - x < OUT ? a->width - x : OUT;
     for (int64_t o = first; o < last; o += W) {
       const int some = lanes_left(a->outputs - o);
       const vf offset = bias ? load_n(bias + o, some) : set1(0.0f);
-      vf z[16];
+      vf z[OUT * OUT];
       get(o, z);
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < wide; ++j) {
           const int64_t at = start + (i * a->width + j) * a->outputs + o;
-          vf &value = z[4 * i + j] = add(z[4 * i + j], offset);
+          vf &value = z[OUT * i + j] = add(z[OUT * i + j], offset);
           if (residual) value = add(value, load_n(residual + at, some));
           store_n(static_cast<float *>(a->out) + at, value, some);
         }
       seen(sample, y, x, o, z);
     }
-  };
-  if (a->taps) return TapWinograd(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width).run(fill, put);
-  const auto take = [&](int64_t sample, int64_t y, int64_t x, const auto &get) {
-    put(sample, y, x, int64_t{0}, a->outputs, get);
-  };
-  return Winograd(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width, !a->moments).run(fill, take);
+  }
+};
+
+template <int SIDE, class Seen>
+int convolve_taps(const fg_winograd_conv2d_args *a, const Seen &seen) {
+  const FloatTiles<SIDE, Seen> tiles{a, seen};
+  return TapWinograd<SIDE>(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width)
+      .run([&](int64_t sample, int64_t y, int64_t x, const auto &put) { tiles.fill(sample, y, x, put); },
+           [&](int64_t sample, int64_t y, int64_t x, int64_t first, int64_t last, const auto &get) {
+             tiles.put(sample, y, x, first, last, get);
+           });
+}
+
+template <class Seen>
+int convolve_floats(const fg_winograd_conv2d_args *a, const Seen &seen) {
+  if (a->taps) return a->taps == 2 ? convolve_taps<4>(a, seen) : convolve_taps<6>(a, seen);
+  const FloatTiles<6, Seen> tiles{a, seen};
+  return Winograd(a->filters, a->batch, a->inputs, a->outputs, a->height, a->width, !a->moments)
+      .run([&](int64_t sample, int64_t y, int64_t x, const auto &put) { tiles.fill(sample, y, x, put); },
+           [&](int64_t sample, int64_t y, int64_t x, const auto &get) {
+             tiles.put(sample, y, x, int64_t{0}, a->outputs, get);
+           });
 }
 
 }  // namespace

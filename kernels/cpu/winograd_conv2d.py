@@ -19,9 +19,9 @@ FEW_TILES, MANY_FILTERS, MOST_FILTERS = 64, 1 << 17, 1 << 19  # pairs of channel
 # 1.04 times, eight 0.7 times, and more still less.
 FEW_PAIR_TILES, MANY_PAIRS = 8, 1 << 18
 
-# Of taps they are made in every call, once for all tiles.  On a Zen 3 two samples of 1280 channels took 0.58 times as
-# long as oneDNN with 16 tiles each, 1.28 times with four.
-FEW_MADE = 16
+# Of taps they are made in every call, once for all tiles, which are of 2 x 2 outputs where there would be few of 4 x 4
+# (winograd_taps.h).  On a Zen 3 1280 channels took as long as oneDNN with 16 such tiles, 0.8 times with 32, 1.4 with 8.
+FEW_LARGE, FEW_MADE = 16, 16
 
 
 class Args(ctypes.Structure):
@@ -43,8 +43,8 @@ def decline(
     elif doubled:
         return "filters of 6 x 6 points are not for images that are doubled"
     else:
-        pairs, tiles = x.shape[1] * outputs, x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
-        reason = (too_few if filters.dim() == 4 else too_many)(pairs, tiles)
+        own = filters.dim() == 4
+        reason = too_few(x, outputs) if own else too_many(x.shape[1] * outputs, x.shape[0] * large_tiles(x))
         for name, tensor in (("x", x), ("filters", filters), ("bias", bias)):
             if tensor is not None and tensor.dtype != torch.float32:
                 return f"{name} is {tensor.dtype}"
@@ -91,9 +91,15 @@ def too_many(pairs: int, tiles: int) -> str | None:
     return None
 
 
-def too_few(pairs: int, tiles: int) -> str | None:
-    """Why the filters of so many pairs of channels are not made anew for ``tiles`` tiles, or None."""
-    few = pairs > MANY_FILTERS and tiles < FEW_MADE
+def large_tiles(x: Tensor) -> int:
+    """How many tiles of 4 x 4 outputs a sample of x (B, I, H, W) has."""
+    return math.prod(-(-n // 4) for n in x.shape[2:])
+
+
+def too_few(x: Tensor, outputs: int) -> str | None:
+    """Why the filters of so many pairs of channels are not made anew for the tiles of ``x`` (B, I, H, W), or None."""
+    tiles = small_tiles(x, False) if large_tiles(x) < FEW_LARGE else x.shape[0] * large_tiles(x)
+    few = x.shape[1] * outputs > MANY_FILTERS and tiles < FEW_MADE
     return f"{tiles} tiles are too few to make filters for" if few else None
 
 
@@ -104,7 +110,8 @@ def launch(op: str, outs: tuple[Tensor, ...], args: tuple[Any, ...]) -> CpuLaunc
     struct = Args(
         out=outs[0].data_ptr(), dtype=DTYPES[x.dtype], bias_dtype=0 if bias is None else DTYPES[bias.dtype],
         batch=x.shape[0], inputs=x.shape[1], outputs=outputs, height=height, width=width, doubled=doubled,
-        taps=filters.dim() == 4, moments=outs[1].data_ptr() if len(outs) > 1 else None,
+        taps=(2 if large_tiles(x) < FEW_LARGE else 4) if filters.dim() == 4 else 0,
+        moments=outs[1].data_ptr() if len(outs) > 1 else None,
     )  # fmt: skip
     return CpuLaunch(op, struct, {0: "x", 1: "filters", 3: "bias", 4: "residual"}, outs, args)
 

@@ -50,20 +50,21 @@ struct Bands {
   }
 };
 
-// One tile of 4 x 4 pixels of W channels more; a band's first tile is its centre.
+// One tile of W channels more; a band's first tile is its centre.
 void add_tile(const Bands &bands, int64_t y, int64_t x, int64_t o, const vf *z) {
-  const int64_t tile = y / 4 * bands.across + x / 4;
-  const int64_t rows = bands.height - y < 4 ? bands.height - y : 4, wide = bands.width - x < 4 ? bands.width - x : 4;
+  const int64_t side = bands.side, tile = y / side * bands.across + x / side;
+  const int64_t rows = bands.height - y < side ? bands.height - y : side;
+  const int64_t wide = bands.width - x < side ? bands.width - x : side;
   float *to = bands.of(tile, o), *sum = to + kColumns, *square = sum + kColumns;
   Sums own = {load(to), set1(0.0f), set1(0.0f)};
   if (tile % bands.band == 0) {
     own.centre = set1(0.0f);
-    for (int64_t i = 0; i < rows * wide; ++i) own.centre = add(own.centre, z[i / wide * 4 + i % wide]);
+    for (int64_t i = 0; i < rows * wide; ++i) own.centre = add(own.centre, z[i / wide * side + i % wide]);
     own.centre = mul(own.centre, set1(1.0f / static_cast<float>(rows * wide)));
     store(to, own.centre);
   }
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < wide; ++j) own.add_one(z[4 * i + j]);
+    for (int64_t j = 0; j < wide; ++j) own.add_one(z[side * i + j]);
   store(sum, add(load(sum), own.sum)), store(square, add(load(square), own.square));
 }
 
@@ -105,7 +106,7 @@ Bands bands_of(const fg_winograd_conv2d_args *a) {
 #if defined(FG_HAS_AVX512_BF16)
   if (a->dtype == FG_BFLOAT16) return Bands(a, 2, kBlock);
 #endif
-  if (a->taps) return Bands(a, 4, kRows);
+  if (a->taps) return a->taps == 2 ? Bands(a, 2, 4 * kRows) : Bands(a, 4, kRows);
   return Bands(a, 4, Winograd(a->filters, 1, a->inputs, a->outputs, a->height, a->width, false).block);
 }
 

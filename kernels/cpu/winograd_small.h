@@ -14,19 +14,6 @@ constexpr int64_t kBlock = 48;                       // tiles whose sums are in 
 constexpr int64_t kLittle = 2 << 20, kMuch = 12 << 20;  // bytes of transformed tiles at a time, within a last cache
 constexpr int64_t kSums = SPOTS * GROUP + LINE;      // floats of a tile's sums
 
-// B^T d for four vectors, `s` apart in d and in o.
-FG_INLINE void spread_small(const vf *d, vf *o, int s) {
-  const vf first = sub(d[0], d[2 * s]), second = add(d[s], d[2 * s]), third = sub(d[2 * s], d[s]);
-  o[3 * s] = sub(d[s], d[3 * s]);
-  o[0] = first, o[s] = second, o[2 * s] = third;
-}
-
-// A^T m for four vectors `s` apart; two come out, `t` apart.
-FG_INLINE void gather_small(const vf *m, int s, vf *o, int t) {
-  o[0] = add(add(m[0], m[s]), m[2 * s]);
-  o[t] = sub(sub(m[s], m[2 * s]), m[3 * s]);
-}
-
 // Whether a point of every tile is zero where images are DOUBLED, each pixel of theirs being 2 x 2 of what is convolved: it
 // is the difference of two rows, or columns, that are the same.
 template <bool DOUBLED>

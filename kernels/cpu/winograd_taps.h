@@ -1,5 +1,6 @@
 // F(4 x 4, 3 x 3) by filters that are made of the weight's nine taps as a convolution goes: the 36 of a pair of channels
-// would take four times the weight's memory, and with few tiles longer to read than to make.
+// would take four times the weight's memory, and with few tiles longer to read than to make.  Images of few such tiles
+// take F(2 x 2, 3 x 3): four times the tiles, and 16 filters to make, not 36.
 //
 // All tiles of a chunk are transformed first.  A panel of outputs then goes through the inputs some at a time: their
 // filters are made, and multiplied by every tile, whose sums stay in the second-level cache.  The order of a sum depends
@@ -14,19 +15,42 @@ namespace {
 constexpr int64_t kTaps = 9, kMade = 64;  // kMade: inputs whose filters are made at a time
 constexpr int64_t kLeastTiles = 24;          // of a chunk, which else takes half of the last cache
 
-// G g for three vectors, `s` apart; six come out, `t` apart.
-FG_INLINE void extend(const vf *g, int s, vf *o, int t) {
-  const vf a = mul(add(g[0], g[2 * s]), set1(-1.0f / 6)), b = mul(g[s], set1(-1.0f / 6));
-  const vf c = fma(g[0], set1(1.0f / 24), mul(g[2 * s], set1(1.0f / 6))), d = mul(g[s], set1(1.0f / 12));
-  o[0] = mul(g[0], set1(0.25f));
-  o[t] = add(a, b);
-  o[2 * t] = sub(a, b);
-  o[3 * t] = add(c, d);
-  o[4 * t] = sub(c, d);
-  o[5 * t] = g[2 * s];
-}
+// The transforms of tiles of SIDE x SIDE pixels, 6 or 4, in one direction.
+template <int SIDE>
+struct Transforms {
+  // G g for three vectors, `s` apart; SIDE come out, `t` apart.
+  FG_INLINE void extend(const vf *g, int s, vf *o, int t) {
+    if constexpr (SIDE == 6) {
+      const vf a = mul(add(g[0], g[2 * s]), set1(-1.0f / 6)), b = mul(g[s], set1(-1.0f / 6));
+      const vf c = fma(g[0], set1(1.0f / 24), mul(g[2 * s], set1(1.0f / 6))), d = mul(g[s], set1(1.0f / 12));
+      o[0] = mul(g[0], set1(0.25f));
+      o[t] = add(a, b);
+      o[2 * t] = sub(a, b);
+      o[3 * t] = add(c, d);
+      o[4 * t] = sub(c, d);
+      o[5 * t] = g[2 * s];
+    } else {
+      const vf a = mul(add(g[0], g[2 * s]), set1(0.5f)), b = mul(g[s], set1(0.5f));
+      o[0] = g[0];
+      o[t] = add(a, b);
+      o[2 * t] = sub(a, b);
+      o[3 * t] = g[2 * s];
+    }
+  }
+  FG_INLINE void spread_to(const vf *d, vf *o, int s) {
+    if constexpr (SIDE == 6) spread(d, o, s);
+    else spread_small(d, o, s);
+  }
+  FG_INLINE void gather_to(const vf *m, int s, vf *o, int t) {
+    if constexpr (SIDE == 6) gather(m, s, o, t);
+    else gather_small(m, s, o, t);
+  }
+};
 
+template <int SIDE>
 struct TapWinograd {
+  using In = Transforms<SIDE>;
+  static constexpr int OUT = SIDE - 2, SPAN = SIDE * SIDE;  // pixels of a side that come out; points
   static constexpr int MR = W == 1 ? 2 : W == 16 ? 12 : 6;  // sums of as many vectors as two products a cycle need
   const float *taps;  // (panels, inputs, 9, PANEL)
   int64_t inputs, outputs, panels, step;
@@ -35,11 +59,11 @@ struct TapWinograd {
   TapWinograd(const void *taps, int64_t batch, int64_t inputs, int64_t outputs, int64_t height, int64_t width)
       : taps(static_cast<const float *>(taps)), inputs(inputs), outputs(outputs) {
     panels = (outputs + PANEL - 1) / PANEL, step = (inputs + W - 1) / W * W;
-    down = (height + 3) / 4, across = (width + 3) / 4, tiles = batch * down * across;
+    down = (height + OUT - 1) / OUT, across = (width + OUT - 1) / OUT, tiles = batch * down * across;
   }
 
   int64_t chunk() const {
-    const int64_t bytes = POINTS * 4 * step + 1, most = fg_cache_bytes() / 2 / bytes / MR * MR;
+    const int64_t bytes = SPAN * 4 * step + 1, most = fg_cache_bytes() / 2 / bytes / MR * MR;
     return most < kLeastTiles ? kLeastTiles : most;
   }
 
@@ -47,11 +71,11 @@ struct TapWinograd {
   FG_INLINE void make(const float *from, int64_t n, float *u) {
     for (int64_t k = 0; k < n; ++k, from += kTaps * PANEL)
       for (int64_t o = 0; o < PANEL; o += W) {
-        vf g[kTaps], e[18], f[POINTS];
+        vf g[kTaps], e[3 * SIDE], f[SPAN];
         for (int i = 0; i < kTaps; ++i) g[i] = load(from + i * PANEL + o);
-        for (int i = 0; i < 3; ++i) extend(g + i, 3, e + i, 3);
-        for (int i = 0; i < 6; ++i) extend(e + 3 * i, 1, f + 6 * i, 1);
-        for (int i = 0; i < POINTS; ++i) store(u + (i * kMade + k) * PANEL + o, f[i]);
+        for (int i = 0; i < 3; ++i) In::extend(g + i, 3, e + i, 3);
+        for (int i = 0; i < SIDE; ++i) In::extend(e + 3 * i, 1, f + SIDE * i, 1);
+        for (int i = 0; i < SPAN; ++i) store(u + (i * kMade + k) * PANEL + o, f[i]);
       }
   }
 
@@ -82,25 +106,25 @@ struct TapWinograd {
   // A panel of outputs of the tiles [first, first + count), v[point][room][step] being theirs.
   template <class Put>
   int panel(int64_t p, const float *v, int64_t first, int64_t count, int64_t room, const Put &put) const {
-    const int64_t words = POINTS * (kMade + room) * PANEL;
+    const int64_t words = SPAN * (kMade + room) * PANEL;
     float *u = static_cast<float *>(fg_scratch(static_cast<size_t>(words) * sizeof(float)));
     if (!u) return FG_NO_MEMORY;
-    float *m = u + POINTS * kMade * PANEL;
+    float *m = u + SPAN * kMade * PANEL;
     for (int64_t k = 0; k == 0 || k < inputs; k += kMade) {
       const int64_t n = inputs - k < kMade ? inputs - k : kMade;
       make(taps + (p * inputs + k) * kTaps * PANEL, n, u);
-      for (int64_t i = 0; i < POINTS; ++i)
+      for (int64_t i = 0; i < SPAN; ++i)
         for (int64_t t = 0; t < count; t += MR)
           multiply(v + (i * room + t) * step + k, step, n, u + i * kMade * PANEL, k == 0, m + (i * room + t) * PANEL);
     }
     const int64_t from = p * PANEL, to = from + PANEL < outputs ? from + PANEL : outputs;
     for (int64_t t = 0; t < count; ++t) {
       const int64_t tile = first + t;
-      put(tile / (down * across), tile / across % down * 4, tile % across * 4, from, to, [&](int64_t o, vf *z) {
-        vf d[POINTS], e[24];
-        for (int i = 0; i < POINTS; ++i) d[i] = load(m + (i * room + t) * PANEL + o - from);
-        for (int i = 0; i < 6; ++i) gather(d + i, 6, e + i, 6);
-        for (int i = 0; i < 4; ++i) gather(e + 6 * i, 1, z + 4 * i, 1);
+      put(tile / (down * across), tile / across % down * OUT, tile % across * OUT, from, to, [&](int64_t o, vf *z) {
+        vf d[SPAN], e[SIDE * OUT];
+        for (int i = 0; i < SPAN; ++i) d[i] = load(m + (i * room + t) * PANEL + o - from);
+        for (int i = 0; i < SIDE; ++i) In::gather_to(d + i, SIDE, e + i, SIDE);
+        for (int i = 0; i < OUT; ++i) In::gather_to(e + SIDE * i, 1, z + OUT * i, 1);
       });
     }
     return FG_OK;
@@ -111,7 +135,7 @@ struct TapWinograd {
   int run(const Fill &fill, const Put &put) const {
     const int64_t most = chunk() < tiles ? chunk() : (tiles + MR - 1) / MR * MR;
     const int64_t room = most | 1;  // points in other sets of a cache
-    float *v = static_cast<float *>(std::malloc(static_cast<size_t>(POINTS * (room + MR) * step) * sizeof(float) + 64));
+    float *v = static_cast<float *>(std::malloc(static_cast<size_t>(SPAN * (room + MR) * step) * sizeof(float) + 64));
     if (!v) return FG_NO_MEMORY;
     int code = FG_OK;
     for (int64_t first = 0; first < tiles && !code; first += most) {
@@ -119,14 +143,14 @@ struct TapWinograd {
       parallel_for(whole, 1 + (1 << 12) / (step + 1), [&](int64_t t) {
         const int64_t tile = first + t;
         if (t >= count) {  // multiplied with the others, and never read
-          for (int i = 0; i < POINTS; ++i) memset(v + (i * room + t) * step, 0, static_cast<size_t>(step) * sizeof(float));
+          for (int i = 0; i < SPAN; ++i) memset(v + (i * room + t) * step, 0, static_cast<size_t>(step) * sizeof(float));
           return 0;
         }
-        fill(tile / (down * across), tile / across % down * 4, tile % across * 4, [&](int64_t c, vf *d) {
-          vf e[POINTS];
-          for (int i = 0; i < 6; ++i) spread(d + i, e + i, 6);
-          for (int i = 0; i < 6; ++i) spread(e + 6 * i, d + 6 * i, 1);
-          for (int i = 0; i < POINTS; ++i) store(v + (i * room + t) * step + c, d[i]);
+        fill(tile / (down * across), tile / across % down * OUT, tile % across * OUT, [&](int64_t c, vf *d) {
+          vf e[SPAN];
+          for (int i = 0; i < SIDE; ++i) In::spread_to(d + i, e + i, SIDE);
+          for (int i = 0; i < SIDE; ++i) In::spread_to(e + SIDE * i, d + SIDE * i, 1);
+          for (int i = 0; i < SPAN; ++i) store(v + (i * room + t) * step + c, d[i]);
         });
         return 0;
       });

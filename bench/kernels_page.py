@@ -5,6 +5,7 @@ python -m fusegen.bench.kernels_page > docs/kernels.md
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,8 +31,8 @@ _STANDING = """
 "Roofline" is the share of the ceilings measured in the same run: memory copied, far beyond the caches (what fits
 them can be faster than that), and a matrix product. "Against eager" is how many times as fast as PyTorch's own form
 of the op. Both are medians over the benchmark's cases, with the lowest and the highest; a dash: no committed row.
-"cpu" is an AMD Zen 5 with AVX512-BF16, "cpu, AMX" an Intel Emerald Rapids with tiles, two cores each; on a GPU calls
-are replayed in CUDA graphs, over more copies of their arguments than its L2 holds.
+"cpu" is an AMD Zen 5 with AVX512-BF16, "cpu, AMX" an Intel Emerald Rapids with tiles, "cpu, AVX2" an AMD Zen 3, two
+cores each; on a GPU calls are replayed in CUDA graphs, over more copies of their arguments than its L2 holds.
 """
 _PROOF = """
 ## How it is shown to be right
@@ -71,19 +72,27 @@ def _cell(text: str) -> str:
 
 def _versions(op: Op) -> str:
     dtypes = ", ".join(str(d).removeprefix("torch.") for d in op.tolerance)
-    source = build.HERE / f"{op.name}.cpp"
-    levels = ", ".join(build.levels_of(source)) if source.exists() else "none: the reference serves"
+    source = _source(op.name)
+    levels = ", ".join(build.levels_of(source)) if source else "none: the reference serves"
     triton = "yes" if op.name in catalogue.triton_names() else "no: the reference serves"
     return f"| `{op.name}` | {dtypes} | {levels} | {triton} |"
 
 
+def _source(name: str) -> Path | None:
+    """The C++ source of an op's kernel: its own, or that of the kernel that is launched for it; None without any."""
+    own, launcher = build.HERE / f"{name}.cpp", build.HERE / f"{name}.py"
+    called = None if own.exists() or not launcher.exists() else re.search(r'CpuLaunch\("(\w+)"', launcher.read_text())
+    return build.HERE / f"{called[1]}.cpp" if called else own if own.exists() else None
+
+
 def _rows() -> list[Row]:
-    """The committed rows of kernels: fusegen's own that passed their error bound.  Those of a CPU with AMX, whose files
-    are called so, have a device of their own: there other kernels ran."""
+    """The committed rows of kernels: fusegen's own that passed their error bound.  Those of a CPU with AMX or with AVX2
+    alone, whose files are called so, have a device of their own: there other kernels ran."""
     rows = list[Row]()
     for path in sorted([*RESULTS.glob("*kernels*.jsonl"), *RESULTS.glob("gpu-*.jsonl")]):
         own = (row for row in read(path) if row.ok and row.contender == "fusegen" and row.median_s is not None)
-        rows += (replace(row, device=f"{row.device}, AMX") if path.stem.endswith("-amx") else row for row in own)
+        kind = next((f", {name}" for name in ("AMX", "AVX2") if path.stem.endswith(f"-{name.lower()}")), "")
+        rows += (replace(row, device=row.device + kind) for row in own)
     return rows
 
 

@@ -5,7 +5,6 @@ python -m fusegen.bench.kernels_page > docs/kernels.md
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import replace
@@ -72,17 +71,10 @@ def _cell(text: str) -> str:
 
 def _versions(op: Op) -> str:
     dtypes = ", ".join(str(d).removeprefix("torch.") for d in op.tolerance)
-    source = _source(op.name)
+    source = build.source_of(op.name)
     levels = ", ".join(build.levels_of(source)) if source else "none: the reference serves"
     triton = "yes" if op.name in catalogue.triton_names() else "no: the reference serves"
     return f"| `{op.name}` | {dtypes} | {levels} | {triton} |"
-
-
-def _source(name: str) -> Path | None:
-    """The C++ source of an op's kernel: its own, or that of the kernel that is launched for it; None without any."""
-    own, launcher = build.HERE / f"{name}.cpp", build.HERE / f"{name}.py"
-    called = None if own.exists() or not launcher.exists() else re.search(r'CpuLaunch\("(\w+)"', launcher.read_text())
-    return build.HERE / f"{called[1]}.cpp" if called else own if own.exists() else None
 
 
 def _rows() -> list[Row]:

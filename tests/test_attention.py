@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import assert_all_close, truth
+from compare import assert_all_close, assert_close, truth
 from torch import Tensor
 
 from fusegen.kernels import op as registry
@@ -48,6 +48,19 @@ def test_bits_do_not_depend_on_threads(level: str, dtype: torch.dtype) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_head_dimension(level: str) -> None:
+    """Outputs are summed some dimensions at a time, as few parts as there can be of each size."""
+    op = registry.get("attention")
+    for dim in (*range(1, 34), 72, 97):
+        q, k, v = tensors(1, 2, 37, dim, keys=131)
+        with library.forced(level):
+            out = attend(q, k, v)
+        assert_close(
+            str(dim), out, F.scaled_dot_product_attention(q.double(), k.double(), v.double()), op.tolerance[q.dtype]
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

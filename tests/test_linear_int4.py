@@ -13,9 +13,10 @@ from torch import Tensor
 
 from fusegen.kernels import op as registry
 from fusegen.kernels.cpu import library
-from fusegen.kernels.linear_int4 import GROUPS, Packed, dense, pack, quantize_int4, reference, unpack
+from fusegen.kernels.linear_int4 import GROUPS, INPUTS, Packed, dense, pack, quantize_int4, reference, unpack
 
 OP = registry.get("linear_int4")
+LEVELS = library.levels() if library.available() else ()
 
 
 def run(x: Tensor, p: Packed, *rest: Any) -> Tensor:
@@ -64,6 +65,20 @@ def test_agrees_with_integer_arithmetic_in_numpy(group: int, symmetric: bool) ->
         offset = 8.0 if zeros is None else zeros[:, g : g + 1]
         want += q @ (codes[:, part] - offset).T * (absmax.astype(np.float64) / 127) * scales[:, g]
     assert_close("numpy", run(x, p), torch.from_numpy(want), OP.tolerance[torch.float32])
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("inputs", INPUTS)
+def test_a_row_has_its_bits_among_any_number_of_others(level: str, inputs: str) -> None:
+    """One to four rows go other ways than many, and 400 are several strips."""
+    _, p = packed(83, 300, 128, symmetric=False)
+    x = torch.randn(400, 300)
+    with library.forced(level):
+        whole = run(x, p, None, None, "none", inputs)
+        for rows in (1, 2, 3, 4, 5, 13, 193):
+            assert torch.equal(run(x[-rows:], p, None, None, "none", inputs), whole[-rows:]), rows
+    want = F.linear(x.double(), dense(p.weight, p.scales, 83, p.zeros, 300, torch.float64))
+    assert float((whole - want).norm() / want.norm()) < (0.01 if inputs == "int8" else OP.tolerance[torch.float32].rms)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -80,6 +80,15 @@ def compiler() -> str:
     raise BuildFailed(f"no C++ compiler: {wanted or 'g++, clang++ or c++'} is not on the path")
 
 
+def source_of(op: str) -> Path | None:
+    """The C++ source of an op's kernel: its own, or that of the kernel that is launched for it; None without any."""
+    own, launcher = HERE / f"{op}.cpp", HERE / f"{op}.py"
+    if own.exists() or not launcher.exists():
+        return own if own.exists() else None
+    called = re.search(r'CpuLaunch\("(\w+)"', launcher.read_text())
+    return HERE / f"{called[1]}.cpp" if called else None
+
+
 def levels_of(source: Path) -> list[str]:
     """The levels named in the first line of ``source``."""
     found = re.match(r"// levels: ([a-z0-9_ ]+)\n", source.read_text())

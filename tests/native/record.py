@@ -54,8 +54,8 @@ def foreign(level: str) -> Iterator[None]:
 
 def levels_of(op: str, levels: Sequence[str]) -> list[str]:
     """Those of ``levels`` that the source of ``op`` is compiled for."""
-    source = build.HERE / f"{op}.cpp"
-    return [level for level in levels if level in build.levels_of(source)]
+    source = build.source_of(op)
+    return [] if source is None else [level for level in levels if level in build.levels_of(source)]
 
 
 class Records:

@@ -55,11 +55,11 @@ def cost(weight: Tensor) -> Cost:
     return Cost(flops=0, bytes=weight.numel() * (weight.element_size() + 4))
 
 
-def _case(name: str, outputs: int, inputs: int) -> Case:
+def _case(name: str, outputs: int, inputs: int, **how: Any) -> Case:
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         return (torch.randn(outputs, inputs, 3, 3, generator=g).to(dtype),)
 
-    return Case(name, build)
+    return Case(name, build, **how)
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -77,6 +77,7 @@ OP = register(
         cases=[
             _case("small", 3, 5), _case("one channel", 1, 1), _case("no outputs", 0, 4), _case("no inputs", 4, 0),
             _case("whole panels", 32, 7), _case("wide", 40, 33),
+            _case("1280x1280", 1280, 1280, dtypes=(torch.float32,), bench=True),
         ],
         alone=None,
         draw=_draw,

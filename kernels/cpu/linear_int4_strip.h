@@ -67,7 +67,8 @@ __attribute__((noinline)) void multiply(const float (*w)[16], const float *const
 template <class T, class S>
 void strip_of(const Job &job, const float *x, Strip *strip, int64_t panel, int64_t count) {
   const fg_linear_int4_args *a = job.a;
-  memset(strip->acc, 0, sizeof(strip->acc));
+  const int64_t tall = (strip->last - strip->first + TALL - 1) / TALL * TALL;
+  for (int64_t p = 0; p < count; ++p) memset(strip->acc[p], 0, static_cast<size_t>(tall) * sizeof(strip->acc[p][0]));
   for (int64_t k = 0; k < job.padded; k += kDeep) {
     const int64_t depth = job.padded - k < kDeep ? job.padded - k : kDeep;
     for (int64_t p = 0; p < count; ++p) {

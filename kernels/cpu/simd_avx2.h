@@ -79,7 +79,7 @@ FG_INLINE void deinterleave(vf low, vf high, vf &even, vf &odd) {
   even = quarters(_mm256_shuffle_ps(low, high, 0x88));
   odd = quarters(_mm256_shuffle_ps(low, high, 0xdd));
 }
-FG_INLINE void transpose(__m256 (&x)[8]) {
+FG_INLINE void transpose(__m256 (&x)[8]) {  // rows become columns
   __m256 pairs[8], fours[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {

@@ -66,11 +66,11 @@ def cost(weight: Tensor, transposed: bool = False) -> Cost:
     return Cost(flops=162 * pairs, bytes=9 * pairs * weight.element_size() + 144 * pairs)
 
 
-def _case(name: str, outputs: int, inputs: int, transposed: bool = False) -> Case:
+def _case(name: str, outputs: int, inputs: int, transposed: bool = False, bench: bool = False) -> Case:
     def build(g: Generator, dtype: torch.dtype) -> tuple[Any, ...]:
         return (torch.randn(outputs, inputs, 3, 3, generator=g).to(dtype), transposed)
 
-    return Case(name, build)
+    return Case(name, build, bench=bench)
 
 
 def _draw(draw: Draw, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -95,6 +95,7 @@ OP = register(
             _case("no outputs", 0, 4),
             _case("wide", 40, 33),
             _case("transposed", 20, 5, transposed=True),
+            _case("640x640", 640, 640, bench=True),
         ],
         alone=None,
         draw=_draw,

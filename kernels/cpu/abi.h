@@ -301,7 +301,7 @@ struct fg_qk_norm_rope_args {
   X(winograd_conv2d)  \
   X(winograd_conv2d_int8) \
   X(winograd_conv2d_moments) \
-  X(winograd_int8_filters) \
+  X(winograd_filters) X(winograd_int8_filters) \
   X(winograd_modulated_conv2d)
 
 // One bound kernel; `fg_run` runs a list of them in order and stops at the first that fails.

@@ -74,6 +74,13 @@ struct fg_packed_conv2d_int8_args {
   int64_t stride, doubled;
 };
 
+// The float32 filters of a weight (outputs, inputs, 3, 3); see winograd_filters.cpp.
+struct fg_winograd_filters_args {
+  const void *weight;
+  void *out;
+  int64_t dtype, inputs, outputs, transposed;
+};
+
 // As fg_winograd_conv2d_args, in int8; see winograd_int8.h.
 struct fg_winograd_conv2d_int8_args {
   const void *x, *filters, *scale;  // dense, channels innermost; winograd_int8_filters's

@@ -40,11 +40,11 @@ FG_INLINE void reset(Rows *rows) {
 
 // 2^t (1 + 2^-8 of the power of two below): cut to bfloat16 it is 2^t rounded, halves upwards.
 FG_INLINE vf exp2_to_cut(vf t) {
-  vf f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // exp2_falling<3>
-  vf p = fma(set1(0.07802452147f), f, set1(0.22606717050f));
-  p = fma(p, f, set1(0.69583350420f));
-  p = fma(p, f, set1(0.99992519617f + 0.00390625f));
-  return _mm512_scalef_ps(p, t);
+  constexpr auto &c = PowerOfTwo<3>::terms;
+  vf whole, f = fraction(t, whole), p = fma(set1(c[0]), f, set1(c[1]));
+  p = fma(p, f, set1(c[2]));
+  p = fma(p, f, set1(c[3] + 0.00390625f));
+  return scaled(p, whole);
 }
 
 // Counts to take off for each 64th of an octave, so that what is left, cut to bfloat16, is nearest to 2^f: 1.78e-3 apart

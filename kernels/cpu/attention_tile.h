@@ -5,7 +5,7 @@
 // A tile's result depends on its own rows, the keys and the key block NB alone: not on chunks, threads or the batch.
 #pragma once
 #include "abi.h"
-#include "simd.h"
+#include "exp2.h"
 
 namespace {
 
@@ -34,35 +34,16 @@ struct Head {
 
 FG_INLINE float infinity() { return __builtin_inff(); }
 
-// Coefficients of 2^f, highest power first, the least relative error: for 0 <= f < 1 where a vector scales by the floor
-// of another, else for |f| <= 1/2.
-#if defined(FG_HAS_AVX512)
-constexpr float CUBIC[] = {0.07802452147f, 0.22606717050f, 0.69583350420f, 0.99992519617f};
-constexpr float QUINTIC[] = {0.00187757669f, 0.00898934063f, 0.05582631752f, 0.24015361071f, 0.69315308332f, 0.99999994040f};
-#else
-constexpr float CUBIC[] = {0.05517166234f, 0.24261112245f, 0.69326098851f, 0.99992807552f};
-constexpr float QUINTIC[] = {0.00132764736f, 0.00967554129f, 0.05550713277f, 0.24022119729f, 0.69314696705f, 1.0f};
-#endif
-
 // 2^t for t <= 0 by a polynomial of degree 3 or 5: relative error 8e-5 or 2e-7.  0 at -inf, NaN at NaN.
 template <int DEGREE>
 FG_INLINE vf exp2_falling(vf t) {
-#if defined(FG_HAS_AVX512)
-  vf f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 at -inf
-#else
-  // A sum past 2^23 has no fraction: its last bits are round(t) plus the bias of an exponent.
-  const vf whole = set1(12582912.0f + 127.0f);
-  vf m = add(t, whole);
-  vf f = sub(t, sub(m, whole));
-#endif
-  const float *c = DEGREE == 3 ? CUBIC : QUINTIC;
-  vf p = set1(c[0]);
+  vf whole, f = fraction(t, whole), p = set1(PowerOfTwo<DEGREE>::terms[0]);
 #pragma GCC unroll 5
-  for (int i = 1; i <= DEGREE; ++i) p = fma(p, f, set1(c[i]));
+  for (int i = 1; i <= DEGREE; ++i) p = fma(p, f, set1(PowerOfTwo<DEGREE>::terms[i]));
 #if defined(FG_HAS_AVX512)
-  return _mm512_scalef_ps(p, t);
+  return scaled(p, whole);
 #else
-  return select_gt(set1(-126.0f), t, set1(0.0f), mul(p, power2_in(m)));
+  return select_gt(set1(-126.0f), t, set1(0.0f), scaled(p, whole));
 #endif
 }
 

@@ -70,11 +70,15 @@ struct Same {
 // f of the sums of one phase, n elements from its element `at` on.
 template <class T, class F = Same>
 FG_INLINE void write(const Tap *taps, int count, T *out, int64_t n, const F &f = F(), int64_t at = 0) {
-  vf y[4];
+  vf y[8];
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    sums<4>(taps, count, at + i, y);
-    for (int v = 0; v < 4; ++v) store(out + i + v * W, f(y[v]));
+  for (; i + 8 * W <= n; i += 8 * W) {  // as many sums as two units with a latency of four are busy with
+    sums<8>(taps, count, at + i, y);
+    for (int v = 0; v < 8; ++v) store(out + i + v * W, f(y[v]));
+  }
+  for (; i + 2 * W <= n; i += 2 * W) {
+    sums<2>(taps, count, at + i, y);
+    for (int v = 0; v < 2; ++v) store(out + i + v * W, f(y[v]));
   }
   for (; i < n; i += W) {
     sums<1>(taps, count, at + i, y);
@@ -102,6 +106,24 @@ FG_INLINE void write_two(const Tap *even, int evens, const Tap *odd, int odds, T
     interleave(f(a[0]), f(b[0]), low, high);
     store_n(out + i, low, static_cast<int>(least(n - i, W)));
     if (n - i > W) store_n(out + i + W, high, static_cast<int>(least(n - i - W, W)));
+  }
+}
+
+// The same of four phases.
+template <class T, class F = Same>
+FG_INLINE void write_four(const Tap (&taps)[4][kMostTaps], const int (&counts)[4], T *out, int64_t n, const F &f = F()) {
+  vf y[4], even[2], odd[2], four[4];
+  for (int64_t i = 0; i < n; i += 4 * W) {
+    for (int r = 0; r < 4; ++r) sums<1>(taps[r], counts[r], i / 4, y + r);
+    interleave(f(y[0]), f(y[2]), even[0], even[1]);
+    interleave(f(y[1]), f(y[3]), odd[0], odd[1]);
+    for (int v = 0; v < 2; ++v) interleave(even[v], odd[v], four[2 * v], four[2 * v + 1]);
+    for (int v = 0; v < 4 && i + v * W < n; ++v) {
+      if (i + (v + 1) * W <= n)
+        store(out + i + v * W, four[v]);
+      else
+        store_n(out + i + v * W, four[v], static_cast<int>(n - i - v * W));
+    }
   }
 }
 
@@ -315,11 +337,12 @@ class Stage {
 // f of the outputs of all phases of a row, one pixel after the other: `n` pixels.  `spare` holds one phase.
 template <class T, class F = Same>
 FG_INLINE void emit(const Stage &stage, int64_t up, int64_t pixel, int64_t n, float *spare, T *out, const F &f = F()) {
-  Tap a[kMostTaps], b[kMostTaps];
+  Tap taps[4][kMostTaps], (&a)[kMostTaps] = taps[0];
+  int counts[4];
   if (up == 1) return write(a, stage.taps(0, a), out, n * pixel, f);
-  if (up == 2 && pixel == 1) {
-    int evens = stage.taps(0, a);
-    return write_two(a, evens, b, stage.taps(1, b), out, n, f);
+  if (pixel == 1 && (up == 2 || up == 4)) {
+    for (int64_t r = 0; r < up; ++r) counts[r] = stage.taps(r, taps[r]);
+    return up == 2 ? write_two(a, counts[0], taps[1], counts[1], out, n, f) : write_four(taps, counts, out, n, f);
   }
   for (int64_t r = 0; r < up; ++r) {
     const int count = stage.taps(r, a);

@@ -19,6 +19,24 @@ struct Mass {
     high = _mm512_add_epi64(high, _mm512_cvttps_epi64(_mm512_extractf32x8_ps(w, 1)));
   }
   FG_MEMBER int64_t total() const { return whole + _mm512_reduce_add_epi64(_mm512_add_epi64(low, high)); }
+#elif defined(FG_LEVEL_AVX2)
+  __m256d low = _mm256_setzero_pd(), high = low;
+  int64_t filled = 0;
+  FG_MEMBER void add(vf w) {
+    low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(w)));
+    high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(w, 1)));
+    if (++filled == 4096) empty();
+  }
+  FG_MEMBER void empty() {
+    double lanes[W];
+    _mm256_storeu_pd(lanes, low), _mm256_storeu_pd(lanes + 4, high);
+    for (double lane : lanes) whole += static_cast<int64_t>(lane);
+    low = high = _mm256_setzero_pd(), filled = 0;
+  }
+  FG_MEMBER int64_t total() {
+    empty();
+    return whole;
+  }
 #else
   double lanes[W] = {};
   int64_t filled = 0;
@@ -39,6 +57,21 @@ struct Mass {
 #endif
 };
 
+#if defined(FG_LEVEL_AVX2)
+// For each mask of eight lanes a byte a lane: which of them are set, from the first on.
+struct Places {
+  uint64_t of[256];
+  constexpr Places() : of() {
+    for (uint64_t mask = 0; mask < 256; ++mask) {
+      int n = 0;
+      for (uint64_t lane = 0; lane < 8; ++lane)
+        if (mask >> lane & 1) of[mask] |= lane << 8 * n++;
+    }
+  }
+};
+constexpr Places kPlaces;
+#endif
+
 // Packs the lanes whose key lies in (low, high] to `keys`, and their weights to `to`; their number.  In place
 // is fine: nothing is written past the lanes that were read.
 FG_INLINE int64_t pack(vf key, vf weight, vf low, vf high, float *keys, float *to) {
@@ -47,6 +80,13 @@ FG_INLINE int64_t pack(vf key, vf weight, vf low, vf high, float *keys, float *t
   store(keys, _mm512_maskz_compress_ps(in, key));  // to memory at once, packing takes AMD's processors a hundred cycles
   store(to, _mm512_maskz_compress_ps(in, weight));
   return __builtin_popcount(in);
+#elif defined(FG_LEVEL_AVX2)
+  const __m256 within = _mm256_and_ps(_mm256_cmp_ps(key, high, _CMP_LE_OQ), _mm256_cmp_ps(key, low, _CMP_GT_OQ));
+  const int in = _mm256_movemask_ps(within);
+  const __m256i from = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(kPlaces.of + in)));
+  store(keys, _mm256_permutevar8x32_ps(key, from));
+  store(to, _mm256_permutevar8x32_ps(weight, from));
+  return __builtin_popcount(static_cast<unsigned>(in));
 #else
   float k[W], w[W], l[W], h[W];
   store(k, key), store(w, weight), store(l, low), store(h, high);

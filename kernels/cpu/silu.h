@@ -1,6 +1,6 @@
 // The logistic function and SiLU, as exact as the element type that they are rounded to.
 #pragma once
-#include "simd.h"
+#include "exp2.h"
 
 namespace {
 
@@ -8,46 +8,27 @@ namespace {
 // the processor cannot look past many such chains.  As many as its registers hold:
 #if defined(FG_HAS_AVX512)
 constexpr int kAtOnce = 8;
-#elif defined(FG_LEVEL_NEON)
+#elif defined(FG_LEVEL_AVX2) || defined(FG_LEVEL_NEON)
 constexpr int kAtOnce = 4;
 #else
 constexpr int kAtOnce = 2;
 #endif
 
-// 2^f on [0, 1] by least relative error: 1.5e-7 (float32), 2.7e-6 (fp16), 7.6e-5 (bf16); the highest power first.
-template <class T>
-struct PowerOfTwo {
-  static constexpr float terms[] = {1.8775705e-3f, 8.989335e-3f, 5.5826344e-2f, 0.2401536f, 0.6931531f, 0.99999994f};
-};
-template <>
-struct PowerOfTwo<fp16> {
-  static constexpr float terms[] = {1.3534094e-2f, 5.2011397e-2f, 0.24144296f, 0.6930037f, 1.0000026f};
-};
-template <>
-struct PowerOfTwo<bf16> {
-  static constexpr float terms[] = {7.802375e-2f, 0.22606643f, 0.6958348f, 0.99992496f};
-};
-
 // t = 2^t for -126 <= t < 127, for an output of type T; NaN stays NaN.
 template <class T, int N>
 FG_INLINE void fast_exp2(vf (&t)[N]) {
-  vf f[N], n[N], p[N];
+  constexpr int degree = kPowerDegree<T>;
+  vf f[N], whole[N], p[N];
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) {
-#if defined(FG_HAS_AVX512)
-    n[v] = t[v], f[v] = _mm512_reduce_ps(t[v], 9);  // t - floor(t); scale2 takes the floor itself
-#else
-    n[v] = floor(t[v]), f[v] = sub(t[v], n[v]);
-#endif
-  }
+  for (int v = 0; v < N; ++v) f[v] = fraction(t[v], whole[v]);
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) p[v] = set1(PowerOfTwo<T>::terms[0]);
+  for (int v = 0; v < N; ++v) p[v] = set1(PowerOfTwo<degree>::terms[0]);
 #pragma GCC unroll 8
-  for (size_t i = 1; i < sizeof(PowerOfTwo<T>::terms) / sizeof(float); ++i)
+  for (int i = 1; i <= degree; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < N; ++v) p[v] = fma(p[v], f[v], set1(PowerOfTwo<T>::terms[i]));
+    for (int v = 0; v < N; ++v) p[v] = fma(p[v], f[v], set1(PowerOfTwo<degree>::terms[i]));
 #pragma GCC unroll 8
-  for (int v = 0; v < N; ++v) t[v] = scale2(p[v], n[v]);
+  for (int v = 0; v < N; ++v) t[v] = scaled(p[v], whole[v]);
 }
 template <class T>
 FG_INLINE vf fast_exp2(vf t) {

@@ -31,16 +31,21 @@ FG_INLINE void store(float *p, vf x) { _mm256_storeu_ps(p, x); }
 FG_INLINE void store(bf16 *p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i *>(p), to_bf16(x)); }
 FG_INLINE void store(fp16 *p, vf x) { _mm_storeu_si128(reinterpret_cast<__m128i *>(p), to_fp16(x)); }
 FG_INLINE vf load_n(const float *p, int n) { return _mm256_maskload_ps(p, lanes_below(n)); }
-FG_INLINE void store_n(float *p, vf x, int n) { _mm256_maskstore_ps(p, lanes_below(n), x); }
+FG_INLINE void store_n(float *p, vf x, int n) {
+  if (n >= W) return store(p, x);  // a masked one takes AMD's processors a dozen cycles
+  _mm256_maskstore_ps(p, lanes_below(n), x);
+}
 // AVX2 has no masked moves of 16-bit elements: go through a buffer on the stack.
 template <class T>
 FG_INLINE vf load_n(const T *p, int n) {
+  if (n >= W) return load(p);
   T part[W] = {};
   if (n > 0) memcpy(part, p, sizeof(T) * static_cast<size_t>(n));
   return load(part);
 }
 template <class T>
 FG_INLINE void store_n(T *p, vf x, int n) {
+  if (n >= W) return store(p, x);
   T part[W];
   store(part, x);
   if (n > 0) memcpy(p, part, sizeof(T) * static_cast<size_t>(n));

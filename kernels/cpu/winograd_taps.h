@@ -9,34 +9,17 @@
 #include <cstdlib>
 
 #include "winograd.h"
+#include "winograd_extend.h"
 
 namespace {
 
-constexpr int64_t kTaps = 9, kMade = 64;  // kMade: inputs whose filters are made at a time
+constexpr int64_t kTaps = 9, kMade = 64;     // kMade: inputs whose filters are made at a time
+constexpr int64_t kApart = (kMade + 1) * PANEL;  // from one point's to the next one's: in other sets of a cache
 constexpr int64_t kLeastTiles = 24;          // of a chunk, which else takes half of the last cache
 
 // The transforms of tiles of SIDE x SIDE pixels, 6 or 4, in one direction.
 template <int SIDE>
 struct Transforms {
-  // G g for three vectors, `s` apart; SIDE come out, `t` apart.
-  FG_INLINE void extend(const vf *g, int s, vf *o, int t) {
-    if constexpr (SIDE == 6) {
-      const vf a = mul(add(g[0], g[2 * s]), set1(-1.0f / 6)), b = mul(g[s], set1(-1.0f / 6));
-      const vf c = fma(g[0], set1(1.0f / 24), mul(g[2 * s], set1(1.0f / 6))), d = mul(g[s], set1(1.0f / 12));
-      o[0] = mul(g[0], set1(0.25f));
-      o[t] = add(a, b);
-      o[2 * t] = sub(a, b);
-      o[3 * t] = add(c, d);
-      o[4 * t] = sub(c, d);
-      o[5 * t] = g[2 * s];
-    } else {
-      const vf a = mul(add(g[0], g[2 * s]), set1(0.5f)), b = mul(g[s], set1(0.5f));
-      o[0] = g[0];
-      o[t] = add(a, b);
-      o[2 * t] = sub(a, b);
-      o[3 * t] = g[2 * s];
-    }
-  }
   FG_INLINE void spread_to(const vf *d, vf *o, int s) {
     if constexpr (SIDE == 6) spread(d, o, s);
     else spread_small(d, o, s);
@@ -67,15 +50,13 @@ struct TapWinograd {
     return most < kLeastTiles ? kLeastTiles : most;
   }
 
-  // The filters of inputs [k, k + n) and a panel: u[point][kMade][PANEL].
+  // The filters of inputs [k, k + n) and a panel: u[point][kApart].
   FG_INLINE void make(const float *from, int64_t n, float *u) {
     for (int64_t k = 0; k < n; ++k, from += kTaps * PANEL)
       for (int64_t o = 0; o < PANEL; o += W) {
-        vf g[kTaps], e[3 * SIDE], f[SPAN];
-        for (int i = 0; i < kTaps; ++i) g[i] = load(from + i * PANEL + o);
-        for (int i = 0; i < 3; ++i) In::extend(g + i, 3, e + i, 3);
-        for (int i = 0; i < SIDE; ++i) In::extend(e + 3 * i, 1, f + SIDE * i, 1);
-        for (int i = 0; i < SPAN; ++i) store(u + (i * kMade + k) * PANEL + o, f[i]);
+        vf f[SPAN];
+        extend_taps<SIDE == 4 ? BY_TWO : BY_FOUR>(from + o, PANEL, f);
+        for (int i = 0; i < SPAN; ++i) store(u + i * kApart + k * PANEL + o, f[i]);
       }
   }
 
@@ -106,16 +87,16 @@ struct TapWinograd {
   // A panel of outputs of the tiles [first, first + count), v[point][room][step] being theirs.
   template <class Put>
   int panel(int64_t p, const float *v, int64_t first, int64_t count, int64_t room, const Put &put) const {
-    const int64_t words = SPAN * (kMade + room) * PANEL;
+    const int64_t words = SPAN * (kApart + room * PANEL);
     float *u = static_cast<float *>(fg_scratch(static_cast<size_t>(words) * sizeof(float)));
     if (!u) return FG_NO_MEMORY;
-    float *m = u + SPAN * kMade * PANEL;
+    float *m = u + SPAN * kApart;
     for (int64_t k = 0; k == 0 || k < inputs; k += kMade) {
       const int64_t n = inputs - k < kMade ? inputs - k : kMade;
       make(taps + (p * inputs + k) * kTaps * PANEL, n, u);
       for (int64_t i = 0; i < SPAN; ++i)
         for (int64_t t = 0; t < count; t += MR)
-          multiply(v + (i * room + t) * step + k, step, n, u + i * kMade * PANEL, k == 0, m + (i * room + t) * PANEL);
+          multiply(v + (i * room + t) * step + k, step, n, u + i * kApart, k == 0, m + (i * room + t) * PANEL);
     }
     const int64_t from = p * PANEL, to = from + PANEL < outputs ? from + PANEL : outputs;
     for (int64_t t = 0; t < count; ++t) {

@@ -85,6 +85,7 @@ class Gan:
         dtype: torch.dtype | str | None = None,
         deterministic: bool = False,
         without: Collection[str] = (),
+        cache: str | Path | None = None,
     ) -> Gan:
         """Open the model in ``bundle``; ``dtype`` None is :func:`~fusegen.runtime.compile.default_dtype`.
 
@@ -94,7 +95,13 @@ class Gan:
         chosen = AUTO if dtype is None else dtype
         sessions = {
             name: compile_program(
-                p, device, torch.float32 if name == "mapping" else chosen, None, deterministic, without=without
+                p,
+                device,
+                torch.float32 if name == "mapping" else chosen,
+                None,
+                deterministic,
+                without=without,
+                cache=cache,
             )
             for name, p in found.programs.items()
         }

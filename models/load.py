@@ -47,17 +47,21 @@ def load(
     dtype: torch.dtype | str | None = None,
     deterministic: bool = False,
     without: Collection[str] = (),
+    cache: str | Path | None = None,
 ) -> Any:
     """Open the model in the ``.fg`` file or folder ``name``, or the zoo's model of that name: its family's class.
 
     ``device``: ``"cpu"`` or ``"cuda"``.  ``dtype``: what it computes in; None is the device's best.  ``deterministic``
     binds only kernels whose results do not depend on the batch (a text model's never do).  ``without``: ops whose
-    kernels are left alone (:func:`~fusegen.runtime.compile.compile`).  Raises FileError, or RequestError for a bundle
+    kernels are left alone, ``cache``: a folder for what is made of the weights, for the next start, both as
+    :func:`~fusegen.runtime.compile.compile` has them.  Raises FileError, or RequestError for a bundle
     that holds a bare program.
     """
     bundle = _opened(name)
     module, kind = FAMILIES[bundle.manifest.family]
-    return getattr(importlib.import_module(module), kind).from_bundle(bundle, device, dtype, deterministic, without)
+    return getattr(importlib.import_module(module), kind).from_bundle(
+        bundle, device, dtype, deterministic, without, cache
+    )
 
 
 def family_of(name: str | Path) -> str:

@@ -71,6 +71,7 @@ class TextGeneration:
         dtype: torch.dtype | str | None = None,
         deterministic: bool = True,
         without: Collection[str] = (),
+        cache: str | Path | None = None,
     ) -> TextGeneration:
         """Open the model in ``bundle``; ``dtype`` None is :func:`~fusegen.runtime.compile.default_dtype`.
 
@@ -89,7 +90,9 @@ class TextGeneration:
             wanted = f"it must take {', '.join(INPUTS)} and caches, and give logits"
             raise FileError(f"the decoder takes {', '.join(program.inputs)}", where, wanted)
         chosen = AUTO if dtype is None else dtype
-        session = compile_program(with_sampler(program, text.context), device, chosen, None, True, without=without)
+        session = compile_program(
+            with_sampler(program, text.context), device, chosen, None, True, without=without, cache=cache
+        )
         return cls(bundled.tokenizer(bundle), session, text, defaults, bundle)
 
     @property

@@ -104,6 +104,7 @@ class TextToImage:
         dtype: torch.dtype | str | None = None,
         deterministic: bool = False,
         without: Collection[str] = (),
+        cache: str | Path | None = None,
     ) -> TextToImage:
         """Open the model in ``bundle``; ``dtype`` None is :func:`~fusegen.runtime.compile.default_dtype`.
 
@@ -123,9 +124,11 @@ class TextToImage:
         return cls(
             bundled.tokenizer(bundle),
             compile_program(
-                bundle.program("text_encoder"), device, torch.float32, None, deterministic, without=without
+                bundle.program("text_encoder"), device, torch.float32, None, deterministic, without=without, cache=cache
             ),
-            compile_program(bundle.program("denoiser"), device, chosen, None, deterministic, without=without),
+            compile_program(
+                bundle.program("denoiser"), device, chosen, None, deterministic, without=without, cache=cache
+            ),
             schedule,
             image,
             defaults,

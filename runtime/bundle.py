@@ -118,6 +118,7 @@ class Bundle:
             digest = hashlib.sha256() if stored.parts else whole
             at = start + index * part_size
             end = min(at + part_size, start + size)
+            archive.ask(archive.pages(data, at, end - at, 1))
             with memoryview(data) as view, view[at:end] as part:
                 digest.update(part)
             archive.release(archive.pages(data, at, end - at, 1))

@@ -21,6 +21,7 @@ from fusegen.runtime.backends import aten
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.backends.binding import Call
 from fusegen.runtime.closures import At, Run
+from fusegen.runtime.derived import Weight
 from fusegen.runtime.errors import GraphError
 from fusegen.runtime.plan import PHASES, Plan, Step
 from fusegen.runtime.program import Ref, substitute
@@ -122,9 +123,15 @@ class Capture:
         shapes = [tuple(weights[name].shape) for name in given] if kept else []
         return f"{step.binding.name} {step.node.op} {step.node.args} {shapes}" if kept else ""
 
+    def _given(self, step: Step) -> dict[str, Weight]:
+        """The weights that ``step`` reads."""
+        weights = self.plan.program.weights
+        return {name: weights[name] for name in dict.fromkeys(step.node.inputs()) if name in weights}
+
     def _known(self, step: Step) -> bool:
         """Whether another capture worked out what ``step`` makes: then its values are taken over."""
-        found = self.weights.constants.get(self._request(step))
+        request, given = self._request(step), self._given(step)
+        found = self.weights.find(request, given, step.outputs) if request else None
         for name, value in zip(step.node.outputs, found or (), strict=bool(found)):
             self.registers[self.slot(name)] = value
         return found is not None
@@ -132,7 +139,7 @@ class Capture:
     def _keep(self, step: Step) -> None:
         """Keep what ``step`` made of weights for other captures, and let go of those that it alone reads."""
         if request := self._request(step):
-            self.weights.constants[request] = [self.value(name) for name in step.node.outputs]
+            self.weights.keep(request, self._given(step), [self.value(name) for name in step.node.outputs])
         if step.phase == "constant":
             for name in self._alone(step):
                 self.registers[self.index[name]] = None

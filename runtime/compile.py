@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
 from fusegen.kernels import op as registry
 from fusegen.kernels.onednn import serves
 from fusegen.runtime import backends
+from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.engine import Session
 from fusegen.runtime.errors import RequestError
+from fusegen.runtime.prepared import Prepared
 from fusegen.runtime.program import Program
 from fusegen.runtime.quantize import described
 from fusegen.runtime.quantize import quantize as quantized
@@ -31,6 +34,7 @@ def compile(
     deterministic: bool = False,
     quantize: str | None = None,
     without: Collection[str] = (),
+    cache: str | Path | None = None,
 ) -> Session:
     """Rewrite ``program`` and make it a :class:`~fusegen.runtime.engine.Session`.
 
@@ -41,7 +45,8 @@ def compile(
     the node that cannot promise it.  ``quantize``: ``"int8"`` for int8 weights and products in the layers that pay
     (:mod:`fusegen.runtime.quantize`; a bundle that ``fusegen quantize`` wrote has them already).  ``without``: ops
     (``kernels/<op>.py``) whose kernels are left alone, for less memory (``winograd_conv2d``, whose filters in float32
-    are larger than the weights) or to find the one that is at fault.  Raises :class:`RequestError` for what is unknown.
+    are larger than the weights) or to find the one that is at fault.  ``cache``: a folder that keeps what a CPU session
+    makes of a file's weights for the next start (:class:`Prepared`).  Raises :class:`RequestError` for what is unknown.
     """
     if device not in ("cpu", "cuda"):
         raise RequestError(f"no device is called {device!r}", mend="use 'cpu' or 'cuda'")
@@ -51,6 +56,7 @@ def compile(
     for name in without:
         if name not in registry.ops():
             raise RequestError(f"no op is called {name!r}", mend=f"there are {', '.join(sorted(registry.ops()))}")
+    prepared = _prepared(cache, chosen)
     if quantize is not None:
         program = quantized(program, quantize)
     wanted, notes = _dtype(program, dtype, device)
@@ -59,7 +65,13 @@ def compile(
         program = rewrite(program, wanted)
     elif wanted is not None:
         program = cast(program, wanted)[0]
-    return Session(program, chosen, deterministic, notes=notes, without=frozenset(without))
+    return Session(program, chosen, deterministic, notes=notes, without=frozenset(without), prepared=prepared)
+
+
+def _prepared(cache: str | Path | None, backend: Backend) -> Prepared | None:
+    if cache is not None and backend.name != "cpu":
+        raise RequestError(f"the backend {backend.name!r} prepares no weights", "cache", "leave it out")
+    return None if cache is None else Prepared(cache)
 
 
 def _dtype(

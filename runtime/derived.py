@@ -127,6 +127,12 @@ def sources(weight: Weight) -> list[Tensor]:
     return weight.sources() if isinstance(weight, Derived) else [weight]
 
 
+def ask(weight: Weight) -> None:
+    """Map the pages of the files that ``weight`` is read from: all of it will be."""
+    for tensor in sources(weight):
+        archive.ask(tensor)
+
+
 def release(weight: Weight) -> None:
     """Let the system take back the pages of the files that ``weight`` was read from, until they are read again."""
     for tensor in sources(weight):

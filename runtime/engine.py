@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusegen.runtime import measure, state
+from fusegen.runtime import collector, measure, state
 from fusegen.runtime.backends.base import Backend
 from fusegen.runtime.capture import Capture
 from fusegen.runtime.errors import OutOfMemoryError, RequestError
 from fusegen.runtime.plan import Plan, plan
+from fusegen.runtime.prepared import Prepared
 from fusegen.runtime.program import Program, TensorSpec
 from fusegen.runtime.specialize import bind_symbols, evaluate
 from fusegen.runtime.weights import Weights
@@ -43,10 +44,11 @@ class Session:
         memory: int = 4 * GIB,
         notes: tuple[str, ...] = (),
         without: Collection[str] = (),
+        prepared: Prepared | None = None,
     ):
         self.program, self.backend, self.deterministic = program, backend, deterministic
         self.memory, self.notes, self.without = memory, notes, without
-        self.weights, self.state = Weights(backend.place), state.versions(program)
+        self.weights, self.state = Weights(backend.place, prepared), state.versions(program)
         self._captures: OrderedDict[Any, Capture] = OrderedDict()
         self._lock = threading.RLock()
 
@@ -132,8 +134,9 @@ class Session:
         """The capture for inputs like ``given``, made where there is none; under the session's lock."""
         key = (tuple((k, tuple(v.shape), v.dtype) for k, v in given.items()), frozenset(fixed), frozenset(per_step))
         if key not in self._captures:
-            made = Capture(self.planned(given, fixed, per_step), self.backend, self.weights)
-            made.run("constant")
+            with collector.resting():
+                made = Capture(self.planned(given, fixed, per_step), self.backend, self.weights)
+                made.run("constant")
             self._captures[key] = made
         self._captures.move_to_end(key)
         while len(self._captures) > 1 and sum(c.nbytes for c in self._captures.values()) > self.memory:

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -120,3 +121,17 @@ def test_damaged_archives_raise_only_our_errors(tmp_path_factory: pytest.TempPat
             assert len(opened.content(name, 10**6)) == size
     except FileError:
         pass
+
+
+def test_a_tensor_knows_its_place_in_a_file_and_can_ask_for_its_pages(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(bytes(range(256)) * 64)
+    data = archive.map_file(path)
+    tensor = archive.pages(data, 4096, 8192, 1)
+    archive.ask(tensor)
+    found = archive.origin(tensor[100:])
+    assert found is not None and (found.path, found.size, found.offset) == (path, 256 * 64, 4196)
+    assert found.time == path.stat().st_mtime_ns and tensor[5] == 5
+    elsewhere = torch.zeros(4)
+    archive.ask(elsewhere)
+    assert archive.origin(elsewhere) is None

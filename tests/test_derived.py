@@ -105,7 +105,7 @@ def test_what_is_made_of_weights_alone_is_all_that_stays() -> None:
         pytest.skip("no kernel takes Winograd's filters here")
     assert not bound.runs["constant"] and ("1.weight", net[1].weight.shape) not in session.weights._placed
     assert bound.nbytes == bound.plan.layout.peak  # the filters are the session's
-    assert sum("winograd_filters" in request for request in session.weights.constants) == 1
+    assert sum("winograd_filters" in request for request in session.weights.made) == 1
 
 
 def test_a_bound_kernel_does_not_keep_what_it_was_moved_from() -> None:

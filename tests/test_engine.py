@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
 import torch
 from networks import plainly, relative, text_encoder, text_program, tokens, unet, unet_inputs, unet_program
 
-from fusegen.runtime import api, engine
+from fusegen.runtime import api, collector, engine
 from fusegen.runtime.errors import Error, OutOfMemoryError, RequestError
 from fusegen.runtime.program import TensorSpec
 
@@ -107,10 +108,10 @@ def test_captured_shapes_are_evicted_within_the_memory_bound():
 def test_prepacked_weights_are_shared_by_captures():
     session = api.compile(unet_program())
     session(*unet_inputs(2))
-    packed = (len(session.weights._packed), len(session.weights.constants))  # the library's, and ours
+    packed = (len(session.weights._packed), len(session.weights.made))  # the library's, and ours
     assert sum(packed) > 10
     session.trajectory({}, {"t": torch.rand(2, 2)})(0, *unet_inputs(2)[::2])
-    assert (len(session.weights._packed), len(session.weights.constants)) == packed
+    assert (len(session.weights._packed), len(session.weights.made)) == packed
 
 
 @pytest.mark.parametrize("backend, bound", [("eager", EXACT), ("cpu", FP32)])
@@ -233,3 +234,15 @@ def test_a_profile_says_what_each_kernel_must_do():
     assert sum(r.flops for r in rows) == sum(s.flops for s in steps) > 0
     assert sum(r.bytes for r in rows) == sum(s.bytes for s in steps) > 0
     assert sum(len(r.calls) for r in rows) == len(steps)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_as_it_was(enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        gc.enable() if enabled else gc.disable()
+        with collector.resting():
+            assert not gc.isenabled()
+        assert gc.isenabled() is enabled
+    finally:
+        gc.enable() if before else gc.disable()

@@ -186,7 +186,7 @@ def test_a_session_has_them(at_any_level: None) -> None:
         for _ in range(2):  # the second run replays what the first one bound
             assert relative(made(x), plainly(module, x)) <= 2e-2
         assert made.plan.counts()[FUSED] == 3 and applied(made.plan) == (3, ())
-    assert sum("conv_taps" in request for request in made.weights.constants) == 3  # for both captures
+    assert sum("conv_taps" in request for request in made.weights.made) == 3  # for both captures
     residuals = [s.node.args["residual"] is not None for s in made.plan.steps if s.binding.name == "packed_conv2d C++"]
     assert sorted(residuals) == [False, False, True]
 

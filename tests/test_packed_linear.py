@@ -161,7 +161,7 @@ def test_a_session_has_them_for_many_rows(at_any_level: None) -> None:
             assert relative(made(image(2, side)), plainly(module, image(2, side))) <= 2e-2
         assert packed(made.plan) == {"packed_linear": 3, "packed_gated_linear": 1}
         assert {a.rule: (a.count, a.left) for a in made.plan.applied}[many_rows.RULE] == (4, ())
-    assert sum("linear_panels" in request for request in made.weights.constants) == 4  # for both captures
+    assert sum("linear_panels" in request for request in made.weights.made) == 4  # for both captures
 
 
 @needs_library

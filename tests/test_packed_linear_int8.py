@@ -146,7 +146,7 @@ def test_a_session_has_them_for_many_rows(at_any_level: None, dtype: str) -> Non
         assert {a.rule: (a.count, a.left) for a in made.plan.applied}[many_rows_int8.RULE] == (4, ())
     steps = [s for s in made.plan.steps if s.node.op == "fusegen.linear_panels.default"]
     assert len(steps) == 4 and all(s.phase == "constant" and s.outputs[0].dtype == torch.int8 for s in steps)
-    assert sum("linear_panels" in request for request in made.weights.constants) == 4  # for both captures
+    assert sum("linear_panels" in request for request in made.weights.made) == 4  # for both captures
 
 
 @needs_library

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fusegen import generators
 from fusegen.arguments import add_device, integer, output, set_threads
@@ -41,6 +42,8 @@ def add(p: argparse.ArgumentParser) -> None:
                    help="the file to write (default: output.png; text goes to the terminal)")  # fmt: skip
     p.add_argument("--seed", type=integer(-1, 2**62), help="of the first one; -1 draws it (default: 42)")
     p.add_argument("--json", action="store_true", help="print what was made as JSON")
+    p.add_argument("--cache", type=Path, metavar="DIR",
+                   help="keep what is made of the weights here, as large as they, for the next start")  # fmt: skip
     add_device(p)
     generators.add(p)
 

@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         import fusegen
 
         options = {"device": args.device, "dtype": args.dtype, "deterministic": bool(args.deterministic)}
+        options["cache"] = args.cache
         model: Gan = fusegen.load(args.model, **options)
         loaded = time.perf_counter()
         facts = _facts(args, model, seeds)

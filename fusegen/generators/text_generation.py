@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     seed = first_seed(args.seed)
     import fusegen
 
-    model = fusegen.load(args.model, device=args.device, dtype=args.dtype)
+    model = fusegen.load(args.model, device=args.device, dtype=args.dtype, cache=args.cache)
     loaded = time.perf_counter()
     settings = {name: getattr(args, name) for name in SETTINGS} | {"max_tokens": _most(args, model)}
     out, first = _Out(args), None

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         import fusegen
 
         options = {"device": args.device, "dtype": args.dtype, "deterministic": bool(args.deterministic)}
+        options["cache"] = args.cache
         model = fusegen.load(args.model, **options)
         loaded = time.perf_counter()
         with cancellable() as cancel:

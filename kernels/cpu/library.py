@@ -164,6 +164,11 @@ def ladder() -> dict[str, dict[str, str]]:
     return {op: row for op, row in rows.items() if row}
 
 
+def path() -> Path:
+    """The library's file, whether or not it is there."""
+    return _PATH
+
+
 def pool() -> str:
     """The file of the OpenMP runtime whose threads the kernels use; "" where they run on the calling thread alone."""
     return opened().fg_pool().decode()

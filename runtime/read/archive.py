@@ -5,7 +5,9 @@ Only stored members are accepted, so nothing in an archive can grow when read; a
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import re
 import struct
 import weakref
@@ -28,7 +30,30 @@ _ENCRYPTED, _STORED, _ZIP64 = 1, 0, 1
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 _BAD_NAME = re.compile(r"(^|/)\.{1,2}(/|$)|^/|//|[\\:\x00-\x1f\x7f]")
 _MEND = "get the file again, or write it again"
-_MAPPED: weakref.WeakKeyDictionary[mmap.mmap, int] = weakref.WeakKeyDictionary()  # and where each begins
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14, which this Python does not name
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A mapped file: where its pages begin, and what it was when it was mapped."""
+
+    start: int
+    path: Path
+    size: int
+    time: int  # of its last change, nanoseconds
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The byte of a file at which a tensor begins; of the file its absolute path, size and time (nanoseconds)."""
+
+    path: Path
+    size: int
+    time: int
+    offset: int
+
+
+_MAPPED: weakref.WeakKeyDictionary[mmap.mmap, _Mapped] = weakref.WeakKeyDictionary()
 
 
 def map_file(path: Path) -> mmap.mmap:
@@ -36,7 +61,9 @@ def map_file(path: Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        _MAPPED[data] = torch.frombuffer(data, dtype=torch.uint8, count=1).data_ptr()
+            known = os.fstat(file.fileno())
+        start = torch.frombuffer(data, dtype=torch.uint8, count=1).data_ptr()
+        _MAPPED[data] = _Mapped(start, path.absolute(), known.st_size, known.st_mtime_ns)
         return data
     except FileNotFoundError:
         raise FileError("there is no such file", where=str(path)) from None
@@ -56,13 +83,37 @@ def check_name(name: str, path: Path) -> str:
 def release(tensor: Tensor) -> None:
     """Give the whole pages of a mapped file under ``tensor`` back to the system, which reads them again when they are
     asked for.  Nothing for a tensor that lies elsewhere.  What was written to the pages would be lost; nobody may."""
+    for data, _, begin, end in _under(tensor):
+        low, high = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
+        if low < high and hasattr(mmap, "MADV_DONTNEED"):
+            data.madvise(mmap.MADV_DONTNEED, low * mmap.PAGESIZE, (high - low) * mmap.PAGESIZE)
+
+
+def ask(tensor: Tensor) -> None:
+    """Map the pages of a file under ``tensor``, all of which will be read, in one call: met one by one they take four
+    times as long.  Nothing for a tensor that lies elsewhere, or where the system has no such call."""
+    for data, _, begin, end in _under(tensor):
+        low = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        with contextlib.suppress(OSError, ValueError):
+            data.madvise(_POPULATE_READ, low, end - low)
+
+
+def origin(tensor: Tensor) -> Origin | None:
+    """Where in which mapped file ``tensor`` begins; None where it lies elsewhere."""
+    for _, file, _, _ in _under(tensor):
+        return Origin(file.path, file.size, file.time, tensor.data_ptr() - file.start)
+    return None
+
+
+def _under(tensor: Tensor) -> list[tuple[mmap.mmap, _Mapped, int, int]]:
+    """The mapped file in which a tensor's storage lies, its first byte there and the one past its last; or none."""
     begin = tensor.untyped_storage().data_ptr()
     end = begin + tensor.untyped_storage().nbytes()
-    for data, start in list(_MAPPED.items()):
-        if start <= begin and end <= start + len(data) and hasattr(mmap, "MADV_DONTNEED"):
-            low, high = -(-(begin - start) // mmap.PAGESIZE), (end - start) // mmap.PAGESIZE
-            if low < high:
-                data.madvise(mmap.MADV_DONTNEED, low * mmap.PAGESIZE, (high - low) * mmap.PAGESIZE)
+    return [
+        (data, file, begin - file.start, end - file.start)
+        for data, file in list(_MAPPED.items())
+        if file.start <= begin and end <= file.start + len(data)
+    ]
 
 
 def pages(data: Any, offset: int, size: int, alignment: int) -> Tensor:

@@ -134,14 +134,18 @@ class Session:
         """The capture for inputs like ``given``, made where there is none; under the session's lock."""
         key = (tuple((k, tuple(v.shape), v.dtype) for k, v in given.items()), frozenset(fixed), frozenset(per_step))
         if key not in self._captures:
-            with collector.resting():
-                made = Capture(self.planned(given, fixed, per_step), self.backend, self.weights)
-                made.run("constant")
-            self._captures[key] = made
+            self._captures[key] = self.fresh(given, fixed, per_step)
         self._captures.move_to_end(key)
         while len(self._captures) > 1 and sum(c.nbytes for c in self._captures.values()) > self.memory:
             self._captures.popitem(last=False)
         return self._captures[key]
+
+    def fresh(self, given: Mapping[str, Tensor], fixed: Sequence[str] = (), per_step: Sequence[str] = ()) -> Capture:
+        """A new capture for inputs like ``given``, with what is made of weights alone."""
+        with collector.resting():
+            made = Capture(self.planned(given, fixed, per_step), self.backend, self.weights)
+            made.run("constant")
+        return made
 
     @contextmanager
     def whole(self, capture: Capture) -> Iterator[None]:
@@ -250,8 +254,7 @@ class Pinned:
 
     def _captured(self) -> Capture:
         with self.session.running():
-            made = Capture(self.session.planned(self.given), self.session.backend, self.session.weights)
-            made.run("constant")
+            made = self.session.fresh(self.given)
             for name, value in self.given.items():
                 made.pin(name, value)
             return made

@@ -118,12 +118,8 @@ FG_INLINE void write_four(const Tap (&taps)[4][kMostTaps], const int (&counts)[4
     interleave(f(y[0]), f(y[2]), even[0], even[1]);
     interleave(f(y[1]), f(y[3]), odd[0], odd[1]);
     for (int v = 0; v < 2; ++v) interleave(even[v], odd[v], four[2 * v], four[2 * v + 1]);
-    for (int v = 0; v < 4 && i + v * W < n; ++v) {
-      if (i + (v + 1) * W <= n)
-        store(out + i + v * W, four[v]);
-      else
-        store_n(out + i + v * W, four[v], static_cast<int>(n - i - v * W));
-    }
+    for (int v = 0; v < 4 && i + v * W < n; ++v)
+      store_n(out + i + v * W, four[v], static_cast<int>(least(n - i - v * W, W)));
   }
 }
 

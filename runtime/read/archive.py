@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import struct
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -94,8 +95,9 @@ def ask(tensor: Tensor) -> None:
     times as long.  Nothing for a tensor that lies elsewhere, or where the system has no such call."""
     for data, _, begin, end in _under(tensor):
         low = begin // mmap.PAGESIZE * mmap.PAGESIZE
-        with contextlib.suppress(OSError, ValueError):
-            data.madvise(_POPULATE_READ, low, end - low)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # an older kernel's
+                data.madvise(_POPULATE_READ, low, end - low)
 
 
 def origin(tensor: Tensor) -> Origin | None:
